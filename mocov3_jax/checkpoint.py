@@ -1,0 +1,201 @@
+"""Checkpoints of a run, by Orbax: async save, newest intact restore."""
+
+from typing import Any, Callable
+
+from etils import epath
+import jax
+import orbax.checkpoint as ocp
+from orbax.checkpoint import checkpoint_managers
+
+from mocov3_jax.errors import UserError
+
+PyTree = Any
+# By which a checkpoint is called the best.
+BEST_METRIC = 'knn/top1'
+
+
+class Checkpoints:
+  """The checkpoints/<step> folders of a run, <step> being updates done."""
+
+  def __init__(self, workdir: epath.Path, keep_latest: int, keep_best: int):
+    """Opens checkpoints/ in `workdir`, removing what a kill left half-written.
+
+    Args:
+      workdir: of the run.
+      keep_latest: newest checkpoints kept.
+      keep_best: best ones by kNN kept beside those.
+    """
+    self._folder = workdir / 'checkpoints'
+    self._damaged = workdir / 'checkpoints_damaged'
+    best = lambda metrics: metrics[BEST_METRIC]
+    policies = checkpoint_managers.AnyPreservationPolicy([
+        checkpoint_managers.LatestN(keep_latest),
+        checkpoint_managers.BestN(
+            get_metric_fn=best, n=keep_best,
+            keep_checkpoints_without_metrics=False,
+        ),
+    ])
+    self._options = ocp.CheckpointManagerOptions(
+        preservation_policy=policies,
+        best_fn=best,
+        cleanup_tmp_directories=True,
+    )
+    self._manager = ocp.CheckpointManager(self._folder, options=self._options)
+
+  def latest_step(self) -> int | None:
+    """The step of the newest complete checkpoint, None if there is none."""
+    return self._manager.latest_step()
+
+  def save(self, step: int, state: PyTree, metrics: dict[str, float]) -> None:
+    """Saves in the background; the state may be donated right after.
+
+    Args:
+      step: updates done.
+      state: of jax.Arrays.
+      metrics: `BEST_METRIC` among them makes it a candidate for the best.
+    """
+    if step == self._manager.latest_step():
+      return
+    known = None
+    if BEST_METRIC in metrics:
+      known = {BEST_METRIC: metrics[BEST_METRIC]}
+    self._manager.save(
+        step, args=ocp.args.StandardSave(state), metrics=known, force=True
+    )
+
+  def restore(
+      self, abstract_state: PyTree, warn: Callable[[str], None]
+  ) -> tuple[PyTree, int] | None:
+    """Restores the newest checkpoint that can be read.
+
+    Damaged newer ones are moved to checkpoints_damaged/. If none can be read,
+    none is moved: then the cause may be another than damage.
+
+    Args:
+      abstract_state: of jax.ShapeDtypeStruct with shardings; any number of
+        devices.
+      warn: is told of each damaged checkpoint.
+
+    Returns:
+      The state and its step, or None if there is no checkpoint.
+
+    Raises:
+      UserError: if there are checkpoints, and none can be read.
+    """
+    failures = {}
+    for step in sorted(self._manager.all_steps(), reverse=True):
+      try:
+        state = self._manager.restore(
+            step, args=ocp.args.StandardRestore(abstract_state)
+        )
+      except Exception as e:  # Orbax and TensorStore raise many kinds.
+        failures[step] = summary(e)
+        continue
+      for damaged, reason in failures.items():
+        self._set_aside(damaged)
+        warn(
+            f'warning: checkpoint {self._folder / str(damaged)} is damaged '
+            f'and was moved to {self._damaged} ({reason})'
+        )
+      return state, step
+    if failures:
+      raise UserError(
+          f'no checkpoint in {self._folder} can be read:\n  '
+          + '\n  '.join(f'{step}: {why}' for step, why in failures.items())
+          + '\nAllowed: another workdir, to start anew.'
+      )
+    return None
+
+  def _set_aside(self, step: int) -> None:
+    self._damaged.mkdir(exist_ok=True)
+    target = self._damaged / str(step)
+    if target.exists():
+      target.rmtree()
+    (self._folder / str(step)).rename(target)
+    self._manager.reload()
+
+  def wait(self) -> None:
+    """Blocks until every save is complete on disk."""
+    self._manager.wait_until_finished()
+
+  def close(self) -> None:
+    """Waits and releases the threads."""
+    self._manager.close()
+
+
+def abstract(state: PyTree, sharding: jax.sharding.Sharding) -> PyTree:
+  """Shapes, dtypes and one sharding for all leaves, to restore into.
+
+  Args:
+    state: of arrays or ShapeDtypeStructs.
+    sharding: of the restored arrays.
+  """
+  return jax.tree.map(
+      lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), state
+  )
+
+
+def find(path: str) -> tuple[epath.Path, epath.Path]:
+  """Finds the run and the checkpoint that `path` names.
+
+  Args:
+    path: a workdir (then its newest checkpoint) or one checkpoints/<step>.
+
+  Returns:
+    The workdir of the run, and the folder of the checkpoint.
+
+  Raises:
+    UserError: if `path` is neither.
+  """
+  folder = epath.Path(path)
+  if (folder / 'checkpoints').is_dir():
+    steps = [
+        int(p.name) for p in (folder / 'checkpoints').iterdir()
+        if p.name.isdigit()
+    ]
+    if steps:
+      return folder, folder / 'checkpoints' / str(max(steps))
+  run = folder.parent.parent
+  if folder.name.isdigit() and (run / 'config.json').exists():
+    return run, folder
+  raise UserError(
+      f'checkpoint={path!r} is not a checkpoint. Allowed: the workdir of a '
+      'run that has saved one, or one of its folders checkpoints/<step>.'
+  )
+
+
+def restore_part(folder: epath.Path, abstract_part: PyTree) -> PyTree:
+  """Restores the named part of a checkpoint alone, such as the parameters.
+
+  Args:
+    folder: a checkpoints/<step>.
+    abstract_part: nested dicts of ShapeDtypeStructs, a subtree of the state.
+
+  Raises:
+    UserError: if it cannot be read, or does not fit.
+  """
+  restore_args = jax.tree.map(
+      lambda x: ocp.ArrayRestoreArgs(
+          sharding=x.sharding, global_shape=x.shape, dtype=x.dtype
+      ),
+      abstract_part,
+  )
+  try:
+    with ocp.PyTreeCheckpointer() as checkpointer:
+      return checkpointer.restore(
+          folder / 'default',
+          args=ocp.args.PyTreeRestore(
+              item=abstract_part, restore_args=restore_args,
+              partial_restore=True,
+          ),
+      )
+  except Exception as e:  # Orbax and TensorStore raise many kinds.
+    raise UserError(
+        f'checkpoint={str(folder)!r} cannot be read ({summary(e)}).'
+    ) from e
+
+
+def summary(error: Exception) -> str:
+  """The kind of an error and the first line of its text, shortened."""
+  lines = str(error).strip().splitlines() or ['']
+  return f'{type(error).__name__}: {lines[0][:200]}'

@@ -1,0 +1,341 @@
+"""Every knob of a run, once: its default, unit and source.
+
+A recipe in configs/ starts from `default_config()` and changes what its row
+of the paper changes. Sources in the comments: [P] is the paper (Chen, Xie, He,
+ICCV 2021, arXiv 2104.02057), [R] the README and CONFIG of its PyTorch release.
+"""
+
+import dataclasses
+import functools
+import math
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from mocov3_jax.errors import UserError
+
+# Fields that steer what a run reports and keeps, not what it computes: they
+# may change when a run is resumed.
+FREE_ON_RESUME = ('data.prefetch', 'knn.', 'log.', 'save.')
+
+
+def default_config() -> ConfigDict:
+  """Returns the defaults, locked: ViT-S/16, 224 px, batch 4096, 300 epochs."""
+  c = ConfigDict()
+  # Seeds the initialisation, the order of the data and the augmentation.
+  c.seed = 0
+  # Images per optimizer step over all devices. [P] s5: 4096.
+  c.batch_size = 4096
+  c.data = _data()
+  c.augment = ConfigDict({'view1': _view(), 'view2': _view()})
+  c.model = _model()
+  c.head = _head()
+  c.objective = _objective()
+  c.optimizer = _optimizer()
+  c.schedule = _schedule()
+
+  c.knn = ConfigDict()
+  # Steps between two runs of the kNN monitor; 0 = only where a checkpoint is
+  # saved. [P] App. A: "every tens of iterations".
+  c.knn.every_steps = 50
+  _knn(c.knn)
+
+  c.log = ConfigDict()
+  # Steps between two lines of metrics.jsonl. 1 shows every gradient spike.
+  c.log.every_steps = 1
+
+  c.save = ConfigDict()
+  # Steps between two checkpoints (one more is saved at the end).
+  c.save.every_steps = 1000
+  # Newest checkpoints kept; beside them the `keep_best` best by kNN (0 = none).
+  c.save.keep_latest = 2
+  c.save.keep_best = 1
+  return c.lock()
+
+
+def eval_config() -> ConfigDict:
+  """Returns the defaults of `evaluate`, locked."""
+  c = ConfigDict()
+  # What is measured: 'knn'.
+  c.protocol = 'knn'
+  # A workdir of `train` (its newest checkpoint) or one checkpoints/<step>.
+  c.checkpoint = ''
+  # Images per forward pass over all devices.
+  c.batch_size = 256
+  c.data = ConfigDict()
+  # Where images come from; '' = the source the run was trained on.
+  c.data.source = ''
+  c.knn = _knn(ConfigDict())
+  return c.lock()
+
+
+def _data() -> ConfigDict:
+  c = ConfigDict()
+  # Where the images come from: 'digits'.
+  c.source = 'digits'
+  # Side of the square crop the model sees, pixels. [P] s5: 224.
+  c.image_size = 224
+  # Mean and standard deviation of each channel, pixels in [0, 1]. [R]:
+  # ImageNet's.
+  c.mean = (0.485, 0.456, 0.406)
+  c.std = (0.229, 0.224, 0.225)
+  # Batches read ahead of the device. Host memory: that many uint8 batches.
+  c.prefetch = 4
+  return c
+
+
+def _view() -> ConfigDict:
+  c = ConfigDict()
+  # Random resized crop: smallest share of the image's area (the largest is 1)
+  # and the range of width / height. [R]: 0.08 for ViT, 0.2 for ResNet.
+  c.crop_min = 0.08
+  c.crop_ratio = (3 / 4, 4 / 3)
+  # Probability of the jitter, and the half-widths of its factors round 1.
+  c.jitter_prob = 0.8
+  c.brightness = 0.4
+  c.contrast = 0.4
+  # Probability of a horizontal flip.
+  c.flip_prob = 0.5
+  return c
+
+
+def _model() -> ConfigDict:
+  c = ConfigDict()
+  # Backbone: 'vit_ti', 'vit_s', 'vit_b', 'vit_l', 'vit_h'. [P] tables 2, 3.
+  c.name = 'vit_s'
+  # Side of a patch, pixels.
+  c.patch_size = 16
+  # Blocks, width and attention heads; 0 = those of `name`.
+  c.depth = 0
+  c.dim = 0
+  c.num_heads = 0
+  # 'frozen' = the random patch projection that [P] s4.2 finds stable;
+  # 'learned' = trained like the rest.
+  c.patch_embed = 'frozen'
+  # Arithmetic of the trunk and heads: 'float32' or 'bfloat16'. Parameters,
+  # statistics, logits and loss are float32 in both.
+  c.dtype = 'float32'
+  return c
+
+
+def _head() -> ConfigDict:
+  c = ConfigDict()
+  # Layers of the projector and the predictor MLP. [P] s5: 3 and 2 for ViT.
+  c.projector_layers = 3
+  c.predictor_layers = 2
+  # Hidden and output width of both. [P] s5.
+  c.hidden_dim = 4096
+  c.out_dim = 256
+  # BatchNorm (no scale, no offset) on the predictor's output. [R]: true for
+  # ViT, false for ResNet.
+  c.predictor_out_bn = True
+  return c
+
+
+def _objective() -> ConfigDict:
+  c = ConfigDict()
+  c.name = 'moco_v3'
+  # Temperature of the softmax. [P] s5: 0.2 (ResNet-50: 1.0).
+  c.temperature = 0.2
+  # Momentum of the target network at the start, and how it moves: 'constant',
+  # or 'cosine' = by a half cosine to 1 at the end. [P] s6.2: 0.99; [R]: cosine.
+  c.momentum = 0.99
+  c.momentum_schedule = 'cosine'
+  return c
+
+
+def _optimizer() -> ConfigDict:
+  c = ConfigDict()
+  # 'adamw' or 'lars'.
+  c.name = 'adamw'
+  # Peak learning rate per 256 images: peak = lr_per_256 * batch_size / 256.
+  # [P] s5; [R]: 1.5e-4 for ViT, 0.3 to 0.6 for ResNet-50 with LARS.
+  c.lr_per_256 = 1.5e-4
+  # Decoupled decay (AdamW); added to the gradient (LARS). [R]: 0.1; 1e-6.
+  c.weight_decay = 0.1
+  # AdamW decays 'all' trainable tensors as [R] does, or only 'matrices'
+  # (ndim > 1 and not a token). LARS always decays ndim > 1 alone.
+  c.decay_mask = 'all'
+  # AdamW's moments. [R]: PyTorch's defaults.
+  c.b1 = 0.9
+  c.b2 = 0.999
+  c.eps = 1e-8
+  # LARS: heavy-ball momentum and trust coefficient. [R].
+  c.momentum = 0.9
+  c.trust_coefficient = 1e-3
+  return c
+
+
+def _schedule() -> ConfigDict:
+  c = ConfigDict()
+  # Passes over the data; an epoch drops the remainder of a batch, as [R].
+  c.epochs = 300.0
+  # Optimizer steps in all; 0 = as many as `epochs` gives.
+  c.steps = 0
+  # Epochs of linear warm-up from 0; then half a cosine to 0. [P] s5: 40.
+  c.warmup_epochs = 40.0
+  return c
+
+
+def _knn(c: ConfigDict) -> ConfigDict:
+  # Weighted kNN classifier as in Wu et al. 2018 (arXiv 1805.01978): cosine
+  # similarity, votes weighted by exp(similarity / temperature). k is capped
+  # at a sixth of the mean number of bank images a class.
+  c.k = 200
+  c.temperature = 0.07
+  return c
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+  """What the epochs and the learning rate per 256 images come to.
+
+  Attributes:
+    steps_per_epoch: full batches in one pass over the data.
+    total_steps: optimizer steps of the run.
+    warmup_steps: steps of linear warm-up, within `total_steps`.
+    peak_lr: learning rate at the end of the warm-up.
+  """
+
+  steps_per_epoch: int
+  total_steps: int
+  warmup_steps: int
+  peak_lr: float
+
+
+def plan(config: ConfigDict, num_examples: int) -> Plan:
+  """Turns epochs into steps and lr per 256 images into a learning rate.
+
+  Raises:
+    UserError: if the data set is smaller than a batch, or the warm-up longer
+      than the training.
+  """
+  steps_per_epoch = num_examples // config.batch_size
+  if steps_per_epoch == 0:
+    raise UserError(
+        f'batch_size={config.batch_size} is larger than data.source='
+        f'{config.data.source!r}, which has {num_examples} training images. '
+        f'Allowed: at most {num_examples}.'
+    )
+  schedule = config.schedule
+  total = schedule.steps or round(schedule.epochs * steps_per_epoch)
+  warmup = round(schedule.warmup_epochs * steps_per_epoch)
+  if total < 1 or warmup > total:
+    raise UserError(
+        f'schedule.warmup_epochs={schedule.warmup_epochs} is {warmup} steps, '
+        f'but the training is {total} steps long (schedule.epochs='
+        f'{schedule.epochs}, schedule.steps={schedule.steps}, '
+        f'{steps_per_epoch} steps an epoch). Allowed: a training of at least '
+        'one step, and a warm-up no longer than it.'
+    )
+  peak_lr = config.optimizer.lr_per_256 * config.batch_size / 256
+  return Plan(steps_per_epoch, total, warmup, peak_lr)
+
+
+_AT_LEAST_ONE = (
+    'batch_size data.image_size data.prefetch model.patch_size '
+    'head.projector_layers head.predictor_layers head.hidden_dim head.out_dim '
+    'knn.k log.every_steps save.every_steps save.keep_latest'
+).split()
+_NOT_NEGATIVE = (
+    'seed augment.view1.brightness augment.view1.contrast '
+    'augment.view2.brightness augment.view2.contrast model.depth model.dim '
+    'model.num_heads optimizer.lr_per_256 optimizer.weight_decay '
+    'optimizer.trust_coefficient schedule.epochs schedule.steps '
+    'schedule.warmup_epochs knn.every_steps save.keep_best'
+).split()
+_POSITIVE = (
+    'augment.view1.crop_min augment.view2.crop_min objective.temperature '
+    'optimizer.eps knn.temperature'
+).split()
+_AT_MOST_ONE = (
+    'augment.view1.crop_min augment.view1.jitter_prob augment.view1.flip_prob '
+    'augment.view2.crop_min augment.view2.jitter_prob augment.view2.flip_prob '
+    'objective.momentum optimizer.b1 optimizer.b2 optimizer.momentum'
+).split()
+
+
+def validate(config: ConfigDict, device_count: int) -> None:
+  """Checks every number that can be checked without data or model.
+
+  Names (model, optimizer, source, ...) are checked by what builds them.
+
+  Raises:
+    UserError: for the first field out of its range.
+  """
+  for field in _AT_LEAST_ONE:
+    _require(field, config, lambda v: v >= 1, 'at least 1')
+  for field in _POSITIVE:
+    _require(field, config, lambda v: v > 0, 'above 0')
+  for field in _NOT_NEGATIVE:
+    _require(field, config, lambda v: v >= 0, '0 or more')
+  for field in _AT_MOST_ONE:
+    _require(field, config, lambda v: 0 <= v <= 1, 'from 0 to 1')
+  _require('seed', config, lambda v: v < 2**32, 'below 2**32')
+  for view in 'augment.view1', 'augment.view2':
+    _require(
+        f'{view}.crop_ratio', config, lambda v: len(v) == 2 and 0 < v[0] <= v[1],
+        'two positive numbers, the smaller first',
+    )
+  _require(
+      'data.std', config,
+      lambda v: len(v) == len(config.data.mean) and min(v) > 0,
+      'as many numbers as data.mean, each above 0',
+  )
+  _require_multiple('batch_size', config, device_count)
+
+
+def validate_eval(config: ConfigDict, device_count: int) -> None:
+  """Checks the numbers of an `eval_config()`, as `validate` does."""
+  for field in 'batch_size', 'knn.k':
+    _require(field, config, lambda v: v >= 1, 'at least 1')
+  _require('knn.temperature', config, lambda v: v > 0, 'above 0')
+  _require_multiple('batch_size', config, device_count)
+
+
+def _require_multiple(field: str, config: ConfigDict, devices: int) -> None:
+  _require(
+      field, config, lambda v: v % devices == 0,
+      f'a multiple of the {devices} devices',
+  )
+
+
+def _require(field: str, config: ConfigDict, check, allowed: str) -> None:
+  value = functools.reduce(lambda c, key: c[key], field.split('.'), config)
+  numbers = value if isinstance(value, (tuple, list)) else (value,)
+  finite = all(
+      isinstance(n, (int, float)) and math.isfinite(n) for n in numbers
+  )
+  if not (finite and check(value)):
+    raise UserError(f'{field}={value!r} is out of range. Allowed: {allowed}.')
+
+
+def differences(saved: dict[str, Any], now: dict[str, Any]) -> list[str]:
+  """Lists the fields in which two runs compute different things.
+
+  Args:
+    saved: a config as nested dicts of JSON values, as config.json holds it.
+    now: the same of the present command.
+
+  Returns:
+    One 'field: OLD in the workdir, NEW now' per field that differs, without
+    those that only steer logging and saving (`FREE_ON_RESUME`).
+  """
+  old, new = _flatten(saved), _flatten(now)
+  return [
+      f'{field}: {old.get(field, "absent")!r} in the workdir, '
+      f'{new.get(field, "absent")!r} now'
+      for field in sorted(old.keys() | new.keys())
+      if not field.startswith(FREE_ON_RESUME)
+      and old.get(field) != new.get(field)
+  ]
+
+
+def _flatten(tree: dict[str, Any], prefix: str = '') -> dict[str, Any]:
+  flat = {}
+  for key, value in tree.items():
+    if isinstance(value, dict):
+      flat |= _flatten(value, f'{prefix}{key}.')
+    else:
+      flat[f'{prefix}{key}'] = value
+  return flat

@@ -1,0 +1,1 @@
+"""Evaluators: callables from a TrainState to a dict of numbers."""

@@ -1,0 +1,131 @@
+"""Weighted k-nearest-neighbour classification of backbone features.
+
+The monitor of [P] App. A, which refers to Wu et al. 2018 (arXiv 1805.01978):
+cosine similarity, k = 200, votes weighted by exp(similarity / 0.07).
+"""
+
+import functools
+from typing import Any, Callable
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+import numpy as np
+
+from mocov3_jax import augment
+from mocov3_jax import sharding
+from mocov3_jax.data import pipeline
+from mocov3_jax.data.sources import Source, Splits
+from mocov3_jax.models import Network
+
+PyTree = Any
+# Queries compared with the whole bank at once: 256 x 1.28 M similarities are
+# 1.3 GB, within any accelerator.
+QUERY_BLOCK = 256
+
+
+def neighbour_votes(
+    queries: jax.Array, bank: jax.Array, bank_labels: jax.Array, *,
+    num_classes: int, k: int, temperature: float,
+) -> jax.Array:
+  """Sums the votes of each query's k nearest neighbours.
+
+  Args:
+    queries: [Q, D]; scaled to unit length here.
+    bank: [N, D]; likewise.
+    bank_labels: int [N].
+    num_classes: number of labels.
+    k: neighbours, at most N; of equal ones the first in the bank win.
+    temperature: of the weights exp(cosine / temperature).
+
+  Returns:
+    float32 [Q, num_classes], each row up to a positive factor.
+  """
+  unit = lambda x: x / jnp.linalg.norm(x, axis=1, keepdims=True)
+  queries, bank = unit(queries), unit(bank)
+
+  def block(q):  # [QUERY_BLOCK, D]
+    similarity = jnp.matmul(q, bank.T, precision=jax.lax.Precision.HIGHEST)
+    nearest, index = jax.lax.top_k(similarity, k)  # [QUERY_BLOCK, k]
+    # Over the nearest one's weight, which cannot overflow.
+    weight = jnp.exp((nearest - nearest[:, :1]) / temperature)
+    votes = jax.nn.one_hot(bank_labels[index], num_classes)
+    return jnp.einsum('qk,qkc->qc', weight, votes)
+
+  padding = -len(queries) % QUERY_BLOCK
+  blocks = jnp.pad(queries, ((0, padding), (0, 0)), mode='edge')
+  blocks = blocks.reshape(-1, QUERY_BLOCK, queries.shape[1])
+  votes = jax.lax.map(block, blocks)
+  return votes.reshape(-1, num_classes)[: len(queries)]
+
+
+def capped_k(k: int, bank: Source) -> int:
+  """k, but at most a sixth of the mean number of bank images a class.
+
+  200 neighbours are a sixth of ImageNet's 1,281 images a class. On a small
+  bank, k near the size of a class or beyond lets the other classes vote.
+  """
+  return max(1, min(k, len(bank) // bank.num_classes // 6))
+
+
+def feature_extractor(
+    model: Network, data: ConfigDict, mesh: Mesh, batch_size: int
+) -> Callable[[PyTree, PyTree, Source], jax.Array]:
+  """Returns f(params, batch_stats, source) -> features [len(source), D].
+
+  Images pass whole, in evaluation mode, `batch_size` at a time over the mesh;
+  the features end up on every device.
+  """
+  positions = sharding.local_positions(mesh, batch_size)
+
+  @functools.partial(jax.jit, out_shardings=sharding.replicated(mesh))
+  def forward(params, batch_stats, images):
+    variables = {'params': params, 'batch_stats': batch_stats}
+    images = augment.whole_images(images, data)
+    return model.apply(variables, images, train=False, method='features')
+
+  def extract(params, batch_stats, source):
+    batches = pipeline.eval_batches(source, positions, batch_size)
+    features = [
+        forward(params, batch_stats, sharding.to_global(images, mesh))
+        for images in batches
+    ]
+    return jnp.concatenate(features)[: len(source)]
+
+  return extract
+
+
+def build(
+    knn: ConfigDict, model: Network, data: ConfigDict, splits: Splits,
+    mesh: Mesh, batch_size: int,
+) -> Callable[[PyTree, PyTree], dict[str, float]]:
+  """Returns an evaluator: f(params, batch_stats) -> {'knn/top1': ...}.
+
+  Args:
+    knn: `config.knn`.
+    model, data: of the run; `data` holds image size and normalisation.
+    splits: the train split is the bank, the test split asks.
+    mesh, batch_size: of the forward passes.
+  """
+  extract = feature_extractor(model, data, mesh, batch_size)
+  bank, queries = splits.train, splits.test
+  vote = jax.jit(
+      functools.partial(
+          neighbour_votes,
+          num_classes=bank.num_classes,
+          k=capped_k(knn.k, bank),
+          temperature=knn.temperature,
+      )
+  )
+
+  def evaluate(params, batch_stats):
+    votes = vote(
+        extract(params, batch_stats, queries),
+        extract(params, batch_stats, bank),
+        jnp.asarray(bank.labels),
+    )
+    predicted = np.argmax(jax.device_get(votes), axis=1)
+    return {'knn/top1': float(np.mean(predicted == queries.labels))}
+
+  return evaluate

@@ -1,0 +1,102 @@
+"""The training loop. It knows nothing of self-supervision.
+
+One loop serves pre-training, probes and fine-tuning: what differs is the step
+function, the batches and the hooks.
+"""
+
+import math
+from typing import Any, Callable, Iterator, NamedTuple, Sequence
+
+import jax
+
+State = Any
+Values = dict[str, float]
+
+
+class Hook(NamedTuple):
+  """Something to do between steps, such as evaluate or save.
+
+  Attributes:
+    due: whether it is time, of the number of updates done.
+    run: does it, with that number and the state, which it must not keep: the
+      next step donates it.
+  """
+
+  due: Callable[[int], bool]
+  run: Callable[[int, State], None]
+
+
+class NonFinite(Exception):
+  """A metric became NaN or infinite.
+
+  Attributes:
+    step: at which it did.
+    values: all metrics of that step.
+  """
+
+  def __init__(self, step: int, values: Values):
+    super().__init__(f'non-finite metrics at step {step}: {values}')
+    self.step = step
+    self.values = values
+
+
+def run(
+    state: State,
+    step_fn: Callable[[State, Any], tuple[State, dict[str, jax.Array]]],
+    batches: Iterator[Any],
+    *,
+    start: int,
+    stop: int,
+    log: Callable[[int, Values], None],
+    hooks: Sequence[Hook] = (),
+    should_stop: Callable[[], bool] = lambda: False,
+) -> tuple[State, int]:
+  """Runs steps start .. stop - 1.
+
+  The metrics of step n - 1 are fetched after step n was dispatched, so the
+  device never waits for the log. Before a hook they are fetched at once: no
+  state is evaluated or saved after a step whose metrics are not finite.
+
+  Args:
+    state: donated to the first step.
+    step_fn: (state, batch) -> (state, scalar metrics), jitted.
+    batches: one on-device batch a step.
+    start, stop: updates done before, and after.
+    log: gets the metrics of every step, in order.
+    hooks: run in order where due.
+    should_stop: asked after each step; True ends the run early.
+
+  Returns:
+    The state and the updates done.
+
+  Raises:
+    NonFinite: for the first step with a non-finite metric.
+  """
+  pending = None  # (step, metrics) dispatched, not yet fetched.
+  done = start
+  while done < stop:
+    with jax.transfer_guard('disallow'):
+      state, metrics = step_fn(state, next(batches))
+      if pending is not None:
+        log(*_fetch(*pending))
+    pending = (done, metrics)
+    done += 1
+    due = [hook for hook in hooks if hook.due(done)]
+    ending = should_stop()
+    if due or ending or done == stop:
+      log(*_fetch(*pending))
+      pending = None
+    for hook in due:
+      hook.run(done, state)
+    if ending:
+      break
+  return state, done
+
+
+def _fetch(
+    step: int, metrics: dict[str, jax.Array]
+) -> tuple[int, Values]:
+  values = {k: v.item() for k, v in jax.device_get(metrics).items()}
+  if not all(math.isfinite(v) for v in values.values()):
+    raise NonFinite(step, values)
+  return step, values

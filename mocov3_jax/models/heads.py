@@ -1,0 +1,49 @@
+"""The projection and prediction MLPs ([P] s5)."""
+
+import math
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from mocov3_jax.models.layers import BatchNorm, uniform
+
+
+class MlpHead(nn.Module):
+  """Bias-free linear layers, each hidden one followed by BatchNorm and ReLU.
+
+  Each call normalises by the batch it is given, so the two views must come in
+  two calls ([P] App. A, option ii).
+
+  Attributes:
+    num_layers: linear layers.
+    hidden_dim, out_dim: width of the hidden layers and of the output.
+    out_bn: whether a BatchNorm without scale and offset ends it.
+    dtype: of the arithmetic.
+  """
+
+  num_layers: int
+  hidden_dim: int
+  out_dim: int
+  out_bn: bool = True
+  dtype: jnp.dtype = jnp.float32
+
+  @nn.compact
+  def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+    """Maps [B, D] to [B, out_dim]."""
+    for i in range(self.num_layers):
+      last = i == self.num_layers - 1
+      x = nn.Dense(
+          self.out_dim if last else self.hidden_dim,
+          use_bias=False,
+          dtype=self.dtype,
+          kernel_init=uniform(1 / math.sqrt(x.shape[-1])),
+          name=f'linear_{i}',
+      )(x)
+      if not last or self.out_bn:
+        x = BatchNorm(affine=not last, dtype=self.dtype, name=f'bn_{i}')(
+            x, train
+        )
+      if not last:
+        x = nn.relu(x)
+    return x

@@ -1,0 +1,70 @@
+"""Initialisers and the BatchNorm that both backbones and heads use."""
+
+import math
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+
+def uniform(bound: float) -> nn.initializers.Initializer:
+  """Returns an initialiser drawing from U(-bound, bound)."""
+
+  def init(key, shape, dtype=jnp.float32):
+    return jax.random.uniform(key, shape, dtype, -bound, bound)
+
+  return init
+
+
+def xavier(fan_in: int, fan_out: int) -> nn.initializers.Initializer:
+  """Returns Glorot's uniform initialiser for explicit fans."""
+  return uniform(math.sqrt(6 / (fan_in + fan_out)))
+
+
+class BatchNorm(nn.Module):
+  """BatchNorm with the running statistics of PyTorch.
+
+  `flax.linen.BatchNorm` keeps the biased variance; PyTorch, and with it every
+  published checkpoint, the unbiased one. Under `jax.jit` over a mesh the batch
+  is the global one, so this is synchronised BatchNorm ([P] App. A) without a
+  collective in the code.
+
+  Attributes:
+    affine: whether to learn a scale and an offset.
+    dtype: of the output; statistics are float32 or wider.
+    momentum: share of the new batch in the running statistics.
+    epsilon: added to the variance.
+  """
+
+  affine: bool = True
+  dtype: jnp.dtype = jnp.float32
+  momentum: float = 0.1
+  epsilon: float = 1e-5
+
+  @nn.compact
+  def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+    """Normalises [..., D] over all axes but the last."""
+    width = x.shape[-1:]
+    wide = jnp.promote_types(x.dtype, jnp.float32)
+    running_mean = self.variable('batch_stats', 'mean', jnp.zeros, width, wide)
+    running_var = self.variable('batch_stats', 'var', jnp.ones, width, wide)
+    x = x.astype(wide)
+    if train:
+      axes = tuple(range(x.ndim - 1))
+      mean, var = jnp.mean(x, axes), jnp.var(x, axes)  # [D]
+      if not self.is_initializing():
+        count = x.size // x.shape[-1]
+        unbiased = var * (count / max(count - 1, 1))
+        running_mean.value += self.momentum * (mean - running_mean.value)
+        running_var.value += self.momentum * (unbiased - running_var.value)
+    else:
+      mean, var = running_mean.value, running_var.value
+    shape = (1,) * (x.ndim - 1) + width
+    x = (x - mean.reshape(shape)) * jax.lax.rsqrt(
+        var.reshape(shape) + self.epsilon
+    )
+    if self.affine:
+      scale = self.param('scale', nn.initializers.ones, width)
+      bias = self.param('bias', nn.initializers.zeros, width)
+      x = x * scale.reshape(shape) + bias.reshape(shape)
+    return x.astype(self.dtype)

@@ -1,0 +1,144 @@
+"""Optimizer chains, what they leave alone, and the two schedules."""
+
+from typing import Any, Callable
+
+import jax
+import jax.numpy as jnp
+from ml_collections import ConfigDict
+import optax
+
+from mocov3_jax.errors import unknown
+
+PyTree = Any
+Schedule = Callable[[jax.Array], jax.Array]
+
+
+def warmup_cosine(peak: float, warmup_steps: int, total_steps: int) -> Schedule:
+  """Linear from exactly 0 at step 0 to `peak`, then half a cosine to 0.
+
+  [P] s5. The value at `total_steps` would be 0; the last step is one before.
+  """
+
+  def schedule(step):
+    step = jnp.asarray(step, float)  # float64 where that is enabled.
+    rise = peak * step / max(warmup_steps, 1)
+    # With no step after the warm-up, the cosine is never reached.
+    progress = (step - warmup_steps) / max(total_steps - warmup_steps, 1)
+    fall = peak * 0.5 * (1 + jnp.cos(jnp.pi * progress))
+    return jnp.where(step < warmup_steps, rise, fall)
+
+  return schedule
+
+
+def constant_momentum(start: float, total_steps: int) -> Schedule:
+  """The target's momentum, the same at every step ([P] s6.2)."""
+  del total_steps
+  return lambda step: jnp.full_like(step, start, dtype=float)
+
+
+def cosine_momentum(start: float, total_steps: int) -> Schedule:
+  """The target's momentum, from `start` by half a cosine to 1 ([P] App. A)."""
+
+  def schedule(step):
+    step = jnp.asarray(step, float)
+    return 1 - 0.5 * (1 + jnp.cos(jnp.pi * step / total_steps)) * (1 - start)
+
+  return schedule
+
+
+MOMENTUM_SCHEDULES = {'constant': constant_momentum, 'cosine': cosine_momentum}
+
+
+def build_momentum(objective: ConfigDict, total_steps: int) -> Schedule:
+  """Returns the momentum schedule that `config.objective` names.
+
+  Raises:
+    UserError: for a name that is not in the table.
+  """
+  name = objective.momentum_schedule
+  if name not in MOMENTUM_SCHEDULES:
+    raise unknown('objective.momentum_schedule', name, MOMENTUM_SCHEDULES)
+  return MOMENTUM_SCHEDULES[name](objective.momentum, total_steps)
+
+
+def is_matrix(params: PyTree) -> PyTree:
+  """Marks the tensors with more than one axis."""
+  return jax.tree.map(lambda p: p.ndim > 1, params)
+
+
+def is_weight(params: PyTree) -> PyTree:
+  """Marks kernels: more than one axis, and not a token such as [1, 1, D]."""
+  return jax.tree.map(lambda p: sum(n > 1 for n in p.shape) > 1, params)
+
+
+DECAY_MASKS = {'all': None, 'matrices': is_weight}
+
+
+def adamw(
+    c: ConfigDict, learning_rate: Schedule
+) -> optax.GradientTransformation:
+  """AdamW with decoupled decay of every trainable tensor, as PyTorch's."""
+  if c.decay_mask not in DECAY_MASKS:
+    raise unknown('optimizer.decay_mask', c.decay_mask, DECAY_MASKS)
+  return optax.chain(
+      optax.scale_by_adam(c.b1, c.b2, c.eps),
+      optax.add_decayed_weights(c.weight_decay, DECAY_MASKS[c.decay_mask]),
+      optax.scale_by_learning_rate(learning_rate),
+  )
+
+
+def lars(
+    c: ConfigDict, learning_rate: Schedule
+) -> optax.GradientTransformation:
+  """LARS (You et al. 2017) as MoCo v3 uses it for ResNets.
+
+  Not `optax.lars`, which scales by the learning rate before the momentum
+  buffer: the two differ once the rate changes. Decay and trust ratio apply to
+  tensors with more than one axis.
+  """
+  return optax.chain(
+      optax.add_decayed_weights(c.weight_decay, is_matrix),
+      optax.masked(
+          optax.scale_by_trust_ratio(trust_coefficient=c.trust_coefficient),
+          is_matrix,
+      ),
+      optax.trace(c.momentum),
+      optax.scale_by_learning_rate(learning_rate),
+  )
+
+
+OPTIMIZERS = {'adamw': adamw, 'lars': lars}
+
+
+def patch_embed_labels(params: PyTree) -> PyTree:
+  """Labels the backbone's patch projection 'frozen', all else 'trained'."""
+
+  def label(path, _):
+    names = [key.key for key in path]
+    return 'frozen' if names[:2] == ['backbone', 'patch_embed'] else 'trained'
+
+  return jax.tree_util.tree_map_with_path(label, params)
+
+
+def build(
+    c: ConfigDict, learning_rate: Schedule, freeze_patch_embed: bool
+) -> optax.GradientTransformation:
+  """Returns the optimizer that `config.optimizer` names.
+
+  Args:
+    c: `config.optimizer`.
+    learning_rate: the rate as a function of the step.
+    freeze_patch_embed: keep the patch projection out of the update. The
+      gradient stops there anyway, but weight decay would still move it.
+
+  Raises:
+    UserError: for a name that is not in the table.
+  """
+  if c.name not in OPTIMIZERS:
+    raise unknown('optimizer.name', c.name, OPTIMIZERS)
+  optimizer = OPTIMIZERS[c.name](c, learning_rate)
+  if not freeze_patch_embed:
+    return optimizer
+  return optax.partition(
+      {'trained': optimizer, 'frozen': optax.set_to_zero()}, patch_embed_labels
+  )

@@ -1,0 +1,66 @@
+"""The mesh, where batch and state live on it, and host arrays onto it."""
+
+from typing import Any, Sequence
+
+import jax
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+import numpy as np
+
+PyTree = Any
+
+
+def make_mesh(devices: Sequence[jax.Device] | None = None) -> Mesh:
+  """Returns a mesh with the axis 'data' over `devices` (default: all).
+
+  The axis is `Auto`: the partitioner finds the collectives, so a matrix
+  product of a sharded batch with itself (queries @ keys.T) just works.
+  """
+  devices = jax.devices() if devices is None else devices
+  return jax.make_mesh(
+      (len(devices),), ('data',), (AxisType.Auto,), devices=devices
+  )
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+  """Splits the first axis over the devices."""
+  return NamedSharding(mesh, PartitionSpec('data'))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+  """A whole copy on every device."""
+  return NamedSharding(mesh, PartitionSpec())
+
+
+def local_positions(mesh: Mesh, batch_size: int) -> np.ndarray:
+  """Places in the global batch that this process's devices hold, sorted.
+
+  Args:
+    mesh: of all processes.
+    batch_size: global, images.
+
+  Returns:
+    int64 [local batch size].
+  """
+  index_map = batch_sharding(mesh).addressable_devices_indices_map(
+      (batch_size,)
+  )
+  spans = {index[0].indices(batch_size)[:2] for index in index_map.values()}
+  return np.concatenate([np.arange(*span) for span in sorted(spans)])
+
+
+def to_global(batch: PyTree, mesh: Mesh) -> PyTree:
+  """Turns each process's part of a batch into global arrays on the mesh.
+
+  Args:
+    batch: host arrays [local batch size, ...], rows as `local_positions` says.
+    mesh: of all processes.
+
+  Returns:
+    The same tree of jax.Arrays [global batch size, ...], split over 'data'.
+  """
+  sharding = batch_sharding(mesh)
+  if jax.process_count() == 1:
+    return jax.device_put(batch, sharding)
+  return jax.tree.map(
+      lambda x: jax.make_array_from_process_local_data(sharding, x), batch
+  )

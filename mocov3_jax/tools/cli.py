@@ -1,0 +1,95 @@
+"""Flags in, one JSON line and an exit code out: the frame of each command."""
+
+import contextlib
+import json
+import os
+import signal
+import sys
+from typing import Any, Callable, Iterator
+
+from absl import flags
+from absl import logging
+from ml_collections import config_flags
+
+from mocov3_jax.errors import Preempted, UserError
+
+BAD_INPUT, INTERRUPTED, PREEMPTED = 2, 130, 143
+
+
+def run(main: Callable[[], dict[str, Any]]) -> None:
+  """Runs a command and exits.
+
+  Prints the result of `main` as one JSON object on the last line of stdout.
+  Exit codes: 0 done; 2 bad input (one message on stderr); 130 Ctrl-C; 143
+  preempted after a complete save. Anything else is a bug, with a traceback.
+
+  Args:
+    main: the command; reads its flags.
+  """
+  # Orbax's and JAX's informative messages would drown the progress.
+  logging.set_verbosity(logging.ERROR)
+  try:
+    if {'--help', '-h', '--helpfull'} & set(sys.argv[1:]):
+      print(sys.modules['__main__'].__doc__)
+      print(flags.FLAGS.main_module_help())
+      return
+    _parse_flags(sys.argv)
+    print(json.dumps(main()), flush=True)
+  except UserError as e:
+    print(f'error: {e}', file=sys.stderr)
+    sys.exit(BAD_INPUT)
+  except Preempted as e:
+    print(e, file=sys.stderr)
+    sys.exit(PREEMPTED)
+  except KeyboardInterrupt:
+    print('interrupted', file=sys.stderr)
+    sys.exit(INTERRUPTED)
+
+
+def _parse_flags(argv: list[str]) -> None:
+  """Parses flags and the config file; whatever goes wrong is bad input."""
+  try:
+    rest = flags.FLAGS(argv)
+  except UserError:
+    raise
+  except AttributeError as e:  # What a locked config says to a new field.
+    _check_config_file()
+    name = str(e).splitlines()[0].strip("'")
+    given = next((a for a in argv if f'.{name}' in a), name)
+    hint = ' '.join(str(e).splitlines()[1:])
+    raise UserError(f'{given}: there is no config field {name!r}. {hint}') from e
+  except Exception as e:  # The config file is code, and may raise anything.
+    _check_config_file()
+    raise UserError(str(e) or repr(e)) from e
+  if len(rest) > 1:
+    raise UserError(
+        f'unexpected argument {rest[1]!r}. Allowed: flags, as --name=value.'
+    )
+  _check_config_file()
+
+
+def _check_config_file() -> None:
+  if 'config' not in flags.FLAGS:
+    return
+  flag = flags.FLAGS['config']
+  path = config_flags.get_config_filename(flag).split(':')[0]
+  if not os.path.isfile(path):
+    folder = os.path.dirname(path) or '.'
+    there = []
+    if os.path.isdir(folder):
+      there = sorted(f for f in os.listdir(folder) if f.endswith('.py'))
+    raise UserError(
+        f'--config={path} does not exist. Allowed: a config file, such as '
+        f'those in {folder}: {", ".join(there) or "none"}.'
+    )
+
+
+@contextlib.contextmanager
+def sigterm_noted() -> Iterator[Callable[[], bool]]:
+  """Turns SIGTERM into a question: yields f() -> whether it has come."""
+  noted = []
+  before = signal.signal(signal.SIGTERM, lambda *_: noted.append(True))
+  try:
+    yield lambda: bool(noted)
+  finally:
+    signal.signal(signal.SIGTERM, before)

@@ -1,0 +1,254 @@
+"""Pre-trains: python -m mocov3_jax.train --config=FILE --workdir=DIR
+
+Run the same line again to continue, exactly. The last line on stdout is one
+JSON object with the results.
+"""
+
+import contextlib
+import functools
+import sys
+from typing import Any, Iterator
+
+from absl import flags
+from clu import parameter_overview
+from etils import epath
+import jax
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+from ml_collections import config_flags
+
+from mocov3_jax import augment
+from mocov3_jax import checkpoint
+from mocov3_jax import config as config_lib
+from mocov3_jax import loop
+from mocov3_jax import metrics
+from mocov3_jax import models
+from mocov3_jax import objectives
+from mocov3_jax import optim
+from mocov3_jax import sharding
+from mocov3_jax import workdir as workdir_lib
+from mocov3_jax.data import pipeline
+from mocov3_jax.data import sources
+from mocov3_jax.errors import Preempted, UserError
+from mocov3_jax.evals import knn
+from mocov3_jax.tools import cli
+from mocov3_jax.train_step import Method, TrainState, init_state, train_step
+
+
+def build_method(config: ConfigDict, plan: config_lib.Plan) -> Method:
+  """Assembles what the config names into the parts of a step.
+
+  Raises:
+    UserError: for an unknown name or numbers that do not fit together.
+  """
+  learning_rate = optim.warmup_cosine(
+      plan.peak_lr, plan.warmup_steps, plan.total_steps
+  )
+  freeze = config.model.patch_embed == 'frozen'
+  return Method(
+      model=models.build(config.model, config.head, config.data.image_size),
+      objective=objectives.build(config.objective),
+      optimizer=optim.build(config.optimizer, learning_rate, freeze),
+      augment=augment.build(config.augment, config.data),
+      learning_rate=learning_rate,
+      momentum=optim.build_momentum(config.objective, plan.total_steps),
+  )
+
+
+def compile_functions(config: ConfigDict, method: Method, mesh: Mesh):
+  """Returns jitted (init, step): () -> state, (state, images) -> both.
+
+  The whole state is replicated, images are split over the mesh, and the state
+  given to a step is donated.
+  """
+  init_key, augment_key = jax.random.split(jax.random.key(config.seed))
+  size, channels = config.data.image_size, len(config.data.mean)
+  whole = sharding.replicated(mesh)
+  init = jax.jit(
+      functools.partial(
+          init_state, method, init_key, (size, size, channels)
+      ),
+      out_shardings=whole,
+  )
+  step = jax.jit(
+      functools.partial(train_step, method, augment_key),
+      in_shardings=(whole, sharding.batch_sharding(mesh)),
+      out_shardings=whole,
+      donate_argnums=0,
+  )
+  return init, step
+
+
+def load_source(config: ConfigDict) -> sources.Splits:
+  """Opens the data, and checks that the normalisation fits its channels.
+
+  Raises:
+    UserError: for an unknown source, or the wrong number of channels.
+  """
+  splits = sources.load(config.data.source)
+  channels = splits.train.images.shape[-1]
+  if len(config.data.mean) != channels:
+    raise UserError(
+        f'data.mean={config.data.mean} has {len(config.data.mean)} values, but '
+        f'data.source={config.data.source!r} has {channels} channels. Allowed: '
+        f'one a channel.'
+    )
+  return splits
+
+
+class Run:
+  """A run in its workdir: what happens at each step, and between steps."""
+
+  def __init__(
+      self, config: ConfigDict, plan: config_lib.Plan, workdir: epath.Path,
+      checkpoints: checkpoint.Checkpoints, evaluate, start: int,
+  ):
+    self._config = config
+    self._plan = plan
+    self._checkpoints = checkpoints
+    self._evaluate = evaluate
+    self.writer = metrics.MetricWriter(workdir, start)
+    self.throughput = metrics.Throughput(config.batch_size)
+    self.progress = metrics.Progress(plan.total_steps)
+
+  def log(self, step: int, values: dict[str, float]) -> None:
+    """Records the metrics of one step."""
+    values['train/images_per_second'] = self.throughput.tick()
+    if step % self._config.log.every_steps == 0:
+      self.writer.write(step, values)
+    known = self.writer.latest | values
+    self.progress.update(step, known, self._config.batch_size)
+
+  def is_saving(self, step: int) -> bool:
+    """Whether a checkpoint is due after `step` updates."""
+    every = self._config.save.every_steps
+    return step % every == 0 or step == self._plan.total_steps
+
+  def is_due(self, step: int) -> bool:
+    """Whether to evaluate (and perhaps save) after `step` updates."""
+    every = self._config.knn.every_steps
+    return self.is_saving(step) or bool(every and step % every == 0)
+
+  def between_steps(self, step: int, state: TrainState) -> None:
+    """Evaluates, and saves where that is due."""
+    with self.throughput.paused():
+      values = self._evaluate(state.params, state.batch_stats)
+      self.writer.write(step, values)
+      self.progress.note(
+          f'step {step}/{self._plan.total_steps}  kNN {values["knn/top1"]:.1%}'
+      )
+      if step and self.is_saving(step):
+        self._checkpoints.save(step, state, values)
+
+  def results(self) -> dict[str, Any]:
+    """The last value of everything, and the kNN of the random network."""
+    last = dict(self.writer.latest)
+    if 'knn/top1' in self.writer.first:
+      last['knn/top1_init'] = self.writer.first['knn/top1']
+    last['train/images_per_second'] = self.throughput.average
+    return last
+
+
+@contextlib.contextmanager
+def divergence_explained(
+    run: Run, checkpoints: checkpoint.Checkpoints
+) -> Iterator[None]:
+  """Turns a non-finite metric into a message that says what to do."""
+  try:
+    yield
+  except loop.NonFinite as e:
+    checkpoints.wait()
+    saved = checkpoints.latest_step()
+    run.writer.write(e.step, {'train/diverged': 1.0})
+    raise UserError(
+        f'training diverged at step {e.step}: loss {e.values["train/loss"]}, '
+        f'gradient norm {e.values["grad_norm/global"]}, learning rate '
+        f'{e.values["train/lr"]:.3g}. Last good checkpoint: '
+        f'{"none" if saved is None else f"step {saved}"}. What helps: a lower '
+        'optimizer.lr_per_256, a longer schedule.warmup_epochs, '
+        'model.patch_embed=frozen, in a new workdir.'
+    ) from e
+
+
+def train(config: ConfigDict, path: str) -> dict[str, Any]:
+  """Trains to the end, from the newest checkpoint in `path` if there is one.
+
+  Args:
+    config: as `default_config()`, after overrides.
+    path: the workdir.
+
+  Returns:
+    The results, flat.
+
+  Raises:
+    UserError: for bad input, before anything is written; or on divergence.
+    Preempted: after SIGTERM, once the state is saved.
+  """
+  config_lib.validate(config, jax.device_count())
+  splits = load_source(config)
+  plan = config_lib.plan(config, len(splits.train))
+  method = build_method(config, plan)
+  mesh = sharding.make_mesh()
+  evaluate = knn.build(
+      config.knn, method.model, config.data, splits, mesh, config.batch_size
+  )
+  init, step_fn = compile_functions(config, method, mesh)
+  workdir = workdir_lib.claim(path, config)
+
+  # Precedence of the initial state: 1. the newest intact checkpoint of this
+  # workdir; 2. a fresh initialisation from the seed.
+  checkpoints = checkpoint.Checkpoints(
+      workdir, config.save.keep_latest, config.save.keep_best
+  )
+  with contextlib.closing(checkpoints), cli.sigterm_noted() as sigterm:
+    warn = functools.partial(print, file=sys.stderr)
+    whole = sharding.replicated(mesh)
+    abstract = checkpoint.abstract(jax.eval_shape(init), whole)
+    state, start = checkpoints.restore(abstract, warn) or (init(), 0)
+    run = Run(config, plan, workdir, checkpoints, evaluate, start)
+    with contextlib.closing(run.writer):
+      _announce(run, state, plan, mesh, start)
+      if start == 0:
+        run.between_steps(0, state)
+      reader = pipeline.BatchReader(
+          splits.train, sharding.local_positions(mesh, config.batch_size),
+          config.batch_size, config.seed,
+      )
+      batches = pipeline.train_batches(
+          reader, start, plan.total_steps, config.data.prefetch
+      )
+      with divergence_explained(run, checkpoints):
+        state, done = loop.run(
+            state, step_fn, (sharding.to_global(b, mesh) for b in batches),
+            start=start, stop=plan.total_steps, log=run.log,
+            hooks=[loop.Hook(run.is_due, run.between_steps)],
+            should_stop=sigterm,
+        )
+      if done < plan.total_steps:
+        checkpoints.save(done, state, {})
+        checkpoints.wait()
+        raise Preempted(f'preempted: saved step {done} in {workdir}')
+      return run.results() | {'step': done, 'workdir': str(workdir)}
+
+
+def _announce(
+    run: Run, state: TrainState, plan: config_lib.Plan, mesh: Mesh, start: int
+) -> None:
+  parameters = parameter_overview.count_parameters(state.params)
+  run.progress.note(
+      f'{parameters:,} parameters on {mesh.size} {jax.default_backend()} '
+      f'device(s); {plan.total_steps} steps, {plan.steps_per_epoch} an epoch, '
+      f'{plan.warmup_steps} of warm-up to lr {plan.peak_lr:.3g}; '
+      + (f'continuing at step {start}' if start else 'from a fresh start')
+  )
+
+
+if __name__ == '__main__':
+  CONFIG = config_flags.DEFINE_config_file(
+      'config', help_string='Recipe, such as configs/digits.py.'
+  )
+  WORKDIR = flags.DEFINE_string(
+      'workdir', None, 'Folder of the run.', required=True
+  )
+  flags.mark_flag_as_required('config')
+  cli.run(lambda: train(CONFIG.value, WORKDIR.value))

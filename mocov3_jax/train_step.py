@@ -1,0 +1,166 @@
+"""The state of training and one pure step of it."""
+
+from typing import Any, Callable
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+
+from mocov3_jax.models import Network
+from mocov3_jax.objectives import Objective, feature_std
+from mocov3_jax.optim import Schedule
+
+PyTree = Any
+
+
+@flax.struct.dataclass
+class TrainState:
+  """All that training carries from step to step; nothing in it is random.
+
+  Attributes:
+    step: int32 scalar, updates done.
+    params: {'backbone', 'projector', 'predictor'} of the online network.
+    batch_stats: its running BatchNorm statistics.
+    target_params: {'backbone', 'projector'} of the target (momentum) network.
+    target_batch_stats: the target's own statistics, of its own batches.
+    opt_state: of the optimizer.
+  """
+
+  step: jax.Array
+  params: PyTree
+  batch_stats: PyTree
+  target_params: PyTree
+  target_batch_stats: PyTree
+  opt_state: optax.OptState
+
+
+@flax.struct.dataclass
+class Method:
+  """The parts of a training step; all of them are functions.
+
+  Attributes:
+    model: the network.
+    objective: (online embeddings, target embeddings) -> (loss, metrics).
+    optimizer: the optax chain; it ends with the learning rate.
+    augment: (uint8 images, key) -> views [B, 2, S, S, C].
+    learning_rate, momentum: schedules; the first is only logged here.
+  """
+
+  model: Network
+  objective: Objective
+  optimizer: optax.GradientTransformation
+  augment: Callable[[jax.Array, jax.Array], jax.Array]
+  learning_rate: Schedule
+  momentum: Schedule
+
+
+def init_state(
+    method: Method, key: jax.Array, image_shape: tuple[int, int, int]
+) -> TrainState:
+  """Initialises everything; the target starts as a copy of the encoder.
+
+  Args:
+    method: the parts.
+    key: of the initialisation.
+    image_shape: (S, S, C) of a view.
+  """
+  views = jnp.zeros((2, 2, *image_shape))
+  variables = method.model.init(key, views, train=True)
+  params, batch_stats = variables['params'], variables['batch_stats']
+  return TrainState(
+      step=jnp.zeros((), jnp.int32),
+      params=params,
+      batch_stats=batch_stats,
+      # Copies, since donated buffers must not alias.
+      target_params=jax.tree.map(jnp.copy, encoder(params)),
+      target_batch_stats=jax.tree.map(jnp.copy, encoder(batch_stats)),
+      opt_state=method.optimizer.init(params),
+  )
+
+
+def encoder(tree: PyTree) -> PyTree:
+  """The part of the parameters or statistics that the target shares."""
+  return {name: sub for name, sub in tree.items() if name != 'predictor'}
+
+
+def ema(target: PyTree, params: PyTree, momentum: jax.Array) -> PyTree:
+  """m * target + (1 - m) * params, written so that equal stays equal."""
+  return jax.tree.map(
+      lambda t, p: t + (1 - momentum).astype(t.dtype) * (p - t), target, params
+  )
+
+
+def train_step(
+    method: Method, key: jax.Array, state: TrainState, images: jax.Array
+) -> tuple[TrainState, dict[str, jax.Array]]:
+  """One step of [P] Algorithm 1, in its order.
+
+  Args:
+    method: the parts.
+    key: of the run's augmentation; the step is folded in here.
+    state: donated by the caller.
+    images: uint8 [B, H, W, C], B the global batch.
+
+  Returns:
+    The next state and float32 scalar metrics of this step.
+  """
+  views = method.augment(images, jax.random.fold_in(key, state.step))
+  # The target moves before the online network does, and then makes the keys.
+  momentum = method.momentum(state.step)
+  target_params = ema(state.target_params, encoder(state.params), momentum)
+  target, target_stats = method.model.apply(
+      {'params': target_params, 'batch_stats': state.target_batch_stats},
+      views, train=True, mutable=['batch_stats'], method='encode',
+  )
+
+  def loss_fn(params):
+    online, stats = method.model.apply(
+        {'params': params, 'batch_stats': state.batch_stats},
+        views, train=True, mutable=['batch_stats'],
+    )
+    loss, metrics = method.objective(online, target)
+    return loss, (stats['batch_stats'], online.features, metrics)
+
+  grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
+  (loss, (batch_stats, features, metrics)), grads = grad_fn(state.params)
+  updates, opt_state = method.optimizer.update(
+      grads, state.opt_state, state.params
+  )
+  metrics |= step_metrics(method, state.step, loss, grads, features)
+  return TrainState(
+      step=state.step + 1,
+      params=optax.apply_updates(state.params, updates),
+      batch_stats=batch_stats,
+      target_params=target_params,
+      target_batch_stats=target_stats['batch_stats'],
+      opt_state=opt_state,
+  ), metrics
+
+
+def step_metrics(
+    method: Method, step: jax.Array, loss: jax.Array, grads: PyTree,
+    features: jax.Array,
+) -> dict[str, jax.Array]:
+  """What a study of stability needs to see at every step ([P] s4)."""
+  backbone = grads['backbone']
+  last_block = max(
+      (name for name in backbone if name.startswith('blocks_')),
+      key=lambda name: int(name.removeprefix('blocks_')),
+  )
+  return {
+      'train/loss': loss,
+      'train/lr': method.learning_rate(step),
+      'train/momentum': method.momentum(step),
+      'train/feature_std': feature_std(features[:, 0]),
+      # Exactly 0 where the projection is frozen: no gradient reaches it.
+      'grad_max/patch_embed': max_abs(backbone['patch_embed']),
+      'grad_max/last_block': max_abs(backbone[last_block]),
+      'grad_norm/global': optax.tree.norm(grads),
+  }
+
+
+def max_abs(tree: PyTree) -> jax.Array:
+  """The largest absolute value in a tree, a scalar ([P] Fig. 4)."""
+  leaves = [jnp.max(jnp.abs(x)) for x in jax.tree.leaves(tree)]
+  return jnp.max(jnp.stack(leaves))

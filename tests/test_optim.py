@@ -1,0 +1,145 @@
+"""Optimizers, masks and schedules."""
+
+import golden
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from mocov3_jax import config as config_lib
+from mocov3_jax import optim
+from mocov3_jax.errors import UserError
+
+UNITS, UNITS_META = golden.load('optim_units')
+SCHEDULES, SCHEDULES_META = golden.load('schedules')
+TENSORS = ['mat', 'conv', 'vec', 'tok', 'zero_p', 'zero_g']
+
+
+def settings(name):
+  """config.optimizer with the hyper-parameters of the golden run."""
+  c = config_lib.default_config().optimizer
+  with c.unlocked():
+    c.name = 'adamw' if name == 'adamw' else 'lars'
+    c.weight_decay = UNITS_META[name]['weight_decay']
+  return c
+
+
+def find(state, kind):
+  """The state of one transformation in a chain."""
+  is_kind = lambda node: isinstance(node, kind)
+  leaves = jax.tree.leaves(state, is_leaf=is_kind)
+  return next(leaf for leaf in leaves if is_kind(leaf))
+
+
+@pytest.mark.parametrize('name', ['adamw', 'lars', 'lars_wd'])
+def test_ten_steps_on_given_gradients_equal_the_original(name):
+  rates = jnp.asarray(UNITS[f'{name}_lr_f64'], jnp.float32)
+  optimizer = optim.build(
+      settings(name), lambda step: rates[step], freeze_patch_embed=False
+  )
+  params = {t: jnp.asarray(UNITS[f'p0/{t}']) for t in TENSORS}
+  state = optimizer.init(params)
+  for i in range(10):
+    grads = {t: jnp.asarray(UNITS[f'g/{t}'][i]) for t in TENSORS}
+    updates, state = optimizer.update(grads, state, params)
+    params = optax.apply_updates(params, updates)
+    for t in TENSORS:
+      np.testing.assert_allclose(
+          params[t], UNITS[f'{name}/{t}'][i], rtol=2e-5, atol=1e-6, err_msg=t
+      )
+      if name != 'adamw':
+        np.testing.assert_allclose(
+            find(state, optax.TraceState).trace[t],
+            UNITS[f'{name}_mu/{t}'][i], rtol=2e-5, atol=1e-6, err_msg=t,
+        )
+
+
+@pytest.mark.parametrize('name', ['adamw', 'lars'])
+def test_a_frozen_projection_is_left_alone_whatever_its_gradient(name):
+  params = {
+      'backbone': {
+          'patch_embed': {'kernel': jnp.ones((3, 3)), 'bias': jnp.ones(3)},
+          'cls_token': jnp.ones((1, 1, 3)),
+      }
+  }
+  for freeze in True, False:
+    optimizer = optim.build(settings(name), lambda step: 0.1, freeze)
+    updates, _ = optimizer.update(params, optimizer.init(params), params)
+    patch = jax.tree.leaves(updates['backbone']['patch_embed'])
+    assert all(np.any(u) != freeze for u in patch)
+    assert np.any(updates['backbone']['cls_token'])
+
+
+def test_decay_mask_matrices_spares_biases_norms_and_tokens():
+  c = settings('adamw')
+  with c.unlocked():
+    c.decay_mask = 'matrices'
+  params = {
+      'kernel': jnp.ones((2, 3)), 'bias': jnp.ones(3),
+      'cls_token': jnp.ones((1, 1, 3)),
+  }
+  optimizer = optim.build(c, lambda step: 0.1, freeze_patch_embed=False)
+  grads = jax.tree.map(jnp.zeros_like, params)
+  updates, _ = optimizer.update(grads, optimizer.init(params), params)
+  np.testing.assert_allclose(
+      updates['kernel'], -0.1 * c.weight_decay * params['kernel'], rtol=1e-6
+  )
+  assert not np.any(updates['bias']) and not np.any(updates['cls_token'])
+
+
+@pytest.mark.parametrize(
+    'name', [n for n in SCHEDULES_META['configs'] if 'lincls' not in n]
+)
+def test_schedules_equal_the_original(name):
+  cfg = SCHEDULES_META['configs'][name]
+  per_epoch = cfg['iters_per_epoch']
+  total = cfg['epochs'] * per_epoch
+  rate = optim.warmup_cosine(
+      cfg['lr'], cfg['warmup_epochs'] * per_epoch, total
+  )
+  momentum = optim.cosine_momentum(cfg['moco_m'], total)
+  step = SCHEDULES[f'{name}/epoch_f64'] * per_epoch
+  with jax.enable_x64(True):
+    x = jnp.asarray(step, jnp.float64)
+    np.testing.assert_allclose(
+        rate(x), SCHEDULES[f'{name}/lr_f64'], rtol=1e-9, atol=1e-15
+    )
+    np.testing.assert_allclose(
+        momentum(x), SCHEDULES[f'{name}/m_f64'], rtol=1e-12
+    )
+  x = jnp.asarray(np.round(step), jnp.int32)
+  np.testing.assert_allclose(
+      rate(x), SCHEDULES[f'{name}/lr_f64'], rtol=1e-3, atol=1e-6 * cfg['lr']
+  )
+
+
+def test_learning_rate_starts_at_exactly_zero_and_peaks_after_warmup():
+  rate = optim.warmup_cosine(2.0, warmup_steps=10, total_steps=30)
+  values = [float(rate(jnp.asarray(s))) for s in range(30)]
+  assert values[0] == 0.0 and values[10] == 2.0
+  assert values[:11] == sorted(values[:11])
+  assert values[10:] == sorted(values[10:], reverse=True)
+  assert float(rate(jnp.asarray(30))) == 0.0
+
+
+def test_schedule_without_warmup_starts_at_the_peak():
+  rate = optim.warmup_cosine(2.0, warmup_steps=0, total_steps=4)
+  assert float(rate(jnp.asarray(0))) == 2.0
+
+
+def test_constant_momentum_is_constant():
+  momentum = optim.constant_momentum(0.99, 100)
+  values = {float(momentum(jnp.asarray(s))) for s in (0, 50, 99)}
+  assert values == {float(np.float32(0.99))}
+
+
+@pytest.mark.parametrize(
+    'field, value', [('name', 'adam'), ('decay_mask', 'matrix')]
+)
+def test_an_unknown_name_suggests_the_nearest(field, value):
+  c = config_lib.default_config().optimizer
+  with c.unlocked():
+    c[field] = value
+  with pytest.raises(UserError, match=rf'optimizer.{field}=.*Did you mean'):
+    optim.build(c, lambda step: 0.1, freeze_patch_embed=True)
