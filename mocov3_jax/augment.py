@@ -6,8 +6,9 @@ devices. Resampling is a product with one small matrix per axis: on a TPU that
 beats gathers.
 """
 
+from collections.abc import Callable
 import functools
-from typing import Callable
+import math
 
 import jax
 import jax.numpy as jnp
@@ -26,7 +27,7 @@ def resize_matrix(
 
   Args:
     in_size, out_size: pixels along the axis before and after.
-    start, length: of the crop, pixels, scalars.
+    start, length: of the crop, pixels, scalars; need not be whole.
 
   Returns:
     float32 [out_size, in_size]; each row sums to 1.
@@ -37,7 +38,7 @@ def resize_matrix(
   pixel = jnp.arange(in_size)  # [in_size]
   distance = jnp.abs(pixel[None, :] + 0.5 - centre[:, None])
   weight = jnp.maximum(1.0 - distance / support, 0.0)
-  inside = (pixel >= start) & (pixel < start + length)
+  inside = (pixel >= jnp.floor(start)) & (pixel < jnp.ceil(start + length))
   weight = jnp.where(inside[None, :], weight, 0.0)
   return weight / jnp.sum(weight, axis=1, keepdims=True)
 
@@ -60,10 +61,12 @@ def draw_crop(
     key: jax.Array, height: int, width: int, area: tuple[float, float],
     ratio: tuple[float, float],
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-  """Draws a random-resized crop the way torchvision does.
+  """Draws the box of a random-resized crop.
 
-  Ten tries of (area uniform, aspect ratio log-uniform, whole pixels), the
-  first that fits; else the largest centred crop within the ratio.
+  As torchvision does: ten tries of (area uniform, aspect ratio log-uniform),
+  the first that fits; else the largest centred crop within the ratio. But the
+  box is not rounded to whole pixels, which on images of 8 or 32 pixels would
+  leave only a few different crops.
 
   Args:
     key: of this example and view.
@@ -72,33 +75,30 @@ def draw_crop(
     ratio: smallest and largest width / height.
 
   Returns:
-    (top, left, height, width), int32 scalars, pixels.
+    (top, left, height, width), float32 scalars, pixels.
   """
-  tries = 10
   k_area, k_ratio, k_top, k_left = jax.random.split(key, 4)
-  pixels = height * width * jax.random.uniform(
-      k_area, (tries,), minval=area[0], maxval=area[1]
-  )
-  log_ratio = jnp.log(jnp.asarray(ratio))
-  aspect = jnp.exp(
-      jax.random.uniform(
-          k_ratio, (tries,), minval=log_ratio[0], maxval=log_ratio[1]
-      )
-  )
-  w = jnp.round(jnp.sqrt(pixels * aspect)).astype(int)  # [tries]
-  h = jnp.round(jnp.sqrt(pixels / aspect)).astype(int)
-  fits = (w > 0) & (w <= width) & (h > 0) & (h <= height)
+  tries = functools.partial(jax.random.uniform, shape=(10,))
+  pixels = height * width * tries(k_area, minval=area[0], maxval=area[1])
+  log_low, log_high = math.log(ratio[0]), math.log(ratio[1])
+  aspect = jnp.exp(tries(k_ratio, minval=log_low, maxval=log_high))
+  w, h = jnp.sqrt(pixels * aspect), jnp.sqrt(pixels / aspect)  # [10]
+  fits = (w <= width) & (h <= height)
   first = jnp.argmax(fits)
-  # The centred crop of the fallback is fixed by the shape of the image.
-  fallback_w = min(width, round(height * ratio[1]))
-  fallback_h = min(height, round(width / ratio[0]))
-  w = jnp.where(fits[first], w[first], fallback_w)
-  h = jnp.where(fits[first], h[first], fallback_h)
-  top = jax.random.randint(k_top, (), 0, height - h + 1)
-  left = jax.random.randint(k_left, (), 0, width - w + 1)
-  top = jnp.where(fits[first], top, (height - fallback_h) // 2)
-  left = jnp.where(fits[first], left, (width - fallback_w) // 2)
-  return top, left, h, w
+  # The fallback is fixed by the shape of the image.
+  w = jnp.where(fits[first], w[first], min(width, height * ratio[1]))
+  h = jnp.where(fits[first], h[first], min(height, width / ratio[0]))
+  centre = ~fits[first]
+  across = jnp.where(centre, 0.5, jax.random.uniform(k_left))
+  down = jnp.where(centre, 0.5, jax.random.uniform(k_top))
+  return down * (height - h), across * (width - w), h, w
+
+
+def gray(image: jax.Array) -> jax.Array:
+  """[H, W, C] to [H, W]: ITU-R 601 luma of RGB, or the one channel there is."""
+  if image.shape[-1] == 1:
+    return image[..., 0]
+  return image @ jnp.asarray((0.299, 0.587, 0.114), image.dtype)
 
 
 def adjust_brightness(image: jax.Array, factor: jax.Array) -> jax.Array:
@@ -107,8 +107,8 @@ def adjust_brightness(image: jax.Array, factor: jax.Array) -> jax.Array:
 
 
 def adjust_contrast(image: jax.Array, factor: jax.Array) -> jax.Array:
-  """Scales [H, W, C] in [0, 1] about its mean by `factor`, clipped."""
-  mean = jnp.mean(image)
+  """Scales [H, W, C] in [0, 1] about its mean gray by `factor`, clipped."""
+  mean = jnp.mean(gray(image))
   return jnp.clip(mean + factor * (image - mean), 0.0, 1.0)
 
 
@@ -179,10 +179,10 @@ def build(augment: ConfigDict, data: ConfigDict) -> Augment:
 
   def example(image, key):
     keys = jax.random.split(key, len(views))
-    made = [
-        one_view(image, k, v, data.image_size) for k, v in zip(keys, views)
-    ]
-    return jnp.stack(made)
+    return jnp.stack([
+        one_view(image, keys[v], view, data.image_size)
+        for v, view in enumerate(views)
+    ])
 
   def apply(images, key):
     positions = jnp.arange(len(images))

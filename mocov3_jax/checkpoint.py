@@ -1,6 +1,7 @@
 """Checkpoints of a run, by Orbax: async save, newest intact restore."""
 
-from typing import Any, Callable
+from collections.abc import Callable
+from typing import Any
 
 from etils import epath
 import jax
@@ -12,6 +13,8 @@ from mocov3_jax.errors import UserError
 PyTree = Any
 # By which a checkpoint is called the best.
 BEST_METRIC = 'knn/top1'
+# Name of the state within checkpoints/<step>/.
+ITEM = 'state'
 
 
 class Checkpoints:
@@ -35,12 +38,14 @@ class Checkpoints:
             keep_checkpoints_without_metrics=False,
         ),
     ])
-    self._options = ocp.CheckpointManagerOptions(
+    options = ocp.CheckpointManagerOptions(
         preservation_policy=policies,
         best_fn=best,
         cleanup_tmp_directories=True,
     )
-    self._manager = ocp.CheckpointManager(self._folder, options=self._options)
+    self._manager = ocp.CheckpointManager(
+        self._folder, options=options, item_names=(ITEM,)
+    )
 
   def latest_step(self) -> int | None:
     """The step of the newest complete checkpoint, None if there is none."""
@@ -59,9 +64,8 @@ class Checkpoints:
     known = None
     if BEST_METRIC in metrics:
       known = {BEST_METRIC: metrics[BEST_METRIC]}
-    self._manager.save(
-        step, args=ocp.args.StandardSave(state), metrics=known, force=True
-    )
+    args = ocp.args.Composite(**{ITEM: ocp.args.StandardSave(state)})
+    self._manager.save(step, args=args, metrics=known, force=True)
 
   def restore(
       self, abstract_state: PyTree, warn: Callable[[str], None]
@@ -82,12 +86,13 @@ class Checkpoints:
     Raises:
       UserError: if there are checkpoints, and none can be read.
     """
+    args = ocp.args.Composite(
+        **{ITEM: ocp.args.StandardRestore(abstract_state)}
+    )
     failures = {}
     for step in sorted(self._manager.all_steps(), reverse=True):
       try:
-        state = self._manager.restore(
-            step, args=ocp.args.StandardRestore(abstract_state)
-        )
+        state = self._manager.restore(step, args=args)[ITEM]
       except Exception as e:  # Orbax and TensorStore raise many kinds.
         failures[step] = summary(e)
         continue
@@ -183,7 +188,7 @@ def restore_part(folder: epath.Path, abstract_part: PyTree) -> PyTree:
   try:
     with ocp.PyTreeCheckpointer() as checkpointer:
       return checkpointer.restore(
-          folder / 'default',
+          folder / ITEM,
           args=ocp.args.PyTreeRestore(
               item=abstract_part, restore_args=restore_args,
               partial_restore=True,

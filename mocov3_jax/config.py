@@ -6,17 +6,10 @@ ICCV 2021, arXiv 2104.02057), [R] the README and CONFIG of its PyTorch release.
 """
 
 import dataclasses
-import functools
-import math
-from typing import Any
 
 from ml_collections import ConfigDict
 
 from mocov3_jax.errors import UserError
-
-# Fields that steer what a run reports and keeps, not what it computes: they
-# may change when a run is resumed.
-FREE_ON_RESUME = ('data.prefetch', 'knn.', 'log.', 'save.')
 
 
 def default_config() -> ConfigDict:
@@ -230,112 +223,3 @@ def plan(config: ConfigDict, num_examples: int) -> Plan:
     )
   peak_lr = config.optimizer.lr_per_256 * config.batch_size / 256
   return Plan(steps_per_epoch, total, warmup, peak_lr)
-
-
-_AT_LEAST_ONE = (
-    'batch_size data.image_size data.prefetch model.patch_size '
-    'head.projector_layers head.predictor_layers head.hidden_dim head.out_dim '
-    'knn.k log.every_steps save.every_steps save.keep_latest'
-).split()
-_NOT_NEGATIVE = (
-    'seed augment.view1.brightness augment.view1.contrast '
-    'augment.view2.brightness augment.view2.contrast model.depth model.dim '
-    'model.num_heads optimizer.lr_per_256 optimizer.weight_decay '
-    'optimizer.trust_coefficient schedule.epochs schedule.steps '
-    'schedule.warmup_epochs knn.every_steps save.keep_best'
-).split()
-_POSITIVE = (
-    'augment.view1.crop_min augment.view2.crop_min objective.temperature '
-    'optimizer.eps knn.temperature'
-).split()
-_AT_MOST_ONE = (
-    'augment.view1.crop_min augment.view1.jitter_prob augment.view1.flip_prob '
-    'augment.view2.crop_min augment.view2.jitter_prob augment.view2.flip_prob '
-    'objective.momentum optimizer.b1 optimizer.b2 optimizer.momentum'
-).split()
-
-
-def validate(config: ConfigDict, device_count: int) -> None:
-  """Checks every number that can be checked without data or model.
-
-  Names (model, optimizer, source, ...) are checked by what builds them.
-
-  Raises:
-    UserError: for the first field out of its range.
-  """
-  for field in _AT_LEAST_ONE:
-    _require(field, config, lambda v: v >= 1, 'at least 1')
-  for field in _POSITIVE:
-    _require(field, config, lambda v: v > 0, 'above 0')
-  for field in _NOT_NEGATIVE:
-    _require(field, config, lambda v: v >= 0, '0 or more')
-  for field in _AT_MOST_ONE:
-    _require(field, config, lambda v: 0 <= v <= 1, 'from 0 to 1')
-  _require('seed', config, lambda v: v < 2**32, 'below 2**32')
-  for view in 'augment.view1', 'augment.view2':
-    _require(
-        f'{view}.crop_ratio', config, lambda v: len(v) == 2 and 0 < v[0] <= v[1],
-        'two positive numbers, the smaller first',
-    )
-  _require(
-      'data.std', config,
-      lambda v: len(v) == len(config.data.mean) and min(v) > 0,
-      'as many numbers as data.mean, each above 0',
-  )
-  _require_multiple('batch_size', config, device_count)
-
-
-def validate_eval(config: ConfigDict, device_count: int) -> None:
-  """Checks the numbers of an `eval_config()`, as `validate` does."""
-  for field in 'batch_size', 'knn.k':
-    _require(field, config, lambda v: v >= 1, 'at least 1')
-  _require('knn.temperature', config, lambda v: v > 0, 'above 0')
-  _require_multiple('batch_size', config, device_count)
-
-
-def _require_multiple(field: str, config: ConfigDict, devices: int) -> None:
-  _require(
-      field, config, lambda v: v % devices == 0,
-      f'a multiple of the {devices} devices',
-  )
-
-
-def _require(field: str, config: ConfigDict, check, allowed: str) -> None:
-  value = functools.reduce(lambda c, key: c[key], field.split('.'), config)
-  numbers = value if isinstance(value, (tuple, list)) else (value,)
-  finite = all(
-      isinstance(n, (int, float)) and math.isfinite(n) for n in numbers
-  )
-  if not (finite and check(value)):
-    raise UserError(f'{field}={value!r} is out of range. Allowed: {allowed}.')
-
-
-def differences(saved: dict[str, Any], now: dict[str, Any]) -> list[str]:
-  """Lists the fields in which two runs compute different things.
-
-  Args:
-    saved: a config as nested dicts of JSON values, as config.json holds it.
-    now: the same of the present command.
-
-  Returns:
-    One 'field: OLD in the workdir, NEW now' per field that differs, without
-    those that only steer logging and saving (`FREE_ON_RESUME`).
-  """
-  old, new = _flatten(saved), _flatten(now)
-  return [
-      f'{field}: {old.get(field, "absent")!r} in the workdir, '
-      f'{new.get(field, "absent")!r} now'
-      for field in sorted(old.keys() | new.keys())
-      if not field.startswith(FREE_ON_RESUME)
-      and old.get(field) != new.get(field)
-  ]
-
-
-def _flatten(tree: dict[str, Any], prefix: str = '') -> dict[str, Any]:
-  flat = {}
-  for key, value in tree.items():
-    if isinstance(value, dict):
-      flat |= _flatten(value, f'{prefix}{key}.')
-    else:
-      flat[f'{prefix}{key}'] = value
-  return flat

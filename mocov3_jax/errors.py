@@ -1,7 +1,7 @@
 """The exceptions that a command turns into an exit code."""
 
+from collections.abc import Iterable
 import difflib
-from typing import Iterable
 
 
 class UserError(Exception):

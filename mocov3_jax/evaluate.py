@@ -14,13 +14,9 @@ from absl import flags
 from etils import epath
 import jax
 import jax.numpy as jnp
-from ml_collections import ConfigDict
-from ml_collections import config_flags
+from ml_collections import ConfigDict, config_flags
 
-from mocov3_jax import checkpoint
-from mocov3_jax import config as config_lib
-from mocov3_jax import models
-from mocov3_jax import sharding
+from mocov3_jax import checkpoint, checks, models, sharding
 from mocov3_jax import workdir as workdir_lib
 from mocov3_jax.data import sources
 from mocov3_jax.errors import unknown
@@ -43,7 +39,7 @@ def evaluate(config: ConfigDict, path: str) -> dict[str, Any]:
   Raises:
     UserError: for bad input, before anything is written.
   """
-  config_lib.validate_eval(config, jax.device_count())
+  checks.validate_eval(config, jax.device_count())
   if config.protocol not in PROTOCOLS:
     raise unknown('protocol', config.protocol, PROTOCOLS)
   run, folder = checkpoint.find(config.checkpoint)

@@ -4,8 +4,9 @@ One loop serves pre-training, probes and fine-tuning: what differs is the step
 function, the batches and the hooks.
 """
 
+from collections.abc import Callable, Iterator, Sequence
 import math
-from typing import Any, Callable, Iterator, NamedTuple, Sequence
+from typing import Any, NamedTuple
 
 import jax
 

@@ -1,10 +1,11 @@
 """Numbers out of a run: metrics.jsonl, TensorBoard, progress, throughput."""
 
+from collections.abc import Iterator
 import contextlib
 import json
 import sys
 import time
-from typing import Any, Iterator, TextIO
+from typing import Any, TextIO
 
 from etils import epath
 from tensorboardX import SummaryWriter
@@ -84,11 +85,7 @@ class MetricWriter:
 
 
 class Throughput:
-  """Images a second, between steps and without the pauses.
-
-  Attributes:
-    average: of all steps but the first, which compiles; 0 before the second.
-  """
+  """Images a second, between steps and without the pauses."""
 
   def __init__(self, images_per_step: int):
     self._images = images_per_step
@@ -108,6 +105,7 @@ class Throughput:
 
   @property
   def average(self) -> float:
+    """Of all steps but the first, which compiles; 0 before the second."""
     return self._steps * self._images / self._seconds if self._steps else 0.0
 
   @contextlib.contextmanager

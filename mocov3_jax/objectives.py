@@ -5,9 +5,9 @@ network's, and returns the scalar loss with metrics. It sees the global batch;
 the partitioner gathers the keys.
 """
 
+from collections.abc import Callable
 import functools
 import math
-from typing import Callable
 
 import jax
 import jax.numpy as jnp

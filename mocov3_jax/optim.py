@@ -1,6 +1,7 @@
 """Optimizer chains, what they leave alone, and the two schedules."""
 
-from typing import Any, Callable
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp

@@ -1,6 +1,7 @@
 """The mesh, where batch and state live on it, and host arrays onto it."""
 
-from typing import Any, Sequence
+from collections.abc import Sequence
+from typing import Any
 
 import jax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec

@@ -4,31 +4,33 @@ Run the same line again to continue, exactly. The last line on stdout is one
 JSON object with the results.
 """
 
+from collections.abc import Iterator
 import contextlib
 import functools
 import sys
-from typing import Any, Iterator
+from typing import Any
 
 from absl import flags
 from clu import parameter_overview
 from etils import epath
 import jax
 from jax.sharding import Mesh
-from ml_collections import ConfigDict
-from ml_collections import config_flags
+from ml_collections import ConfigDict, config_flags
 
-from mocov3_jax import augment
-from mocov3_jax import checkpoint
+from mocov3_jax import (
+  augment,
+  checkpoint,
+  checks,
+  loop,
+  metrics,
+  models,
+  objectives,
+  optim,
+  sharding,
+)
 from mocov3_jax import config as config_lib
-from mocov3_jax import loop
-from mocov3_jax import metrics
-from mocov3_jax import models
-from mocov3_jax import objectives
-from mocov3_jax import optim
-from mocov3_jax import sharding
 from mocov3_jax import workdir as workdir_lib
-from mocov3_jax.data import pipeline
-from mocov3_jax.data import sources
+from mocov3_jax.data import pipeline, sources
 from mocov3_jax.errors import Preempted, UserError
 from mocov3_jax.evals import knn
 from mocov3_jax.tools import cli
@@ -184,7 +186,7 @@ def train(config: ConfigDict, path: str) -> dict[str, Any]:
     UserError: for bad input, before anything is written; or on divergence.
     Preempted: after SIGTERM, once the state is saved.
   """
-  config_lib.validate(config, jax.device_count())
+  checks.validate(config, jax.device_count())
   splits = load_source(config)
   plan = config_lib.plan(config, len(splits.train))
   method = build_method(config, plan)

@@ -1,6 +1,7 @@
 """The state of training and one pure step of it."""
 
-from typing import Any, Callable
+from collections.abc import Callable
+from typing import Any
 
 import flax.struct
 import jax

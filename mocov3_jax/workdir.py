@@ -6,7 +6,7 @@ from typing import Any
 from etils import epath
 from ml_collections import ConfigDict
 
-from mocov3_jax import config as config_lib
+from mocov3_jax import checks
 from mocov3_jax.errors import UserError
 
 # What a command writes beside config.json, and must not write over.
@@ -37,7 +37,7 @@ def claim(path: str, config: ConfigDict) -> epath.Path:
   workdir = epath.Path(path)
   if (workdir / 'config.json').exists():
     saved = json.loads((workdir / 'config.json').read_text())
-    differ = config_lib.differences(saved, to_json(config))
+    differ = checks.differences(saved, to_json(config))
     if differ:
       raise UserError(
           f'--workdir={path} holds another run; the two differ in\n  '

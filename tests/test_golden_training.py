@@ -7,8 +7,7 @@ import numpy as np
 import pytest
 
 from mocov3_jax import config as config_lib
-from mocov3_jax import objectives
-from mocov3_jax import optim
+from mocov3_jax import objectives, optim
 from mocov3_jax.models import vit
 from mocov3_jax.train_step import Method, TrainState, train_step
 

@@ -6,7 +6,7 @@ on any number of hosts. An epoch is one permutation; what is left of it after
 the last full batch is dropped, as in the original.
 """
 
-from typing import Iterator
+from collections.abc import Iterator
 
 import grain
 import numpy as np

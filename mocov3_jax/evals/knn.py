@@ -4,8 +4,9 @@ The monitor of [P] App. A, which refers to Wu et al. 2018 (arXiv 1805.01978):
 cosine similarity, k = 200, votes weighted by exp(similarity / 0.07).
 """
 
+from collections.abc import Callable
 import functools
-from typing import Any, Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,8 +14,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 import numpy as np
 
-from mocov3_jax import augment
-from mocov3_jax import sharding
+from mocov3_jax import augment, sharding
 from mocov3_jax.data import pipeline
 from mocov3_jax.data.sources import Source, Splits
 from mocov3_jax.models import Network

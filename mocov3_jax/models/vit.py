@@ -59,7 +59,8 @@ class Attention(nn.Module):
   dtype: jnp.dtype
 
   @nn.compact
-  def __call__(self, x: jax.Array, tokens: int) -> jax.Array:  # [B * T, D]
+  def __call__(self, x: jax.Array, tokens: int) -> jax.Array:
+    """Maps [B * T, D] to the same, within each group of T = `tokens`."""
     dim = x.shape[-1]
     # One matrix for speed; its thirds are initialised as three matrices.
     qkv = nn.Dense(
@@ -79,7 +80,8 @@ class Mlp(nn.Module):
   dtype: jnp.dtype
 
   @nn.compact
-  def __call__(self, x: jax.Array) -> jax.Array:  # [B * T, D]
+  def __call__(self, x: jax.Array) -> jax.Array:
+    """Maps [B * T, D] to the same."""
     dim, hidden = x.shape[-1], self.hidden_dim
     x = nn.Dense(
         hidden, dtype=self.dtype, kernel_init=xavier(dim, hidden), name='fc1'
@@ -98,7 +100,8 @@ class Block(nn.Module):
   dtype: jnp.dtype
 
   @nn.compact
-  def __call__(self, x: jax.Array, tokens: int) -> jax.Array:  # [B * T, D]
+  def __call__(self, x: jax.Array, tokens: int) -> jax.Array:
+    """Maps [B * T, D] to the same, within each group of T = `tokens`."""
     y = nn.LayerNorm(epsilon=1e-6, dtype=self.dtype, name='norm1')(x)
     x = x + Attention(self.num_heads, self.dtype, name='attn')(y, tokens)
     y = nn.LayerNorm(epsilon=1e-6, dtype=self.dtype, name='norm2')(x)
@@ -152,6 +155,8 @@ class ViT(nn.Module):
     positions = sincos_positions(rows, columns, self.dim)
     x = x + jnp.asarray(positions, x.dtype)
     tokens = x.shape[1]
+    # Tokens as rows of one matrix: on CPU, a gradient that contracts over two
+    # axes takes a third longer than over one. Elsewhere it is all the same.
     x = x.reshape(-1, self.dim)
     for i in range(self.depth):
       x = Block(

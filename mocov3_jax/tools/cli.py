@@ -1,15 +1,14 @@
 """Flags in, one JSON line and an exit code out: the frame of each command."""
 
+from collections.abc import Callable, Iterator
 import contextlib
 import json
 import os
 import signal
 import sys
-from typing import Any, Callable, Iterator
+from typing import Any
 
-from absl import flags
-from absl import logging
-from ml_collections import config_flags
+from absl import flags, logging
 
 from mocov3_jax.errors import Preempted, UserError
 
@@ -48,39 +47,45 @@ def run(main: Callable[[], dict[str, Any]]) -> None:
 
 def _parse_flags(argv: list[str]) -> None:
   """Parses flags and the config file; whatever goes wrong is bad input."""
+  _check_config_file(argv)
   try:
     rest = flags.FLAGS(argv)
   except UserError:
     raise
   except AttributeError as e:  # What a locked config says to a new field.
-    _check_config_file()
     name = str(e).splitlines()[0].strip("'")
     given = next((a for a in argv if f'.{name}' in a), name)
     hint = ' '.join(str(e).splitlines()[1:])
-    raise UserError(f'{given}: there is no config field {name!r}. {hint}') from e
+    raise UserError(
+        f'{given}: there is no config field {name!r}. {hint}'
+    ) from e
   except Exception as e:  # The config file is code, and may raise anything.
-    _check_config_file()
     raise UserError(str(e) or repr(e)) from e
   if len(rest) > 1:
     raise UserError(
         f'unexpected argument {rest[1]!r}. Allowed: flags, as --name=value.'
     )
-  _check_config_file()
 
 
-def _check_config_file() -> None:
-  if 'config' not in flags.FLAGS:
-    return
-  flag = flags.FLAGS['config']
-  path = config_flags.get_config_filename(flag).split(':')[0]
-  if not os.path.isfile(path):
+def _check_config_file(argv: list[str]) -> None:
+  # ml_collections reports a missing file only once a field is read, and then
+  # as an attribute error.
+  for given, following in zip(argv, argv[1:] + [''], strict=True):
+    if given in ('--config', '-config'):
+      value = following
+    elif given.startswith(('--config=', '-config=')):
+      value = given.split('=', 1)[1]
+    else:
+      continue
+    path = value.split(':')[0]  # The rest is the argument of get_config.
+    if os.path.isfile(path):
+      continue
     folder = os.path.dirname(path) or '.'
-    there = []
-    if os.path.isdir(folder):
-      there = sorted(f for f in os.listdir(folder) if f.endswith('.py'))
+    names = os.listdir(folder) if os.path.isdir(folder) else []
+    there = ', '.join(sorted(f for f in names if f.endswith('.py')))
     raise UserError(
         f'--config={path} does not exist. Allowed: a config file, such as '
-        f'those in {folder}: {", ".join(there) or "none"}.'
+        f'those in {folder}: {there or "none"}.'
     )
 
 

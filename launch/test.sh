@@ -1,0 +1,15 @@
+#!/usr/bin/env bash
+# Lints and tests. Further arguments go to pytest:
+#
+#   bash launch/test.sh              the suite
+#   bash launch/test.sh -m slow      the long tests
+#   bash launch/test.sh -k resume    by name
+set -euo pipefail
+cd "$(dirname "$0")/.."
+source launch/venv.sh
+use_venv requirements-test.txt
+"$python" -m ruff check .
+# The tests see eight devices of their own making.
+unset XLA_FLAGS
+export JAX_PLATFORMS=cpu
+exec "$python" -m pytest "$@"

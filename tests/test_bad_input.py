@@ -1,0 +1,137 @@
+"""Bad input: exit code 2, one message, no traceback, nothing written."""
+
+import concurrent.futures
+import pathlib
+
+import pytest
+import tiny
+
+CONFIG = '--config=configs/digits.py'
+
+# name: (command, arguments after --workdir, what the message must name)
+CASES = {
+    'unknown field': (
+        'train', [CONFIG, '--config.optimizer.lr_per_265=1'],
+        ['lr_per_265', 'Did you mean "lr_per_256"'],
+    ),
+    'unknown group': (
+        'train', [CONFIG, '--config.optimiser.name=lars'],
+        ['optimiser', 'Did you mean "optimizer"'],
+    ),
+    'wrong type': (
+        'train', [CONFIG, '--config.batch_size=many'],
+        ['config.batch_size=many', 'int'],
+    ),
+    'fraction for an integer': (
+        'train', [CONFIG, '--config.batch_size=1.5'], ['config.batch_size=1.5']
+    ),
+    'negative learning rate': (
+        'train', [CONFIG, '--config.optimizer.lr_per_256=-1'],
+        ['optimizer.lr_per_256=-1.0', '0 or more'],
+    ),
+    'heads do not divide dim': (
+        'train', [CONFIG, '--config.model.num_heads=5'],
+        ['model.num_heads=5', 'model.dim=64'],
+    ),
+    'image is no multiple of the patch': (
+        'train', [CONFIG, '--config.model.patch_size=3'],
+        ['data.image_size=8', 'model.patch_size=3'],
+    ),
+    'unknown source': (
+        'train', [CONFIG, '--config.data.source=digit'],
+        ["data.source='digit'", "Did you mean 'digits'"],
+    ),
+    'unknown model': (
+        'train', [CONFIG, '--config.model.name=vit_m'],
+        ["model.name='vit_m'", 'vit_s'],
+    ),
+    'warmup longer than training': (
+        'train', [CONFIG, '--config.schedule.warmup_epochs=1e6'],
+        ['schedule.warmup_epochs=1000000.0', 'no longer'],
+    ),
+    'batch larger than the data': (
+        'train', [CONFIG, '--config.batch_size=2000'],
+        ['batch_size=2000', '1437'],
+    ),
+    'wrong number of channels': (
+        'train', [CONFIG, '--config.data.mean=(.1,.2,.3)',
+                  '--config.data.std=(.1,.2,.3)'],
+        ['data.mean=(0.1, 0.2, 0.3)', '1 channels'],
+    ),
+    'missing config file': (
+        'train', ['--config=configs/digit.py'],
+        ['configs/digit.py does not exist', 'digits.py'],
+    ),
+    'no config': ('train', [], ['--config']),
+    'unknown flag': ('train', [CONFIG, '--confg.seed=1'], ['confg']),
+    'a word without dashes': ('train', [CONFIG, 'seed=1'], ["'seed=1'"]),
+    'not a checkpoint': (
+        'evaluate',
+        ['--config=configs/eval_knn.py', '--config.checkpoint=docs'],
+        ["checkpoint='docs'", 'workdir of a run'],
+    ),
+    'no checkpoint given': (
+        'evaluate', ['--config=configs/eval_knn.py'], ["checkpoint=''"]
+    ),
+    'unknown protocol': (
+        'evaluate',
+        ['--config=configs/eval_knn.py', '--config.protocol=nn'],
+        ["protocol='nn'", 'knn'],
+    ),
+}
+
+
+@pytest.fixture(scope='module')
+def outcomes(tmp_path_factory):
+  """Runs all cases, two at a time; {name: (result, workdir)}."""
+  root = tmp_path_factory.mktemp('bad_input')
+
+  def run(name):
+    command, arguments, _ = CASES[name]
+    workdir = root / name.replace(' ', '_')
+    return tiny.run(command, f'--workdir={workdir}', *arguments), workdir
+
+  with concurrent.futures.ThreadPoolExecutor(2) as pool:
+    return dict(zip(CASES, pool.map(run, CASES), strict=True))
+
+
+@pytest.mark.parametrize('name', CASES)
+def test_bad_input_gets_one_clear_message(outcomes, name):
+  (code, out, err), workdir = outcomes[name]
+  assert code == 2, err
+  assert out == ''
+  assert 'Traceback' not in err
+  assert err.startswith('error: ') and err.count('error: ') == 1
+  for word in CASES[name][2]:
+    assert word in err
+  assert not workdir.exists()
+
+
+def test_a_config_file_that_is_broken_is_named(tmp_path):
+  path = tmp_path / 'mine.py'
+  path.write_text('def get_config(:\n')
+  code, _, err = tiny.run('train', f'--config={path}', '--workdir=/nowhere/x')
+  assert code == 2 and 'mine.py' in err and 'Traceback' not in err
+
+
+@pytest.mark.parametrize('place', ['a file', 'below a file'])
+def test_a_workdir_that_cannot_be_written_is_named(tmp_path, place):
+  file = tmp_path / 'file'
+  file.write_text('mine\n')
+  workdir = file if place == 'a file' else file / 'run'
+  code, _, err = tiny.run('train', CONFIG, f'--workdir={workdir}')
+  assert code == 2 and f'--workdir={workdir} cannot be written' in err
+  assert 'Traceback' not in err and file.read_text() == 'mine\n'
+
+
+def test_help_names_the_flags():
+  code, out, _ = tiny.run('train', '--help')
+  assert code == 0 and '--workdir' in out and 'Pre-trains' in out
+
+
+def test_every_command_is_covered():
+  commands = {
+      p.stem for p in (tiny.ROOT / 'mocov3_jax').glob('*.py')
+      if "__name__ == '__main__'" in pathlib.Path(p).read_text()
+  }
+  assert commands == {case[0] for case in CASES.values()}

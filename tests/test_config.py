@@ -1,0 +1,117 @@
+"""Config arithmetic and checks."""
+
+import copy
+import json
+
+import pytest
+import tiny
+
+from mocov3_jax import checks, workdir
+from mocov3_jax import config as config_lib
+from mocov3_jax.errors import UserError
+
+
+def changed(**overrides):
+  return tiny.config(**overrides)
+
+
+def test_defaults_are_valid_and_locked():
+  c = config_lib.default_config()
+  checks.validate(c, 1)
+  with pytest.raises(AttributeError):
+    c.optimizer.learning_rate = 1.0
+
+
+def test_the_papers_plan():
+  plan = config_lib.plan(config_lib.default_config(), 1_281_167)
+  assert plan.steps_per_epoch == 312
+  assert plan.total_steps == 300 * 312
+  assert plan.warmup_steps == 40 * 312
+  assert plan.peak_lr == pytest.approx(2.4e-3)
+
+
+def test_steps_override_epochs():
+  plan = config_lib.plan(changed(**{'schedule.steps': 50}), 1437)
+  assert (plan.total_steps, plan.steps_per_epoch) == (50, 22)
+  assert plan.warmup_steps == 22
+
+
+def test_a_batch_larger_than_the_data_is_refused():
+  with pytest.raises(UserError, match='batch_size=64 .* 63 training images'):
+    config_lib.plan(changed(), 63)
+
+
+def test_a_warmup_longer_than_the_training_is_refused():
+  with pytest.raises(UserError, match='warmup_epochs=5.0 is 110 steps'):
+    config_lib.plan(changed(**{'schedule.warmup_epochs': 5.0}), 1437)
+
+
+@pytest.mark.parametrize(
+    'field, value',
+    [
+        ('batch_size', 0), ('seed', -1), ('seed', 2**32),
+        ('augment.view1.crop_min', 0.0), ('augment.view2.crop_min', 1.5),
+        ('augment.view1.crop_ratio', (2.0, 1.0)),
+        ('augment.view1.crop_ratio', (1.0,)),
+        ('augment.view2.flip_prob', -0.1), ('data.std', (0.0,)),
+        ('data.std', (0.1, 0.2)), ('objective.temperature', 0.0),
+        ('objective.momentum', 1.1), ('optimizer.lr_per_256', -1e-4),
+        ('optimizer.lr_per_256', float('nan')),
+        ('optimizer.weight_decay', -0.1), ('optimizer.b2', 2.0),
+        ('schedule.epochs', -1.0), ('schedule.steps', -5),
+        ('knn.k', 0), ('knn.temperature', 0.0), ('save.keep_latest', 0),
+        ('log.every_steps', 0),
+    ],
+)
+def test_a_field_out_of_range_is_named(field, value):
+  with pytest.raises(UserError, match=f'{field}=.* is out of range. Allowed'):
+    checks.validate(changed(**{field: value}), 1)
+
+
+def test_the_batch_must_divide_over_the_devices():
+  checks.validate(changed(), 8)
+  with pytest.raises(UserError, match='batch_size=64.*multiple of the 3'):
+    checks.validate(changed(), 3)
+
+
+def test_differences_list_what_changes_the_computation():
+  saved = workdir.to_json(changed())
+  now = copy.deepcopy(saved)
+  assert checks.differences(saved, now) == []
+  now['knn']['every_steps'] = 7
+  now['save']['keep_latest'] = 9
+  now['log']['every_steps'] = 3
+  assert checks.differences(saved, now) == []
+  now['seed'] = 1
+  now['model']['dim'] = 32
+  now['new'] = 1
+  assert checks.differences(saved, now) == [
+      'model.dim: 16 in the workdir, 32 now',
+      "new: 'absent' in the workdir, 1 now",
+      'seed: 0 in the workdir, 1 now',
+  ]
+
+
+def test_a_workdir_is_claimed_once_and_recognised(tmp_path):
+  path = tmp_path / 'a' / 'run'
+  workdir.claim(str(path), changed())
+  text = (path / 'config.json').read_text()
+  workdir.claim(str(path), changed(**{'knn.every_steps': 3}))
+  assert (path / 'config.json').read_text() == text
+  assert workdir.read_config(path).to_dict() == json.loads(text)
+  with pytest.raises(UserError, match='seed: 0 in the workdir, 5 now'):
+    workdir.claim(str(path), changed(seed=5))
+  assert (path / 'config.json').read_text() == text
+
+
+def test_a_folder_with_someone_elses_outputs_is_refused(tmp_path):
+  (tmp_path / 'metrics.jsonl').write_text('precious\n')
+  with pytest.raises(UserError, match=r'has metrics.jsonl but no config.json'):
+    workdir.claim(str(tmp_path), changed())
+  assert (tmp_path / 'metrics.jsonl').read_text() == 'precious\n'
+  assert not (tmp_path / 'config.json').exists()
+
+
+def test_other_files_in_a_workdir_do_no_harm(tmp_path):
+  (tmp_path / 'log.txt').write_text('from the launcher\n')
+  workdir.claim(str(tmp_path), changed())

@@ -1,0 +1,138 @@
+"""The rules of docs/architecture.md, read off the source."""
+
+import ast
+import importlib.util
+import pathlib
+import re
+
+import jax
+import pytest
+
+from mocov3_jax import checks
+from mocov3_jax import config as config_lib
+
+ROOT = pathlib.Path(__file__).parent.parent
+PACKAGE = ROOT / 'mocov3_jax'
+FILES = sorted(PACKAGE.rglob('*.py'))
+RECIPES = sorted((ROOT / 'configs').rglob('*.py'))
+LAYERS = {
+    'errors': 0, 'config': 0, 'checks': 0,
+    'models': 1, 'objectives': 1, 'augment': 1,
+    'optim': 2, 'sharding': 2, 'train_step': 2,
+    'data': 3, 'checkpoint': 3, 'metrics': 3, 'workdir': 3,
+    'loop': 4,
+    'evals': 5,
+    'tools': 6, 'train': 6, 'evaluate': 6,
+}
+
+
+def module(path):
+  """The first name under mocov3_jax of a file: 'data' of data/sources.py."""
+  return path.relative_to(PACKAGE).parts[0].removesuffix('.py')
+
+
+def imports(tree):
+  """The first names under mocov3_jax that a file imports."""
+  for node in ast.walk(tree):
+    if not isinstance(node, ast.ImportFrom) or not node.module:
+      continue
+    parts = node.module.split('.')
+    if parts[0] == 'mocov3_jax':
+      yield from parts[1:2] or (alias.name for alias in node.names)
+
+
+@pytest.mark.parametrize('path', FILES, ids=lambda p: p.name)
+def test_imports_go_down(path):
+  if path.name == '__init__.py' and path.parent == PACKAGE:
+    return
+  layer = LAYERS[module(path)]
+  for name in imports(ast.parse(path.read_text())):
+    if name != module(path):
+      assert LAYERS[name] <= layer, f'{path.name} imports {name}'
+
+
+@pytest.mark.parametrize('path', FILES, ids=lambda p: p.name)
+def test_files_and_functions_are_short(path):
+  text = path.read_text()
+  assert len(text.splitlines()) <= 300
+  for node in ast.walk(ast.parse(text)):
+    if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+      length = node.end_lineno - node.lineno + 1
+      assert length <= 60, f'{path.name}: {node.name} has {length} lines'
+
+
+def test_the_train_step_has_at_most_forty_lines_of_code():
+  tree = ast.parse((PACKAGE / 'train_step.py').read_text())
+  step = next(
+      node for node in tree.body
+      if isinstance(node, ast.FunctionDef) and node.name == 'train_step'
+  )
+  body = step.body[1:]  # After the docstring.
+  signature = step.body[0].lineno - step.lineno
+  assert body[-1].end_lineno - body[0].lineno + 1 + signature <= 40
+
+
+@pytest.mark.parametrize('path', FILES, ids=lambda p: p.name)
+def test_nothing_is_looked_up_by_string(path):
+  for node in ast.walk(ast.parse(path.read_text())):
+    if not isinstance(node, ast.Call):
+      continue
+    if isinstance(node.func, ast.Name):
+      assert node.func.id not in ('getattr', 'eval', 'exec', '__import__')
+    if isinstance(node.func, ast.Attribute):
+      assert node.func.attr != 'import_module'
+      owner = ast.unparse(node.func.value)
+      assert node.func.attr != 'get' or 'config' not in owner, owner
+
+
+@pytest.mark.parametrize('path', FILES, ids=lambda p: p.name)
+def test_no_tensorflow(path):
+  names = re.findall(r'^\s*(?:import|from) ([\w.]+)', path.read_text(), re.M)
+  assert not [n for n in names if n.startswith('tensorflow.')]
+  assert 'tensorflow' not in names and 'clu.metric_writers' not in names
+
+
+def leaves(config, prefix=''):
+  for name, value in config.items():
+    if hasattr(value, 'items'):
+      yield from leaves(value, f'{prefix}{name}.')
+    else:
+      yield f'{prefix}{name}'
+
+
+@pytest.mark.parametrize(
+    'make', [config_lib.default_config, config_lib.eval_config]
+)
+def test_every_field_is_read_somewhere(make):
+  # A read is an attribute (c.weight_decay), outside of where it is set.
+  text = '\n'.join(p.read_text() for p in FILES if p.name != 'config.py')
+  text += (PACKAGE / 'config.py').read_text().split('class Plan')[1]
+  for field in leaves(make()):
+    last = field.rsplit('.', 1)[-1]
+    assert re.search(rf'\.{last}\b', text), field
+
+
+def recipe(path):
+  spec = importlib.util.spec_from_file_location(path.stem, path)
+  loaded = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(loaded)
+  return loaded
+
+
+@pytest.mark.parametrize('path', RECIPES, ids=lambda p: p.stem)
+def test_a_recipe_is_valid_and_documents_itself(path):
+  loaded = recipe(path)
+  c = loaded.get_config()
+  if 'protocol' in c:
+    checks.validate_eval(c, 1)
+  else:
+    checks.validate(c, 1)
+  with pytest.raises((AttributeError, KeyError)):
+    c.no_such_field = 1  # Still locked.
+  for word in 'paper', 'Command:', 'Hardware', 'Expected':
+    assert word in loaded.__doc__, f'{path.name} lacks {word!r}'
+  assert f'configs/{path.relative_to(ROOT / "configs")}' in loaded.__doc__
+
+
+def test_eight_devices_are_there():
+  assert jax.device_count() == 8

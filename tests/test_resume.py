@@ -1,0 +1,197 @@
+"""Continuing a run, exactly, after any kind of end."""
+
+import json
+import signal
+import time
+
+from etils import epath
+import jax
+import numpy as np
+import pytest
+import tiny
+
+from mocov3_jax import checkpoint, sharding, train
+from mocov3_jax import config as config_lib
+
+STEPS = 60
+
+
+@pytest.fixture(scope='module', autouse=True)
+def compilation_cache(tmp_path_factory):
+  """Lets the runs of this file share their compiled programs."""
+  with pytest.MonkeyPatch.context() as patch:
+    folder = tmp_path_factory.mktemp('cache')
+    patch.setenv('JAX_COMPILATION_CACHE_DIR', str(folder))
+    patch.setenv('JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS', '0')
+    yield
+
+
+def arguments(workdir, **overrides):
+  return [
+      *tiny.flags(**{'schedule.steps': STEPS, **overrides}),
+      f'--workdir={workdir}',
+  ]
+
+
+def final_state(workdir):
+  """All arrays of the checkpoint after the last step."""
+  c = tiny.config(**{'schedule.steps': STEPS})
+  plan = config_lib.plan(c, 1437)
+  mesh = sharding.make_mesh(jax.devices()[:1])
+  init, _ = train.compile_functions(c, train.build_method(c, plan), mesh)
+  abstract = checkpoint.abstract(
+      jax.eval_shape(init), sharding.replicated(mesh)
+  )
+  checkpoints = checkpoint.Checkpoints(epath.Path(workdir), 2, 1)
+  state, step = checkpoints.restore(abstract, print)
+  checkpoints.close()
+  assert step == STEPS
+  return jax.device_get(state)
+
+
+def assert_same_run(workdir, straight):
+  assert tiny.metrics(workdir) == tiny.metrics(straight)
+  jax.tree.map(
+      np.testing.assert_array_equal, final_state(workdir), final_state(straight)
+  )
+
+
+@pytest.fixture(scope='module')
+def straight(tmp_path_factory):
+  """The workdir of a run without interruption, and its result."""
+  workdir = tmp_path_factory.mktemp('straight') / 'run'
+  code, out, err = tiny.run('train', *arguments(workdir))
+  assert code == 0, err
+  return workdir, json.loads(out.splitlines()[-1])
+
+
+def kill_at(rows, workdir, sign, **overrides):
+  """Starts the run and signals it once so many metrics are written."""
+  process = tiny.start('train', *arguments(workdir, **overrides))
+  file = workdir / 'metrics.jsonl'
+  while process.poll() is None:
+    if file.exists() and file.read_text().count('\n') >= rows:
+      process.send_signal(sign)
+      break
+    time.sleep(0.002)
+  return tiny.finish(process)
+
+
+def test_the_last_line_tells_the_results(straight):
+  workdir, result = straight
+  assert result['step'] == STEPS
+  assert 0 < result['knn/top1'] <= 1 and 0 < result['knn/top1_init'] <= 1
+  assert result['train/images_per_second'] > 0
+  rows = tiny.metrics(workdir)
+  assert sum('train/loss' in row for row in rows) == STEPS
+  evaluated = [row['step'] for row in rows if 'knn/top1' in row]
+  assert evaluated == list(range(0, STEPS + 1, 10))
+  assert rows[-1]['knn/top1'] == result['knn/top1']
+
+
+def test_the_same_line_again_changes_nothing(straight):
+  workdir, result = straight
+  before = (workdir / 'metrics.jsonl').read_text()
+  code, out, err = tiny.run('train', *arguments(workdir))
+  assert code == 0, err
+  again = json.loads(out.splitlines()[-1])
+  assert again['knn/top1'] == result['knn/top1']
+  assert again['knn/top1_init'] == result['knn/top1_init']
+  assert (workdir / 'metrics.jsonl').read_text() == before
+
+
+@pytest.mark.parametrize('rows', [1, 35])
+def test_resume_after_kill_equals_uninterrupted(tmp_path, straight, rows):
+  workdir = tmp_path / 'run'
+  code, _, _ = kill_at(rows, workdir, signal.SIGKILL)
+  assert code == -signal.SIGKILL
+  code, _, err = tiny.run('train', *arguments(workdir))
+  assert code == 0, err
+  assert_same_run(workdir, straight[0])
+
+
+def test_resume_after_sigterm_equals_uninterrupted(tmp_path, straight):
+  workdir = tmp_path / 'run'
+  code, out, err = kill_at(25, workdir, signal.SIGTERM)
+  assert code == 143 and out == '', err
+  saved = max(int(p.name) for p in (workdir / 'checkpoints').iterdir())
+  assert f'saved step {saved}' in err
+  done = [r['step'] for r in tiny.metrics(workdir) if 'train/loss' in r]
+  assert done[-1] == saved - 1  # The step was finished, and no more.
+  code, _, err = tiny.run('train', *arguments(workdir))
+  assert code == 0 and f'continuing at step {saved}' in err
+  assert_same_run(workdir, straight[0])
+
+
+def test_a_damaged_newest_checkpoint_falls_back(tmp_path, straight):
+  workdir = tmp_path / 'run'
+  kill_at(45, workdir, signal.SIGTERM)
+  steps = sorted(int(p.name) for p in (workdir / 'checkpoints').iterdir())
+  newest = workdir / 'checkpoints' / str(steps[-1])
+  for file in (newest / checkpoint.ITEM).rglob('d/*'):
+    file.write_bytes(file.read_bytes()[:10])
+  code, _, err = tiny.run('train', *arguments(workdir))
+  assert code == 0 and f'{steps[-1]} is damaged' in err
+  assert f'continuing at step {steps[-2]}' in err
+  assert_same_run(workdir, straight[0])
+
+
+@pytest.mark.parametrize(
+    'field, value',
+    [('model.dim', 32), ('optimizer.name', 'lars'), ('seed', 3),
+     ('data.source', 'digits2')],
+)
+def test_another_run_in_the_workdir_is_refused(straight, field, value):
+  workdir, _ = straight
+  before = sorted(p.name for p in workdir.rglob('*'))
+  code, out, err = tiny.run('train', *arguments(workdir, **{field: value}))
+  assert code == 2 and out == '' and 'Traceback' not in err
+  assert field in err
+  assert sorted(p.name for p in workdir.rglob('*')) == before
+
+
+def test_logging_may_change_when_a_run_is_continued(straight):
+  code, _, err = tiny.run(
+      'train', *arguments(straight[0], **{'knn.every_steps': 7})
+  )
+  assert code == 0, err
+
+
+def test_evaluate_repeats_the_monitors_value(straight, tmp_path):
+  workdir, result = straight
+  code, out, err = tiny.run(
+      'evaluate', '--config=configs/eval_knn.py',
+      f'--config.checkpoint={workdir}', f'--workdir={tmp_path / "eval"}',
+  )
+  assert code == 0, err
+  value = json.loads(out.splitlines()[-1])
+  assert value['knn/top1'] == result['knn/top1'] and value['step'] == STEPS
+  assert json.loads((tmp_path / 'eval' / 'result.json').read_text()) == value
+
+
+def test_a_run_that_diverges_says_where_and_keeps_the_last_good(tmp_path):
+  workdir = tmp_path / 'run'
+  code, out, err = tiny.run(
+      'train', *arguments(workdir, **{
+          'optimizer.lr_per_256': 1e30, 'schedule.warmup_epochs': 0.5,
+          'save.every_steps': 1, 'knn.every_steps': 0,
+      })
+  )
+  assert code == 2 and out == '' and 'Traceback' not in err
+  assert 'diverged at step' in err and 'learning rate' in err
+  saved = max(int(p.name) for p in (workdir / 'checkpoints').iterdir())
+  assert f'Last good checkpoint: step {saved}' in err
+
+
+@pytest.mark.slow
+def test_kill_at_any_moment_then_resume(tmp_path, straight):
+  workdir = tmp_path / 'run'
+  rng = np.random.default_rng(0)
+  for _ in range(12):
+    process = tiny.start('train', *arguments(workdir))
+    time.sleep(rng.uniform(1.0, 8.0))
+    process.send_signal(signal.SIGKILL)
+    tiny.finish(process)
+  code, _, err = tiny.run('train', *arguments(workdir))
+  assert code == 0, err
+  assert_same_run(workdir, straight[0])

@@ -1,0 +1,70 @@
+"""A run so small that a step takes milliseconds."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+from mocov3_jax import config as config_lib
+
+ROOT = pathlib.Path(__file__).parent.parent
+
+
+def config(**overrides):
+  """The digits recipe's data with a one-block ViT; dotted names override."""
+  c = config_lib.default_config()
+  with c.unlocked():
+    c.update_from_flattened_dict(flat_overrides() | overrides)
+  return c
+
+
+def flat_overrides():
+  """What `config` changes, as flat dotted names."""
+  return {
+      'batch_size': 64,
+      'data.image_size': 8, 'data.mean': (0.305,), 'data.std': (0.376,),
+      'model.name': 'vit_ti', 'model.patch_size': 4, 'model.dim': 16,
+      'model.depth': 1, 'model.num_heads': 2,
+      'head.hidden_dim': 32, 'head.out_dim': 8,
+      'optimizer.lr_per_256': 4e-3, 'schedule.epochs': 3.0,
+      'schedule.warmup_epochs': 1.0,
+      'knn.every_steps': 10, 'save.every_steps': 10,
+  }
+
+
+def flags(**overrides):
+  """The same as command-line overrides of configs/digits.py."""
+  values = flat_overrides() | overrides
+  return ['--config=configs/digits.py'] + [
+      f'--config.{name}={value}' for name, value in values.items()
+  ]
+
+
+def start(command, *arguments, **popen):
+  """Starts `python -m mocov3_jax.COMMAND` in the repository's root."""
+  return subprocess.Popen(
+      [sys.executable, '-m', f'mocov3_jax.{command}', *arguments],
+      cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+      env=os.environ | {'JAX_PLATFORMS': 'cpu'}, **popen,
+  )
+
+
+def finish(process, timeout=300):
+  """Waits; returns (exit code, stdout, stderr)."""
+  out, err = process.communicate(timeout=timeout)
+  return process.returncode, out, err
+
+
+def run(command, *arguments):
+  """Runs a command to its end; returns (exit code, stdout, stderr)."""
+  return finish(start(command, *arguments))
+
+
+def metrics(workdir):
+  """The rows of metrics.jsonl without what depends on the clock."""
+  lines = (pathlib.Path(workdir) / 'metrics.jsonl').read_text().splitlines()
+  rows = [json.loads(line) for line in lines]
+  for row in rows:
+    row.pop('train/images_per_second', None)
+  return rows
