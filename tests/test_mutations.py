@@ -1,0 +1,137 @@
+"""The golden tests are awake: each known mistake makes one of them fail.
+
+Every mutation is put into a copy of the package, and the tests named beside it
+run against the copy.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+import tiny
+
+# name: (file, what is there, what the mistake writes, the tests that see it)
+MUTATIONS = {
+    'tanh GELU': (
+        'models/vit.py', 'nn.gelu(x, approximate=False)',
+        'nn.gelu(x, approximate=True)', 'test_golden_step.py',
+    ),
+    'BatchNorm epsilon 1e-6': (
+        'models/layers.py', 'epsilon: float = 1e-5', 'epsilon: float = 1e-6',
+        'test_golden_step.py',
+    ),
+    'biased running variance': (
+        'models/layers.py', 'self.momentum * (unbiased',
+        'self.momentum * (var', 'test_golden_step.py',
+    ),
+    'EMA after the optimizer step': (
+        'train_step.py', '      target_params=target_params,\n',
+        '      target_params=ema(\n'
+        '          state.target_params,\n'
+        '          encoder(optax.apply_updates(state.params, updates)),\n'
+        '          momentum,\n'
+        '      ),\n',
+        'test_golden_training.py',
+    ),
+    'keys from the target before it moved': (
+        'train_step.py',
+        "{'params': target_params, 'batch_stats': state.target_batch_stats}",
+        "{'params': state.target_params,\n"
+        "       'batch_stats': state.target_batch_stats}",
+        'test_golden_step.py',
+    ),
+    'learning rate inside the LARS momentum': (
+        'optim.py',
+        '      optax.trace(c.momentum),\n'
+        '      optax.scale_by_learning_rate(learning_rate),\n',
+        '      optax.scale_by_learning_rate(learning_rate),\n'
+        '      optax.trace(c.momentum),\n',
+        'test_optim.py',
+    ),
+    'decay on the frozen patch projection': (
+        'optim.py', 'if not freeze_patch_embed:', 'if True:',
+        'test_golden_training.py',
+    ),
+    'both views through one BatchNorm': (
+        'models/__init__.py',
+        '  views = [head(x[:, v], train) for v in range(x.shape[1])]\n',
+        '  both = head(x.reshape(-1, x.shape[-1]), train)\n'
+        '  views = list(both.reshape(*x.shape[:2], -1).swapaxes(0, 1))\n',
+        'test_golden_step.py',
+    ),
+    'q, k and v initialised as one matrix': (
+        'models/vit.py',
+        "kernel_init=xavier(dim, dim), name='qkv'",
+        "kernel_init=xavier(dim, 3 * dim), name='qkv'",
+        'test_models.py',
+    ),
+    'patch projection left to learn': (
+        'models/vit.py', 'if self.freeze_patch_embed:', 'if False:',
+        'test_golden_step.py',
+    ),
+    'loss without the factor 2T': (
+        'objectives.py', 'return 2 * temperature * loss', 'return loss',
+        'test_golden_step.py',
+    ),
+    'positions with rows and columns exchanged': (
+        'models/vit.py', 'row, column = np.divmod', 'column, row = np.divmod',
+        'test_models.py',
+    ),
+    'decoupled decay of matrices only': (
+        'optim.py', "MASKS = {'all': None", "MASKS = {'all': is_weight",
+        'test_optim.py',
+    ),
+    'warm-up one step early': (
+        'optim.py', 'rise = peak * step', 'rise = peak * (step + 1)',
+        'test_optim.py',
+    ),
+}
+
+
+def run_tests(folder, tests):
+  """Runs one file of tests against the package in `folder`."""
+  return subprocess.run(
+      [sys.executable, '-m', 'pytest', '-x', '-q', '-p', 'no:cacheprovider',
+       f'tests/{tests}'],
+      cwd=folder, capture_output=True, text=True,
+      env=os.environ | {'PYTHONPATH': str(folder)},
+  )
+
+
+@pytest.fixture
+def copy(tmp_path):
+  """A copy of the package, its tests and its settings."""
+  ignore = shutil.ignore_patterns('__pycache__')
+  for name in 'mocov3_jax', 'tests':
+    shutil.copytree(tiny.ROOT / name, tmp_path / name, ignore=ignore)
+  shutil.copy(tiny.ROOT / 'pyproject.toml', tmp_path)
+  return tmp_path
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('tests', sorted({m[3] for m in MUTATIONS.values()}))
+def test_the_copy_passes_unchanged(copy, tests):
+  result = run_tests(copy, tests)
+  assert result.returncode == 0, result.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('name', MUTATIONS)
+def test_a_mutation_is_noticed(copy, name):
+  file, before, after, tests = MUTATIONS[name]
+  path = copy / 'mocov3_jax' / file
+  text = path.read_text()
+  assert text.count(before) == 1, f'{name}: the code has changed'
+  path.write_text(text.replace(before, after))
+  result = run_tests(copy, tests)
+  # 1: a test failed. Anything else is a test that could not run.
+  assert result.returncode == 1, result.stdout
+  assert 'AssertionError' in result.stdout or 'assert' in result.stdout
+
+
+def test_every_mutation_still_fits_the_code():
+  for name, (file, before, _, _) in MUTATIONS.items():
+    text = (tiny.ROOT / 'mocov3_jax' / file).read_text()
+    assert text.count(before) == 1, name
