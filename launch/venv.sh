@@ -4,7 +4,7 @@
 #                 done since it last changed, and sets $python.
 # PYTHON=/path/to/python chooses the interpreter that .venv is made with.
 
-in_range() {  # Python 3.11 and 3.12: what JAX supports and the tests run on.
+in_range() {  # Python 3.11 and 3.12, on which the tests have been run.
   "$1" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))' \
     >/dev/null 2>&1
 }

@@ -2,59 +2,22 @@
 
 Pure functions of (images, key). Every example draws from its own key, so what
 it gets depends on its place in the global batch alone and not on the number of
-devices. Resampling is a product with one small matrix per axis: on a TPU that
-beats gathers.
+devices.
 """
 
 from collections.abc import Callable
 import functools
 import math
 
+import flax.struct
 import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
+from mocov3_jax import image_ops
+
 Augment = Callable[[jax.Array, jax.Array], jax.Array]
 
-
-def resize_matrix(
-    in_size: int, out_size: int, start: jax.Array, length: jax.Array
-) -> jax.Array:
-  """Linear resampling of pixels [start, start + length) to `out_size` pixels.
-
-  A triangle filter, widened where it shrinks the image (antialiasing), that
-  sees nothing outside of the crop: the semantics of PIL's `resize(BILINEAR)`.
-
-  Args:
-    in_size, out_size: pixels along the axis before and after.
-    start, length: of the crop, pixels, scalars; need not be whole.
-
-  Returns:
-    float32 [out_size, in_size]; each row sums to 1.
-  """
-  scale = length / out_size
-  support = jnp.maximum(scale, 1.0)
-  centre = start + (jnp.arange(out_size) + 0.5) * scale  # [out_size]
-  pixel = jnp.arange(in_size)  # [in_size]
-  distance = jnp.abs(pixel[None, :] + 0.5 - centre[:, None])
-  weight = jnp.maximum(1.0 - distance / support, 0.0)
-  inside = (pixel >= jnp.floor(start)) & (pixel < jnp.ceil(start + length))
-  weight = jnp.where(inside[None, :], weight, 0.0)
-  return weight / jnp.sum(weight, axis=1, keepdims=True)
-
-
-def resample(
-    image: jax.Array, box: tuple[jax.Array, ...], out_size: int
-) -> jax.Array:
-  """Cuts (top, left, height, width) from [H, W, C] and resizes to a square."""
-  top, left, height, width = box
-  rows = resize_matrix(image.shape[0], out_size, top, height)
-  columns = resize_matrix(image.shape[1], out_size, left, width)
-  # Full float32: TPU's and GPU's faster default would round pixels.
-  return jnp.einsum(
-      'ih,hwc,jw->ijc', rows, image, columns,
-      precision=jax.lax.Precision.HIGHEST,
-  )
 
 
 def draw_crop(
@@ -94,79 +57,94 @@ def draw_crop(
   return down * (height - h), across * (width - w), h, w
 
 
-def gray(image: jax.Array) -> jax.Array:
-  """[H, W, C] to [H, W]: ITU-R 601 luma of RGB, or the one channel there is."""
-  if image.shape[-1] == 1:
-    return image[..., 0]
-  return image @ jnp.asarray((0.299, 0.587, 0.114), image.dtype)
+@flax.struct.dataclass
+class Draw:
+  """What was drawn for one view of one example; all scalars but two.
+
+  Attributes:
+    box: (top, left, height, width) of the crop, pixels.
+    jitter, gray, blur, solarize, flip: whether each is applied.
+    order: int [4], of the jitter's adjustments.
+    factors: [4], of brightness, contrast, saturation; and the hue's shift.
+    sigma: of the blur, pixels.
+  """
+
+  box: tuple[jax.Array, jax.Array, jax.Array, jax.Array]
+  jitter: jax.Array
+  order: jax.Array
+  factors: jax.Array
+  gray: jax.Array
+  blur: jax.Array
+  sigma: jax.Array
+  solarize: jax.Array
+  flip: jax.Array
 
 
-def adjust_brightness(image: jax.Array, factor: jax.Array) -> jax.Array:
-  """Multiplies pixels [H, W, C] in [0, 1] by `factor`, clipped."""
-  return jnp.clip(image * factor, 0.0, 1.0)
-
-
-def adjust_contrast(image: jax.Array, factor: jax.Array) -> jax.Array:
-  """Scales [H, W, C] in [0, 1] about its mean gray by `factor`, clipped."""
-  mean = jnp.mean(gray(image))
-  return jnp.clip(mean + factor * (image - mean), 0.0, 1.0)
-
-
-def jitter(image: jax.Array, key: jax.Array, view: ConfigDict) -> jax.Array:
-  """Brightness and contrast in random order, with `view.jitter_prob`."""
-  k_apply, k_order, k_brightness, k_contrast = jax.random.split(key, 4)
-
-  def factor(k, half_width):
-    low = max(0.0, 1.0 - half_width)
-    return jax.random.uniform(k, minval=low, maxval=1.0 + half_width)
-
-  brighten = functools.partial(
-      adjust_brightness, factor=factor(k_brightness, view.brightness)
+def draw(key: jax.Array, view: ConfigDict, height: int, width: int) -> Draw:
+  """Draws the parameters of one view of an image of this size."""
+  keys = jax.random.split(key, 9)
+  happens = jax.random.bernoulli
+  spread = jnp.asarray(
+      (view.brightness, view.contrast, view.saturation, view.hue)
   )
-  contrast = functools.partial(
-      adjust_contrast, factor=factor(k_contrast, view.contrast)
+  middle = jnp.asarray((1.0, 1.0, 1.0, 0.0))
+  low = jnp.maximum(middle - spread, jnp.asarray((0.0, 0.0, 0.0, -0.5)))
+  return Draw(
+      box=draw_crop(keys[0], height, width, (view.crop_min, 1.0),
+                    view.crop_ratio),
+      jitter=happens(keys[1], view.jitter_prob),
+      order=jax.random.permutation(keys[2], 4),
+      factors=jax.random.uniform(
+          keys[3], (4,), minval=low, maxval=middle + spread
+      ),
+      gray=happens(keys[4], view.gray_prob),
+      blur=happens(keys[5], view.blur_prob),
+      sigma=jax.random.uniform(
+          keys[6], minval=view.blur_sigma[0], maxval=view.blur_sigma[1]
+      ),
+      solarize=happens(keys[7], view.solarize_prob),
+      flip=happens(keys[8], view.flip_prob),
   )
-  # Both orders and a select: cheaper than control flow on an accelerator.
-  jittered = jnp.where(
-      jax.random.bernoulli(k_order),
-      contrast(brighten(image)),
-      brighten(contrast(image)),
-  )
-  apply = jax.random.bernoulli(k_apply, view.jitter_prob)
-  return jnp.where(apply, jittered, image)
 
 
-def one_view(
-    image: jax.Array, key: jax.Array, view: ConfigDict, size: int
+def apply(
+    image: jax.Array, drawn: Draw, view: ConfigDict, size: int
 ) -> jax.Array:
-  """Augments [H, W, C] in [0, 1] to [size, size, C] by one view's table."""
-  k_crop, k_jitter, k_flip = jax.random.split(key, 3)
-  area, ratio = (view.crop_min, 1.0), view.crop_ratio
-  box = draw_crop(k_crop, *image.shape[:2], area, ratio)
-  image = resample(image, box, size)
-  image = jitter(image, k_jitter, view)
-  flip = jax.random.bernoulli(k_flip, view.flip_prob)
-  return jnp.where(flip, image[:, ::-1], image)
+  """Makes one view, in the order of the original's pipeline.
 
+  Args:
+    image: [H, W, C] in [0, 1].
+    drawn: by `draw`.
+    view: its table; an operation of probability 0 is left out of the program.
+    size: side of the view, pixels.
 
-def to_float(images: jax.Array) -> jax.Array:
-  """uint8 pixels to float32 in [0, 1]."""
-  return images.astype(jnp.float32) / 255
-
-
-def normalise(images: jax.Array, data: ConfigDict) -> jax.Array:
-  """Subtracts `data.mean` and divides by `data.std`, a value a channel."""
-  shape = (1,) * (images.ndim - 1) + (len(data.mean),)
-  mean, std = jnp.asarray(data.mean), jnp.asarray(data.std)
-  return (images - mean.reshape(shape)) / std.reshape(shape)
+  Returns:
+    [size, size, C] in [0, 1].
+  """
+  image = image_ops.resample(image, drawn.box, size)
+  if view.jitter_prob:
+    jittered = image_ops.jitter(image, drawn.order, drawn.factors)
+    image = jnp.where(drawn.jitter, jittered, image)
+  if view.gray_prob:
+    image = jnp.where(drawn.gray, image_ops.gray(image), image)
+  if view.blur_prob:
+    image = jnp.where(drawn.blur, image_ops.blur(image, drawn.sigma), image)
+  if view.solarize_prob:
+    image = jnp.where(drawn.solarize, image_ops.solarize(image), image)
+  if view.flip_prob:
+    image = jnp.where(drawn.flip, image[:, ::-1], image)
+  return image
 
 
 def whole_images(images: jax.Array, data: ConfigDict) -> jax.Array:
   """What evaluation sees: uint8 [B, H, W, C], resized whole, normalised."""
   height, width = images.shape[1:3]
   box = (0, 0, height, width)
-  resize = functools.partial(resample, box=box, out_size=data.image_size)
-  return normalise(jax.vmap(resize)(to_float(images)), data)
+  resize = functools.partial(
+      image_ops.resample, box=box, out_size=data.image_size
+  )
+  resized = jax.vmap(resize)(image_ops.to_float(images))
+  return image_ops.normalise(resized, data)
 
 
 def build(augment: ConfigDict, data: ConfigDict) -> Augment:
@@ -178,15 +156,17 @@ def build(augment: ConfigDict, data: ConfigDict) -> Augment:
   views = (augment.view1, augment.view2)
 
   def example(image, key):
-    keys = jax.random.split(key, len(views))
+    keys = jax.random.split(key, 2)
+    height, width = image.shape[:2]
     return jnp.stack([
-        one_view(image, keys[v], view, data.image_size)
-        for v, view in enumerate(views)
+        apply(image, draw(k, view, height, width), view, data.image_size)
+        for k, view in zip(keys, views, strict=True)
     ])
 
-  def apply(images, key):
+  def augment_batch(images, key):
     positions = jnp.arange(len(images))
     keys = jax.vmap(jax.random.fold_in, (None, 0))(key, positions)
-    return normalise(jax.vmap(example)(to_float(images), keys), data)
+    made = jax.vmap(example)(image_ops.to_float(images), keys)
+    return image_ops.normalise(made, data)
 
-  return apply
+  return augment_batch

@@ -1,6 +1,7 @@
 """Checkpoints of a run, by Orbax: async save, newest intact restore."""
 
 from collections.abc import Callable
+import json
 from typing import Any
 
 from etils import epath
@@ -9,6 +10,7 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers
 
 from mocov3_jax.errors import UserError
+from mocov3_jax.workdir import absolute
 
 PyTree = Any
 # By which a checkpoint is called the best.
@@ -20,14 +22,19 @@ ITEM = 'state'
 class Checkpoints:
   """The checkpoints/<step> folders of a run, <step> being updates done."""
 
-  def __init__(self, workdir: epath.Path, keep_latest: int, keep_best: int):
+  def __init__(
+      self, workdir: epath.Path, keep_latest: int, keep_best: int,
+      warn: Callable[[str], None],
+  ):
     """Opens checkpoints/ in `workdir`, removing what a kill left half-written.
 
     Args:
       workdir: of the run.
       keep_latest: newest checkpoints kept.
       keep_best: best ones by kNN kept beside those.
+      warn: is told of each damaged checkpoint.
     """
+    self._warn = warn
     self._folder = workdir / 'checkpoints'
     self._damaged = workdir / 'checkpoints_damaged'
     best = lambda metrics: metrics[BEST_METRIC]
@@ -43,9 +50,21 @@ class Checkpoints:
         best_fn=best,
         cleanup_tmp_directories=True,
     )
+    self._folder.mkdir(exist_ok=True)
+    self._check_metrics()
     self._manager = ocp.CheckpointManager(
         self._folder, options=options, item_names=(ITEM,)
     )
+
+  def _check_metrics(self) -> None:
+    # Orbax reads all of them when it starts, and gives up at a broken one.
+    for folder in self._folder.iterdir():
+      file = folder / 'metrics' / 'metrics'
+      if folder.name.isdigit() and file.exists():
+        try:
+          json.loads(file.read_text())
+        except ValueError as e:
+          self._set_aside(int(folder.name), summary(e))
 
   def latest_step(self) -> int | None:
     """The step of the newest complete checkpoint, None if there is none."""
@@ -67,9 +86,7 @@ class Checkpoints:
     args = ocp.args.Composite(**{ITEM: ocp.args.StandardSave(state)})
     self._manager.save(step, args=args, metrics=known, force=True)
 
-  def restore(
-      self, abstract_state: PyTree, warn: Callable[[str], None]
-  ) -> tuple[PyTree, int] | None:
+  def restore(self, abstract_state: PyTree) -> tuple[PyTree, int] | None:
     """Restores the newest checkpoint that can be read.
 
     Damaged newer ones are moved to checkpoints_damaged/. If none can be read,
@@ -78,7 +95,6 @@ class Checkpoints:
     Args:
       abstract_state: of jax.ShapeDtypeStruct with shardings; any number of
         devices.
-      warn: is told of each damaged checkpoint.
 
     Returns:
       The state and its step, or None if there is no checkpoint.
@@ -97,11 +113,9 @@ class Checkpoints:
         failures[step] = summary(e)
         continue
       for damaged, reason in failures.items():
-        self._set_aside(damaged)
-        warn(
-            f'warning: checkpoint {self._folder / str(damaged)} is damaged '
-            f'and was moved to {self._damaged} ({reason})'
-        )
+        self._set_aside(damaged, reason)
+      if failures:
+        self._manager.reload()
       return state, step
     if failures:
       raise UserError(
@@ -111,13 +125,27 @@ class Checkpoints:
       )
     return None
 
-  def _set_aside(self, step: int) -> None:
+  def newest_before(self, step: int) -> int | None:
+    """The newest checkpoint before `step`; later ones are moved aside.
+
+    For a run whose state was found broken at `step`.
+    """
+    self.wait()
+    for later in [s for s in self._manager.all_steps() if s >= step]:
+      self._set_aside(later, f'the training diverged at step {step}')
+    self._manager.reload()
+    return self._manager.latest_step()
+
+  def _set_aside(self, step: int, reason: str) -> None:
     self._damaged.mkdir(exist_ok=True)
     target = self._damaged / str(step)
     if target.exists():
       target.rmtree()
     (self._folder / str(step)).rename(target)
-    self._manager.reload()
+    self._warn(
+        f'warning: checkpoint {self._folder / str(step)} is damaged and was '
+        f'moved to {self._damaged} ({reason})'
+    )
 
   def wait(self) -> None:
     """Blocks until every save is complete on disk."""
@@ -152,7 +180,7 @@ def find(path: str) -> tuple[epath.Path, epath.Path]:
   Raises:
     UserError: if `path` is neither.
   """
-  folder = epath.Path(path)
+  folder = absolute(path)
   if (folder / 'checkpoints').is_dir():
     steps = [
         int(p.name) for p in (folder / 'checkpoints').iterdir()

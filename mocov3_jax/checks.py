@@ -6,32 +6,30 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from mocov3_jax import config as config_lib
 from mocov3_jax.errors import UserError
 
-# Fields that steer what a run reports and keeps, not what it computes: they
-# may change when a run is resumed.
-FREE_ON_RESUME = ('data.prefetch', 'knn.', 'log.', 'save.')
+# Fields that steer what a training run reports and keeps, not what it
+# computes: they may change when it is continued.
+FREE_ON_RESUME = ('data.prefetch', 'knn.every_steps', 'log.', 'save.')
 
+_VIEWS = ('augment.view1', 'augment.view2')
 _AT_LEAST_ONE = (
     'batch_size data.image_size data.prefetch model.patch_size '
     'head.projector_layers head.predictor_layers head.hidden_dim head.out_dim '
     'knn.k log.every_steps save.every_steps save.keep_latest'
 ).split()
 _NOT_NEGATIVE = (
-    'seed augment.view1.brightness augment.view1.contrast '
-    'augment.view2.brightness augment.view2.contrast model.depth model.dim '
-    'model.num_heads optimizer.lr_per_256 optimizer.weight_decay '
-    'optimizer.trust_coefficient schedule.epochs schedule.steps '
-    'schedule.warmup_epochs knn.every_steps save.keep_best'
+    'seed model.depth model.dim model.num_heads optimizer.lr_per_256 '
+    'optimizer.weight_decay optimizer.trust_coefficient schedule.epochs '
+    'schedule.steps schedule.warmup_epochs knn.every_steps save.keep_best'
 ).split()
-_POSITIVE = (
-    'augment.view1.crop_min augment.view2.crop_min objective.temperature '
-    'optimizer.eps knn.temperature'
-).split()
-_AT_MOST_ONE = (
-    'augment.view1.crop_min augment.view1.jitter_prob augment.view1.flip_prob '
-    'augment.view2.crop_min augment.view2.jitter_prob augment.view2.flip_prob '
-    'objective.momentum optimizer.b1 optimizer.b2 optimizer.momentum'
+_POSITIVE = 'objective.temperature optimizer.eps knn.temperature'.split()
+_AT_MOST_ONE = ('objective.momentum', 'optimizer.momentum')
+_BELOW_ONE = ('optimizer.b1', 'optimizer.b2')
+_VIEW_NOT_NEGATIVE = 'brightness contrast saturation'.split()
+_VIEW_AT_MOST_ONE = (
+    'crop_min jitter_prob gray_prob blur_prob solarize_prob flip_prob'
 ).split()
 
 
@@ -41,8 +39,9 @@ def validate(config: ConfigDict, device_count: int) -> None:
   Names (model, optimizer, source, ...) are checked by what builds them.
 
   Raises:
-    UserError: for the first field out of its range.
+    UserError: for a field too many or too few, or the first out of its range.
   """
+  _require_fields(config, config_lib.default_config())
   for field in _AT_LEAST_ONE:
     _require(field, config, lambda v: v >= 1, 'at least 1')
   for field in _POSITIVE:
@@ -51,13 +50,12 @@ def validate(config: ConfigDict, device_count: int) -> None:
     _require(field, config, lambda v: v >= 0, '0 or more')
   for field in _AT_MOST_ONE:
     _require(field, config, lambda v: 0 <= v <= 1, 'from 0 to 1')
+  for field in _BELOW_ONE:
+    _require(field, config, lambda v: 0 <= v < 1, 'from 0 to below 1')
   _require('seed', config, lambda v: v < 2**32, 'below 2**32')
-  for view in 'augment.view1', 'augment.view2':
-    _require(
-        f'{view}.crop_ratio', config,
-        lambda v: len(v) == 2 and 0 < v[0] <= v[1],
-        'two positive numbers, the smaller first',
-    )
+  for view in _VIEWS:
+    _validate_view(view, config)
+  _require('data.mean', config, lambda v: len(v) >= 1, 'a number a channel')
   _require(
       'data.std', config,
       lambda v: len(v) == len(config.data.mean) and min(v) > 0,
@@ -66,12 +64,44 @@ def validate(config: ConfigDict, device_count: int) -> None:
   _require_multiple('batch_size', config, device_count)
 
 
+def _validate_view(view: str, config: ConfigDict) -> None:
+  for field in _VIEW_NOT_NEGATIVE:
+    _require(f'{view}.{field}', config, lambda v: v >= 0, '0 or more')
+  for field in _VIEW_AT_MOST_ONE:
+    _require(f'{view}.{field}', config, lambda v: 0 <= v <= 1, 'from 0 to 1')
+  _require(f'{view}.crop_min', config, lambda v: v > 0, 'above 0')
+  _require(f'{view}.hue', config, lambda v: 0 <= v <= 0.5, 'from 0 to 0.5')
+  for field in 'crop_ratio', 'blur_sigma':
+    _require(
+        f'{view}.{field}', config,
+        lambda v: len(v) == 2 and 0 < v[0] <= v[1],
+        'two positive numbers, the smaller first',
+    )
+  _require(
+      f'{view}.blur_sigma', config, lambda v: v[1] <= 2, 'at most 2 pixels'
+  )
+
+
 def validate_eval(config: ConfigDict, device_count: int) -> None:
-  """Checks the numbers of an `eval_config()`, as `validate` does."""
+  """Checks an `eval_config()`, as `validate` does a `default_config()`."""
+  _require_fields(config, config_lib.eval_config())
   for field in 'batch_size', 'knn.k':
     _require(field, config, lambda v: v >= 1, 'at least 1')
   _require('knn.temperature', config, lambda v: v > 0, 'above 0')
   _require_multiple('batch_size', config, device_count)
+
+
+def _require_fields(config: ConfigDict, schema: ConfigDict) -> None:
+  given, known = _flatten(config.to_dict()), _flatten(schema.to_dict())
+  for verb, fields in (
+      ('has unknown', given.keys() - known.keys()),
+      ('lacks', known.keys() - given.keys()),
+  ):
+    if fields:
+      raise UserError(
+          f'the config {verb} fields: {", ".join(sorted(fields))}. Allowed: '
+          'a config made for this command, with each of its fields.'
+      )
 
 
 def _require_multiple(field: str, config: ConfigDict, devices: int) -> None:
@@ -91,23 +121,25 @@ def _require(field: str, config: ConfigDict, check, allowed: str) -> None:
     raise UserError(f'{field}={value!r} is out of range. Allowed: {allowed}.')
 
 
-def differences(saved: dict[str, Any], now: dict[str, Any]) -> list[str]:
+def differences(
+    saved: dict[str, Any], now: dict[str, Any], free: tuple[str, ...]
+) -> list[str]:
   """Lists the fields in which two runs compute different things.
 
   Args:
     saved: a config as nested dicts of JSON values, as config.json holds it.
     now: the same of the present command.
+    free: fields, or groups with a final dot, that may differ.
 
   Returns:
-    One 'field: OLD in the workdir, NEW now' per field that differs, without
-    those that only steer logging and saving (`FREE_ON_RESUME`).
+    One 'field: OLD in the workdir, NEW now' per field that differs.
   """
   old, new = _flatten(saved), _flatten(now)
   return [
       f'{field}: {old.get(field, "absent")!r} in the workdir, '
       f'{new.get(field, "absent")!r} now'
       for field in sorted(old.keys() | new.keys())
-      if not field.startswith(FREE_ON_RESUME)
+      if not field.startswith(free)
       and old.get(field) != new.get(field)
   ]
 

@@ -20,7 +20,10 @@ def default_config() -> ConfigDict:
   # Images per optimizer step over all devices. [P] s5: 4096.
   c.batch_size = 4096
   c.data = _data()
-  c.augment = ConfigDict({'view1': _view(), 'view2': _view()})
+  c.augment = ConfigDict({
+      'view1': _view(blur_prob=1.0, solarize_prob=0.0),
+      'view2': _view(blur_prob=0.1, solarize_prob=0.2),
+  })
   c.model = _model()
   c.head = _head()
   c.objective = _objective()
@@ -77,17 +80,29 @@ def _data() -> ConfigDict:
   return c
 
 
-def _view() -> ConfigDict:
+def _view(blur_prob: float, solarize_prob: float) -> ConfigDict:
+  # All values from [R]; the paper lists the operations only. In the order in
+  # which they are applied; a probability of 0 takes an operation out.
   c = ConfigDict()
   # Random resized crop: smallest share of the image's area (the largest is 1)
   # and the range of width / height. [R]: 0.08 for ViT, 0.2 for ResNet.
   c.crop_min = 0.08
   c.crop_ratio = (3 / 4, 4 / 3)
-  # Probability of the jitter, and the half-widths of its factors round 1.
+  # Colour jitter: half-widths of the factors round 1, and of the hue's shift
+  # round 0 (at most 0.5, half of the circle).
   c.jitter_prob = 0.8
   c.brightness = 0.4
   c.contrast = 0.4
-  # Probability of a horizontal flip.
+  c.saturation = 0.2
+  c.hue = 0.1
+  # Grayscale.
+  c.gray_prob = 0.2
+  # Gaussian blur, and the range of its standard deviation, pixels.
+  c.blur_prob = blur_prob
+  c.blur_sigma = (0.1, 2.0)
+  # Solarize: inverts pixels of 128 and more.
+  c.solarize_prob = solarize_prob
+  # Horizontal flip.
   c.flip_prob = 0.5
   return c
 
@@ -105,8 +120,9 @@ def _model() -> ConfigDict:
   # 'frozen' = the random patch projection that [P] s4.2 finds stable;
   # 'learned' = trained like the rest.
   c.patch_embed = 'frozen'
-  # Arithmetic of the trunk and heads: 'float32' or 'bfloat16'. Parameters,
-  # statistics, logits and loss are float32 in both.
+  # Arithmetic of the trunk and heads: 'float32' (products at the backend's
+  # default precision) or 'bfloat16'. Parameters, statistics, logits and loss
+  # are float32 in both.
   c.dtype = 'float32'
   return c
 

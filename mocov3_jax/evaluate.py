@@ -51,18 +51,18 @@ def evaluate(config: ConfigDict, path: str) -> dict[str, Any]:
       config.knn, model, trained.data, splits, mesh, config.batch_size
   )
   variables = restore_network(trained, model, mesh, folder)
-  workdir = workdir_lib.claim(path, config)
-  result = protocol(variables['params'], variables['batch_stats'])
-  result |= {
-      'protocol': config.protocol,
-      'checkpoint': str(folder),
-      'step': int(folder.name),
-      'train_images': len(splits.train),
-      'test_images': len(splits.test),
-  }
-  text = json.dumps(result, indent=2) + '\n'
-  (workdir / 'result.json').write_text(text)
-  return result
+  with workdir_lib.claimed(path, config) as workdir:
+    result = protocol(variables['params'], variables['batch_stats'])
+    result |= {
+        'protocol': config.protocol,
+        'checkpoint': str(folder),
+        'step': int(folder.name),
+        'train_images': len(splits.train),
+        'test_images': len(splits.test),
+    }
+    text = json.dumps(result, indent=2) + '\n'
+    workdir_lib.write_whole(workdir / 'result.json', text)
+    return result
 
 
 def restore_network(

@@ -10,6 +10,8 @@ from typing import Any, TextIO
 from etils import epath
 from tensorboardX import SummaryWriter
 
+from mocov3_jax import workdir as workdir_lib
+
 Values = dict[str, float]
 
 
@@ -53,17 +55,18 @@ class MetricWriter:
     ]
     self.first: Values = {}
     self.latest: Values = {}
-    text = ''
     for row in rows:
-      text += json.dumps(row) + '\n'
       self._remember(row)
-    part = self._path.with_name('metrics.jsonl.part')
-    part.write_text(text)
-    part.replace(self._path)
+    text = ''.join(json.dumps(row) + '\n' for row in rows)
+    workdir_lib.write_whole(self._path, text)
     self._file = self._path.open('a')
+    # TensorBoard drops all it has of this step and later.
     self._board = SummaryWriter(
-        str(workdir / 'tensorboard'), purge_step=step or None
+        str(workdir / 'tensorboard'), purge_step=step
     )
+    for row in rows:
+      if row['step'] == step:
+        self._draw(row)
 
   def _remember(self, row: Values) -> None:
     self.first = row | self.first
@@ -75,8 +78,16 @@ class MetricWriter:
     self._remember(row)
     self._file.write(json.dumps(row) + '\n')
     self._file.flush()  # A killed run loses nothing it has logged.
-    for name, value in values.items():
-      self._board.add_scalar(name, value, step)
+    self._draw(row)
+
+  def _draw(self, row: Values) -> None:
+    for name, value in row.items():
+      if name != 'step':
+        self._board.add_scalar(name, value, row['step'])
+
+  def flush(self) -> None:
+    """Puts on disk what a continuation from here will not write again."""
+    self._board.flush()
 
   def close(self) -> None:
     """Flushes and closes the files."""

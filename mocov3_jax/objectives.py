@@ -35,7 +35,10 @@ def contrast(
     2T * cross-entropy, averaged over the queries, and the share of queries
     whose most similar key is the positive.
   """
-  logits = _unit(queries) @ _unit(jax.lax.stop_gradient(keys)).T / temperature
+  queries, keys = _unit(queries), _unit(jax.lax.stop_gradient(keys))
+  # Full float32, where a TPU or GPU would round to fewer bits by default.
+  cosine = jnp.matmul(queries, keys.T, precision=jax.lax.Precision.HIGHEST)
+  logits = cosine / temperature  # [N, N]
   labels = jnp.arange(len(logits))  # [N]
   loss = optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
   accuracy = jnp.mean(jnp.argmax(logits, axis=1) == labels)

@@ -109,6 +109,7 @@ class Run:
     self._plan = plan
     self._checkpoints = checkpoints
     self._evaluate = evaluate
+    self._last_step = {}
     self.writer = metrics.MetricWriter(workdir, start)
     self.throughput = metrics.Throughput(config.batch_size)
     self.progress = metrics.Progress(plan.total_steps)
@@ -118,6 +119,7 @@ class Run:
     values['train/images_per_second'] = self.throughput.tick()
     if step % self._config.log.every_steps == 0:
       self.writer.write(step, values)
+    self._last_step = values
     known = self.writer.latest | values
     self.progress.update(step, known, self._config.batch_size)
 
@@ -140,14 +142,16 @@ class Run:
           f'step {step}/{self._plan.total_steps}  kNN {values["knn/top1"]:.1%}'
       )
       if step and self.is_saving(step):
+        self.writer.flush()
         self._checkpoints.save(step, state, values)
 
   def results(self) -> dict[str, Any]:
     """The last value of everything, and the kNN of the random network."""
-    last = dict(self.writer.latest)
+    last = self.writer.latest | self._last_step
     if 'knn/top1' in self.writer.first:
       last['knn/top1_init'] = self.writer.first['knn/top1']
-    last['train/images_per_second'] = self.throughput.average
+    if self.throughput.average:
+      last['train/images_per_second'] = self.throughput.average
     return last
 
 
@@ -159,8 +163,8 @@ def divergence_explained(
   try:
     yield
   except loop.NonFinite as e:
-    checkpoints.wait()
-    saved = checkpoints.latest_step()
+    # What was saved at this very step is the state that broke.
+    saved = checkpoints.newest_before(e.step)
     run.writer.write(e.step, {'train/diverged': 1.0})
     raise UserError(
         f'training diverged at step {e.step}: loss {e.values["train/loss"]}, '
@@ -195,42 +199,55 @@ def train(config: ConfigDict, path: str) -> dict[str, Any]:
       config.knn, method.model, config.data, splits, mesh, config.batch_size
   )
   init, step_fn = compile_functions(config, method, mesh)
-  workdir = workdir_lib.claim(path, config)
+  # SIGTERM is noted before anything is written, and until all is saved.
+  with cli.sigterm_noted() as sigterm, workdir_lib.claimed(
+      path, config, checks.FREE_ON_RESUME
+  ) as workdir:
+    checkpoints = checkpoint.Checkpoints(
+        workdir, config.save.keep_latest, config.save.keep_best, _warn
+    )
+    with contextlib.closing(checkpoints):
+      # Precedence of the initial state: 1. the newest intact checkpoint of
+      # this workdir; 2. a fresh initialisation from the seed.
+      whole = sharding.replicated(mesh)
+      abstract = checkpoint.abstract(jax.eval_shape(init), whole)
+      state, start = checkpoints.restore(abstract) or (init(), 0)
+      run = Run(config, plan, workdir, checkpoints, evaluate, start)
+      with contextlib.closing(run.writer):
+        _announce(run, state, plan, mesh, start)
+        if start == 0:
+          run.between_steps(0, state)
+        batches = on_device_batches(config, plan, splits.train, mesh, start)
+        with divergence_explained(run, checkpoints):
+          state, done = loop.run(
+              state, step_fn, batches, start=start, stop=plan.total_steps,
+              log=run.log, hooks=[loop.Hook(run.is_due, run.between_steps)],
+              should_stop=sigterm,
+          )
+        if done < plan.total_steps:
+          checkpoints.save(done, state, {})
+          checkpoints.wait()
+          raise Preempted(f'preempted: saved step {done} in {workdir}')
+        return run.results() | {'step': done, 'workdir': str(workdir)}
 
-  # Precedence of the initial state: 1. the newest intact checkpoint of this
-  # workdir; 2. a fresh initialisation from the seed.
-  checkpoints = checkpoint.Checkpoints(
-      workdir, config.save.keep_latest, config.save.keep_best
+
+def on_device_batches(
+    config: ConfigDict, plan: config_lib.Plan, source: sources.Source,
+    mesh: Mesh, start: int,
+) -> Iterator[jax.Array]:
+  """The global batches of all steps from `start` on."""
+  reader = pipeline.BatchReader(
+      source, sharding.local_positions(mesh, config.batch_size),
+      config.batch_size, config.seed,
   )
-  with contextlib.closing(checkpoints), cli.sigterm_noted() as sigterm:
-    warn = functools.partial(print, file=sys.stderr)
-    whole = sharding.replicated(mesh)
-    abstract = checkpoint.abstract(jax.eval_shape(init), whole)
-    state, start = checkpoints.restore(abstract, warn) or (init(), 0)
-    run = Run(config, plan, workdir, checkpoints, evaluate, start)
-    with contextlib.closing(run.writer):
-      _announce(run, state, plan, mesh, start)
-      if start == 0:
-        run.between_steps(0, state)
-      reader = pipeline.BatchReader(
-          splits.train, sharding.local_positions(mesh, config.batch_size),
-          config.batch_size, config.seed,
-      )
-      batches = pipeline.train_batches(
-          reader, start, plan.total_steps, config.data.prefetch
-      )
-      with divergence_explained(run, checkpoints):
-        state, done = loop.run(
-            state, step_fn, (sharding.to_global(b, mesh) for b in batches),
-            start=start, stop=plan.total_steps, log=run.log,
-            hooks=[loop.Hook(run.is_due, run.between_steps)],
-            should_stop=sigterm,
-        )
-      if done < plan.total_steps:
-        checkpoints.save(done, state, {})
-        checkpoints.wait()
-        raise Preempted(f'preempted: saved step {done} in {workdir}')
-      return run.results() | {'step': done, 'workdir': str(workdir)}
+  batches = pipeline.train_batches(
+      reader, start, plan.total_steps, config.data.prefetch
+  )
+  return (sharding.to_global(batch, mesh) for batch in batches)
+
+
+def _warn(text: str) -> None:
+  print(text, file=sys.stderr, flush=True)
 
 
 def _announce(

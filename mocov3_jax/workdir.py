@@ -1,6 +1,10 @@
 """The folder of a run: who may write into it, and what its config was."""
 
+from collections.abc import Iterator
+import contextlib
+import fcntl
 import json
+import os
 from typing import Any
 
 from etils import epath
@@ -18,63 +22,123 @@ def to_json(config: ConfigDict) -> dict[str, Any]:
   return json.loads(json.dumps(config.to_dict()))
 
 
-def claim(path: str, config: ConfigDict) -> epath.Path:
+def absolute(path: str) -> epath.Path:
+  """The absolute path, which Orbax wants.
+
+  Raises:
+    UserError: for a URL; only local (or mounted) folders work so far.
+  """
+  if '://' in path:
+    raise UserError(
+        f'{path!r} is a URL. Allowed: a folder of this machine, or a mounted '
+        'one.'
+    )
+  return epath.Path(os.path.abspath(os.path.expanduser(path)))
+
+
+@contextlib.contextmanager
+def claimed(
+    path: str, config: ConfigDict, free: tuple[str, ...] = ()
+) -> Iterator[epath.Path]:
   """Makes `path` the workdir of this run, or finds that it already is.
 
-  Writes config.json on the first claim and nothing afterwards.
+  Writes config.json on the first claim. While it is held, no other process
+  can claim the same folder. Errors of the file system inside become UserError.
 
   Args:
     path: of the workdir; made if absent.
     config: of the run, after overrides.
+    free: fields (or groups, with a final dot) that may differ from those of
+      the run to continue.
 
-  Returns:
+  Yields:
     The workdir.
 
   Raises:
-    UserError: if it cannot be written, or holds a run that computes something
-      else; the fields that differ are listed.
+    UserError: if it cannot be written, is in use, or holds a run that
+      computes something else; the fields that differ are listed.
   """
-  workdir = epath.Path(path)
-  if (workdir / 'config.json').exists():
-    saved = json.loads((workdir / 'config.json').read_text())
-    differ = checks.differences(saved, to_json(config))
-    if differ:
-      raise UserError(
-          f'--workdir={path} holds another run; the two differ in\n  '
-          + '\n  '.join(differ)
-          + '\nAllowed: the same config (to continue it), or another workdir.'
-      )
-    return workdir
+  workdir = absolute(path)
   try:
+    known = (workdir / 'config.json').exists()
+    if known:
+      _check_same(path, workdir, config, free)
+    else:
+      _check_unused(path, workdir)
     workdir.mkdir(parents=True, exist_ok=True)
-    taken = sorted(p.name for p in workdir.iterdir() if p.name in OUTPUTS)
-    if taken:
-      raise UserError(
-          f'--workdir={path} has {", ".join(taken)} but no config.json, so it '
-          'is no run to continue. Allowed: a folder without these, or that of '
-          'a run.'
-      )
-    part = workdir / 'config.json.part'
-    part.write_text(json.dumps(to_json(config), indent=2) + '\n')
-    part.replace(workdir / 'config.json')
+    with _locked(path, workdir):
+      if not known:
+        text = json.dumps(to_json(config), indent=2) + '\n'
+        write_whole(workdir / 'config.json', text)
+      yield workdir
   except OSError as e:
     raise UserError(
-        f'--workdir={path} cannot be written: {e.strerror or e}. Allowed: a '
-        'folder this user may write to.'
+        f'--workdir={path} cannot be written: {e.strerror or e} '
+        f'({e.filename or workdir}). Allowed: a folder this user may write to.'
     ) from e
-  return workdir
+
+
+def _check_same(
+    path: str, workdir: epath.Path, config: ConfigDict, free: tuple[str, ...]
+) -> None:
+  differ = checks.differences(
+      read_config(workdir).to_dict(), to_json(config), free
+  )
+  if differ:
+    raise UserError(
+        f'--workdir={path} holds another run; the two differ in\n  '
+        + '\n  '.join(differ)
+        + '\nAllowed: the same config (to continue it), or another workdir.'
+    )
+
+
+def _check_unused(path: str, workdir: epath.Path) -> None:
+  if not workdir.is_dir():
+    return
+  taken = sorted(p.name for p in workdir.iterdir() if p.name in OUTPUTS)
+  if taken:
+    raise UserError(
+        f'--workdir={path} has {", ".join(taken)} but no config.json, so it '
+        'is no run to continue. Allowed: a folder without these, or that of '
+        'a run.'
+    )
+
+
+@contextlib.contextmanager
+def _locked(path: str, workdir: epath.Path) -> Iterator[None]:
+  # The kernel drops the lock with the process, however that ends.
+  with open(workdir / '.lock', 'w') as file:
+    try:
+      fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as e:
+      raise UserError(
+          f'--workdir={path} is in use by another process. Allowed: to wait '
+          'until it ends, or another workdir.'
+      ) from e
+    yield
+
+
+def write_whole(path: epath.Path, text: str) -> None:
+  """Writes a file that is there whole or not at all."""
+  part = path.with_name(path.name + '.part')
+  part.write_text(text)
+  part.replace(path)
 
 
 def read_config(workdir: epath.Path) -> ConfigDict:
   """Reads the config of the run in `workdir`.
 
   Raises:
-    UserError: if there is none.
+    UserError: if there is none, or it is damaged.
   """
   path = workdir / 'config.json'
   if not path.exists():
     raise UserError(
         f'{workdir} is not the workdir of a run: it has no config.json.'
     )
-  saved = json.loads(path.read_text())
-  return ConfigDict(saved)
+  try:
+    return ConfigDict(json.loads(path.read_text()))
+  except (ValueError, TypeError) as e:
+    raise UserError(
+        f'{path} is damaged: {e}. Allowed: the JSON object that a run wrote.'
+    ) from e

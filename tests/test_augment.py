@@ -8,7 +8,7 @@ import numpy as np
 from PIL import Image
 import pytest
 
-from mocov3_jax import augment
+from mocov3_jax import augment, image_ops
 from mocov3_jax import config as config_lib
 
 
@@ -17,7 +17,8 @@ def config(size=8, **view):
   with c.unlocked():
     c.data.update(image_size=size, mean=(0.5,), std=(0.25,))
     for v in c.augment.view1, c.augment.view2:
-      v.update(**view)
+      v.update({'gray_prob': 0.0, 'blur_prob': 0.0, 'solarize_prob': 0.0})
+      v.update(view)
   return c
 
 
@@ -41,19 +42,19 @@ def test_whole_pixel_crops_resize_as_pil_does(height, width, size, seed):
       (size, size), Image.Resampling.BILINEAR
   )
   box = tuple(jnp.float32(v) for v in (top, left, h, w))
-  actual = augment.resample(jnp.asarray(image[..., None]), box, size)
+  actual = image_ops.resample(jnp.asarray(image[..., None]), box, size)
   np.testing.assert_allclose(actual[..., 0], expected, atol=2e-5)
 
 
 def test_resize_matrix_of_the_whole_axis_is_the_identity():
   np.testing.assert_allclose(
-      augment.resize_matrix(7, 7, 0.0, 7.0), np.eye(7), atol=1e-6
+      image_ops.resize_matrix(7, 7, 0.0, 7.0), np.eye(7), atol=1e-6
   )
 
 
 @settings(max_examples=50, deadline=None)
 @given(st.integers(0, 2**31), st.integers(6, 64), st.integers(6, 64))
-def test_drawn_crops_lie_inside_with_the_asked_area_and_ratio(seed, h, w):
+def test_drawn_crops_lie_inside_with_the_asked_ratio(seed, h, w):
   area, ratio = (0.3, 1.0), (3 / 4, 4 / 3)
   box = augment.draw_crop(jax.random.key(seed), h, w, area, ratio)
   top, left, height, width = map(float, box)
@@ -85,7 +86,7 @@ def test_views_are_the_normalised_image_when_every_op_is_off():
     np.testing.assert_allclose(views[:, v], expected, atol=1e-5)
 
 
-def test_flip_reverses_columns_and_twice_is_the_identity():
+def test_flip_reverses_the_columns():
   c = config(
       crop_min=1.0, crop_ratio=(1.0, 1.0), jitter_prob=0.0, flip_prob=1.0
   )
@@ -98,24 +99,73 @@ def test_flip_reverses_columns_and_twice_is_the_identity():
 
 
 @settings(max_examples=30, deadline=None)
-@given(st.integers(0, 2**31), st.floats(0, 3))
-def test_jitter_ops_stay_in_range_and_factor_one_is_the_identity(seed, factor):
-  image = jax.random.uniform(jax.random.key(seed), (5, 6, 3))
-  for op in augment.adjust_brightness, augment.adjust_contrast:
-    out = op(image, factor)
-    assert 0 <= out.min() and out.max() <= 1
-    np.testing.assert_allclose(op(image, 1.0), image, atol=1e-6)
+@given(
+    st.integers(0, 2**31), st.floats(0, 3), st.integers(0, 2),
+    st.sampled_from([1, 3]),
+)
+def test_blends_stay_in_range_and_factor_one_changes_nothing(
+    seed, factor, op, channels
+):
+  image = jax.random.uniform(jax.random.key(seed), (5, 6, channels))
+  out = image_ops.blend(image, jnp.asarray(op), factor)
+  assert 0 <= out.min() and out.max() <= 1
   np.testing.assert_allclose(
-      augment.adjust_contrast(image, 0.0), jnp.mean(augment.gray(image)),
-      atol=1e-5,
+      image_ops.blend(image, jnp.asarray(op), 1.0), image, atol=1e-6
   )
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(0, 2**31), st.floats(-0.5, 0.5))
+def test_hue_keeps_value_and_chroma_and_comes_back(seed, shift):
+  image = jax.random.uniform(jax.random.key(seed), (5, 6, 3))
+  out = image_ops.shift_hue(image, shift)
+  np.testing.assert_allclose(out.max(-1), image.max(-1), atol=1e-5)
+  np.testing.assert_allclose(out.min(-1), image.min(-1), atol=1e-5)
+  np.testing.assert_allclose(
+      image_ops.shift_hue(out, -shift), image, atol=1e-4
+  )
+  np.testing.assert_allclose(image_ops.shift_hue(image, 0.0), image, atol=1e-5)
+  np.testing.assert_allclose(image_ops.shift_hue(image, 1.0), image, atol=1e-5)
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(0, 2**31), st.permutations(range(4)))
+def test_jitter_applies_its_adjustments_in_the_given_order(seed, order):
+  image = jax.random.uniform(jax.random.key(seed), (5, 6, 3))
+  factors = jnp.asarray((1.3, 0.7, 1.2, 0.08))
+  expected = image
+  for op in order:
+    if op == image_ops.HUE:
+      expected = image_ops.shift_hue(expected, factors[op])
+    else:
+      expected = image_ops.blend(expected, jnp.asarray(op), factors[op])
+  actual = image_ops.jitter(image, jnp.asarray(order), factors)
+  np.testing.assert_allclose(actual, expected, atol=1e-6)
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(0, 2**31), st.floats(0.1, 2.0))
+def test_blur_keeps_constants_and_stays_in_range(seed, sigma):
+  np.testing.assert_allclose(
+      image_ops.blur(jnp.full((9, 7, 3), 0.3), sigma), 0.3, atol=1e-5
+  )
+  image = jax.random.uniform(jax.random.key(seed), (9, 7, 3))
+  out = image_ops.blur(image, sigma)
+  assert 0 <= out.min() and out.max() <= 1
+
+
+def test_solarize_leaves_no_bright_pixel():
+  image = jnp.asarray(images(channels=3)[0]) / 255
+  once = image_ops.solarize(image)
+  np.testing.assert_allclose(once, jnp.minimum(image, 1 - image), atol=1e-6)
+  np.testing.assert_array_equal(image_ops.solarize(once), once)
 
 
 def test_normalise_has_an_inverse():
   c = config()
   x = jnp.asarray(images()) / 255
   np.testing.assert_allclose(
-      augment.normalise(x, c.data) * 0.25 + 0.5, x, atol=1e-6
+      image_ops.normalise(x, c.data) * 0.25 + 0.5, x, atol=1e-6
   )
 
 

@@ -1,10 +1,17 @@
 """Bad input: exit code 2, one message, no traceback, nothing written."""
 
 import concurrent.futures
+import json
 import pathlib
+import sys
 
 import pytest
 import tiny
+
+from mocov3_jax import workdir
+
+sys.path.insert(0, str(tiny.ROOT / 'configs'))
+import digits  # noqa: E402
 
 CONFIG = '--config=configs/digits.py'
 
@@ -58,6 +65,17 @@ CASES = {
                   '--config.data.std=(.1,.2,.3)'],
         ['data.mean=(0.1, 0.2, 0.3)', '1 channels'],
     ),
+    'config of another command': (
+        'train', ['--config=configs/eval_knn.py'],
+        ['unknown fields', 'protocol'],
+    ),
+    'recipe given to evaluate': (
+        'evaluate', [CONFIG], ['unknown fields', 'schedule.epochs']
+    ),
+    'no numbers': (
+        'train', [CONFIG, "--config.data.mean=('a',)"], ["data.mean=('a',)"]
+    ),
+    'a bucket': ('train', [CONFIG, '--workdir=gs://b/run'], ['gs://b/run']),
     'missing config file': (
         'train', ['--config=configs/digit.py'],
         ['configs/digit.py does not exist', 'digits.py'],
@@ -88,8 +106,8 @@ def outcomes(tmp_path_factory):
 
   def run(name):
     command, arguments, _ = CASES[name]
-    workdir = root / name.replace(' ', '_')
-    return tiny.run(command, f'--workdir={workdir}', *arguments), workdir
+    folder = root / name.replace(' ', '_')
+    return tiny.run(command, f'--workdir={folder}', *arguments), folder
 
   with concurrent.futures.ThreadPoolExecutor(2) as pool:
     return dict(zip(CASES, pool.map(run, CASES), strict=True))
@@ -97,14 +115,14 @@ def outcomes(tmp_path_factory):
 
 @pytest.mark.parametrize('name', CASES)
 def test_bad_input_gets_one_clear_message(outcomes, name):
-  (code, out, err), workdir = outcomes[name]
+  (code, out, err), folder = outcomes[name]
   assert code == 2, err
   assert out == ''
   assert 'Traceback' not in err
   assert err.startswith('error: ') and err.count('error: ') == 1
   for word in CASES[name][2]:
     assert word in err
-  assert not workdir.exists()
+  assert not folder.exists()
 
 
 def test_a_config_file_that_is_broken_is_named(tmp_path):
@@ -114,13 +132,54 @@ def test_a_config_file_that_is_broken_is_named(tmp_path):
   assert code == 2 and 'mine.py' in err and 'Traceback' not in err
 
 
+def test_a_config_file_without_get_config_is_named(tmp_path):
+  path = tmp_path / 'mine.py'
+  path.write_text('x = 1\n')
+  code, _, err = tiny.run('train', f'--config={path}', '--workdir=/nowhere/x')
+  assert code == 2 and 'get_config' in err and 'Traceback' not in err
+
+
+def test_a_recipe_that_misspells_a_field_is_told_so(tmp_path):
+  path = tmp_path / 'mine.py'
+  path.write_text(
+      'from mocov3_jax.config import default_config\n'
+      'def get_config():\n'
+      '  c = default_config()\n'
+      '  c.optimizer.lr_per_265 = 1.0\n'
+      '  return c\n'
+  )
+  code, _, err = tiny.run('train', f'--config={path}', '--workdir=/nowhere/x')
+  assert code == 2 and 'lr_per_265' in err and 'Traceback' not in err
+
+
+def test_a_batch_that_does_not_divide_over_the_devices_is_named(tmp_path):
+  process = tiny.start(
+      'train', CONFIG, f'--workdir={tmp_path / "run"}',
+      env_add={'XLA_FLAGS': '--xla_force_host_platform_device_count=3'},
+  )
+  code, _, err = tiny.finish(process)
+  assert code == 2 and 'batch_size=256' in err and '3 devices' in err
+  assert not (tmp_path / 'run').exists()
+
+
+def test_checkpoints_that_are_no_folder_are_named(tmp_path):
+  run = tmp_path / 'run'
+  run.mkdir()
+  c = workdir.to_json(digits.get_config())
+  (run / 'config.json').write_text(json.dumps(c))
+  (run / 'checkpoints').write_text('mine\n')
+  code, _, err = tiny.run('train', CONFIG, f'--workdir={run}')
+  assert code == 2 and 'checkpoints' in err and 'Traceback' not in err
+  assert (run / 'checkpoints').read_text() == 'mine\n'
+
+
 @pytest.mark.parametrize('place', ['a file', 'below a file'])
 def test_a_workdir_that_cannot_be_written_is_named(tmp_path, place):
   file = tmp_path / 'file'
   file.write_text('mine\n')
-  workdir = file if place == 'a file' else file / 'run'
-  code, _, err = tiny.run('train', CONFIG, f'--workdir={workdir}')
-  assert code == 2 and f'--workdir={workdir} cannot be written' in err
+  run = file if place == 'a file' else file / 'run'
+  code, _, err = tiny.run('train', CONFIG, f'--workdir={run}')
+  assert code == 2 and f'--workdir={run} cannot be written' in err
   assert 'Traceback' not in err and file.read_text() == 'mine\n'
 
 

@@ -36,7 +36,7 @@ def state(value, whole):
 
 def save(folder, whole, knn_by_step, keep_latest=2, keep_best=1):
   checkpoints = checkpoint.Checkpoints(
-      epath.Path(folder), keep_latest, keep_best
+      epath.Path(folder), keep_latest, keep_best, print
   )
   for step, knn in knn_by_step.items():
     checkpoints.save(step, state(step, whole), {'knn/top1': knn})
@@ -45,10 +45,12 @@ def save(folder, whole, knn_by_step, keep_latest=2, keep_best=1):
 
 def restore(folder, whole):
   warnings = []
-  checkpoints = checkpoint.Checkpoints(epath.Path(folder), 2, 1)
+  checkpoints = checkpoint.Checkpoints(
+      epath.Path(folder), 2, 1, warnings.append
+  )
   abstract = checkpoint.abstract(state(0, whole), whole)
   try:
-    return checkpoints.restore(abstract, warnings.append), warnings
+    return checkpoints.restore(abstract), warnings
   finally:
     checkpoints.close()
     gc.collect()
@@ -98,11 +100,17 @@ def flip_a_bit(folder):
     file.write_bytes(data)
 
 
+def break_metrics(folder):
+  (folder / 'metrics' / 'metrics').write_text('{"knn')
+
+
 def empty(folder):
   shutil.rmtree(folder / 'state')
 
 
-@pytest.mark.parametrize('damage', [truncate, flip_a_bit, empty])
+@pytest.mark.parametrize(
+    'damage', [truncate, flip_a_bit, break_metrics, empty]
+)
 def test_a_damaged_newest_is_reported_and_the_one_before_used(
     tmp_path, whole, damage
 ):
@@ -124,6 +132,17 @@ def test_if_none_can_be_read_none_is_moved(tmp_path, whole):
   with pytest.raises(UserError, match='no checkpoint in .* can be read'):
     restore(tmp_path, whole)
   assert steps(tmp_path) == [3, 4]
+
+
+def test_what_was_saved_after_a_divergence_is_set_aside(tmp_path, whole):
+  save(tmp_path, whole, {3: 0.5, 4: 0.4})
+  warnings = []
+  checkpoints = checkpoint.Checkpoints(
+      epath.Path(tmp_path), 2, 1, warnings.append
+  )
+  assert checkpoints.newest_before(4) == 3
+  checkpoints.close()
+  assert steps(tmp_path) == [3] and 'diverged at step 4' in warnings[0]
 
 
 def test_a_part_restores_alone(tmp_path, whole):

@@ -15,6 +15,11 @@ def changed(**overrides):
   return tiny.config(**overrides)
 
 
+def claim(path, c):
+  with workdir.claimed(str(path), c, checks.FREE_ON_RESUME):
+    pass
+
+
 def test_defaults_are_valid_and_locked():
   c = config_lib.default_config()
   checks.validate(c, 1)
@@ -54,7 +59,9 @@ def test_a_warmup_longer_than_the_training_is_refused():
         ('augment.view1.crop_ratio', (2.0, 1.0)),
         ('augment.view1.crop_ratio', (1.0,)),
         ('augment.view2.flip_prob', -0.1), ('data.std', (0.0,)),
-        ('data.std', (0.1, 0.2)), ('objective.temperature', 0.0),
+        ('data.std', (0.1, 0.2)), ('data.mean', ('a',)), ('data.mean', ()),
+        ('augment.view1.hue', 0.6), ('augment.view1.blur_sigma', (0.1, 3.0)),
+        ('optimizer.b1', 1.0), ('objective.temperature', 0.0),
         ('objective.momentum', 1.1), ('optimizer.lr_per_256', -1e-4),
         ('optimizer.lr_per_256', float('nan')),
         ('optimizer.weight_decay', -0.1), ('optimizer.b2', 2.0),
@@ -77,15 +84,19 @@ def test_the_batch_must_divide_over_the_devices():
 def test_differences_list_what_changes_the_computation():
   saved = workdir.to_json(changed())
   now = copy.deepcopy(saved)
-  assert checks.differences(saved, now) == []
+  free = checks.FREE_ON_RESUME
+  assert checks.differences(saved, now, ()) == []
   now['knn']['every_steps'] = 7
   now['save']['keep_latest'] = 9
   now['log']['every_steps'] = 3
-  assert checks.differences(saved, now) == []
+  assert checks.differences(saved, now, free) == []
+  assert len(checks.differences(saved, now, ())) == 3
+  now['knn']['k'] = 5
   now['seed'] = 1
   now['model']['dim'] = 32
   now['new'] = 1
-  assert checks.differences(saved, now) == [
+  assert checks.differences(saved, now, free) == [
+      'knn.k: 200 in the workdir, 5 now',
       'model.dim: 16 in the workdir, 32 now',
       "new: 'absent' in the workdir, 1 now",
       'seed: 0 in the workdir, 1 now',
@@ -94,24 +105,49 @@ def test_differences_list_what_changes_the_computation():
 
 def test_a_workdir_is_claimed_once_and_recognised(tmp_path):
   path = tmp_path / 'a' / 'run'
-  workdir.claim(str(path), changed())
+  claim(path, changed())
   text = (path / 'config.json').read_text()
-  workdir.claim(str(path), changed(**{'knn.every_steps': 3}))
+  claim(path, changed(**{'knn.every_steps': 3}))
   assert (path / 'config.json').read_text() == text
   assert workdir.read_config(path).to_dict() == json.loads(text)
   with pytest.raises(UserError, match='seed: 0 in the workdir, 5 now'):
-    workdir.claim(str(path), changed(seed=5))
+    claim(path, changed(seed=5))
   assert (path / 'config.json').read_text() == text
+
+
+def test_a_workdir_in_use_is_refused(tmp_path):
+  with workdir.claimed(str(tmp_path), changed()):
+    with pytest.raises(UserError, match='in use by another process'):
+      claim(tmp_path, changed())
+  claim(tmp_path, changed())
+
+
+def test_a_damaged_config_is_named(tmp_path):
+  (tmp_path / 'config.json').write_text('{"seed"')
+  with pytest.raises(UserError, match='config.json is damaged'):
+    claim(tmp_path, changed())
+
+
+def test_a_url_is_refused():
+  with pytest.raises(UserError, match='is a URL'):
+    claim('gs://bucket/run', changed())
+
+
+def test_a_config_of_another_command_is_refused():
+  with pytest.raises(UserError, match='unknown fields: checkpoint, protocol'):
+    checks.validate(config_lib.eval_config(), 1)
+  with pytest.raises(UserError, match='unknown fields: augment.view1'):
+    checks.validate_eval(config_lib.default_config(), 1)
 
 
 def test_a_folder_with_someone_elses_outputs_is_refused(tmp_path):
   (tmp_path / 'metrics.jsonl').write_text('precious\n')
   with pytest.raises(UserError, match=r'has metrics.jsonl but no config.json'):
-    workdir.claim(str(tmp_path), changed())
+    claim(tmp_path, changed())
   assert (tmp_path / 'metrics.jsonl').read_text() == 'precious\n'
   assert not (tmp_path / 'config.json').exists()
 
 
 def test_other_files_in_a_workdir_do_no_harm(tmp_path):
   (tmp_path / 'log.txt').write_text('from the launcher\n')
-  workdir.claim(str(tmp_path), changed())
+  claim(tmp_path, changed())

@@ -112,7 +112,7 @@ def test_gradients_equal_the_original(step):
     assert not np.any(leaf)
 
 
-def test_target_moves_before_the_online_network(step):
+def test_target_averages_the_parameters_of_before_the_step(step):
   expected = golden.tree(ARRAYS, 'after/', 'momentum_encoder')['params']
   jax.tree.map(
       lambda a, e: np.testing.assert_allclose(a, e, atol=1e-6),

@@ -1,6 +1,7 @@
 """Continuing a run, exactly, after any kind of end."""
 
 import json
+import os
 import signal
 import time
 
@@ -42,8 +43,8 @@ def final_state(workdir):
   abstract = checkpoint.abstract(
       jax.eval_shape(init), sharding.replicated(mesh)
   )
-  checkpoints = checkpoint.Checkpoints(epath.Path(workdir), 2, 1)
-  state, step = checkpoints.restore(abstract, print)
+  checkpoints = checkpoint.Checkpoints(epath.Path(workdir), 2, 1, print)
+  state, step = checkpoints.restore(abstract)
   checkpoints.close()
   assert step == STEPS
   return jax.device_get(state)
@@ -139,7 +140,7 @@ def test_a_damaged_newest_checkpoint_falls_back(tmp_path, straight):
 @pytest.mark.parametrize(
     'field, value',
     [('model.dim', 32), ('optimizer.name', 'lars'), ('seed', 3),
-     ('data.source', 'digits2')],
+     ('data.mean', (0.3,)), ('knn.k', 5)],
 )
 def test_another_run_in_the_workdir_is_refused(straight, field, value):
   workdir, _ = straight
@@ -150,11 +151,30 @@ def test_another_run_in_the_workdir_is_refused(straight, field, value):
   assert sorted(p.name for p in workdir.rglob('*')) == before
 
 
-def test_logging_may_change_when_a_run_is_continued(straight):
+def test_monitoring_may_change_when_a_run_is_continued(tmp_path):
+  workdir = tmp_path / 'run'
+  kill_at(15, workdir, signal.SIGTERM)
   code, _, err = tiny.run(
-      'train', *arguments(straight[0], **{'knn.every_steps': 7})
+      'train', *arguments(workdir, **{'knn.every_steps': 6})
+  )
+  assert code == 0 and 'continuing at step' in err
+  evaluated = {r['step'] for r in tiny.metrics(workdir) if 'knn/top1' in r}
+  assert {36, 42, 48} < evaluated
+
+
+def test_a_relative_workdir_works(tmp_path):
+  name = os.path.relpath(tmp_path / 'run', tiny.ROOT)
+  code, _, err = tiny.run(
+      'train', *arguments(name, **{'schedule.steps': 22})
   )
   assert code == 0, err
+  assert (tmp_path / 'run' / 'checkpoints' / '22').is_dir()
+  code, out, err = tiny.run(
+      'evaluate', '--config=configs/eval_knn.py',
+      f'--config.checkpoint={name}/checkpoints/20',
+      f'--workdir={name}_eval',
+  )
+  assert code == 0 and json.loads(out.splitlines()[-1])['step'] == 20, err
 
 
 def test_evaluate_repeats_the_monitors_value(straight, tmp_path):
@@ -181,6 +201,8 @@ def test_a_run_that_diverges_says_where_and_keeps_the_last_good(tmp_path):
   assert 'diverged at step' in err and 'learning rate' in err
   saved = max(int(p.name) for p in (workdir / 'checkpoints').iterdir())
   assert f'Last good checkpoint: step {saved}' in err
+  diverged = tiny.metrics(workdir)[-1]
+  assert diverged['train/diverged'] == 1 and saved < diverged['step']
 
 
 @pytest.mark.slow

@@ -14,8 +14,7 @@ ROOT = pathlib.Path(__file__).parent.parent
 def config(**overrides):
   """The digits recipe's data with a one-block ViT; dotted names override."""
   c = config_lib.default_config()
-  with c.unlocked():
-    c.update_from_flattened_dict(flat_overrides() | overrides)
+  c.update_from_flattened_dict(flat_overrides() | overrides)
   return c
 
 
@@ -24,6 +23,7 @@ def flat_overrides():
   return {
       'batch_size': 64,
       'data.image_size': 8, 'data.mean': (0.305,), 'data.std': (0.376,),
+      'augment.view1.blur_prob': 0.0, 'augment.view2.blur_prob': 0.0,
       'model.name': 'vit_ti', 'model.patch_size': 4, 'model.dim': 16,
       'model.depth': 1, 'model.num_heads': 2,
       'head.hidden_dim': 32, 'head.out_dim': 8,
@@ -41,12 +41,12 @@ def flags(**overrides):
   ]
 
 
-def start(command, *arguments, **popen):
+def start(command, *arguments, env_add=None):
   """Starts `python -m mocov3_jax.COMMAND` in the repository's root."""
   return subprocess.Popen(
       [sys.executable, '-m', f'mocov3_jax.{command}', *arguments],
       cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-      env=os.environ | {'JAX_PLATFORMS': 'cpu'}, **popen,
+      env=os.environ | {'JAX_PLATFORMS': 'cpu'} | (env_add or {}),
   )
 
 

@@ -1,1 +1,1 @@
-"""Evaluators: callables from a TrainState to a dict of numbers."""
+"""Evaluators: callables from a network's variables to numbers."""

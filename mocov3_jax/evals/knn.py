@@ -100,7 +100,10 @@ def build(
     knn: ConfigDict, model: Network, data: ConfigDict, splits: Splits,
     mesh: Mesh, batch_size: int,
 ) -> Callable[[PyTree, PyTree], dict[str, float]]:
-  """Returns an evaluator: f(params, batch_stats) -> {'knn/top1': ...}.
+  """Returns an evaluator, f(params, batch_stats) -> metrics.
+
+  The metrics are 'knn/top1', the share of test images classified right, and
+  'knn/k', the neighbours asked.
 
   Args:
     knn: `config.knn`.
@@ -110,11 +113,12 @@ def build(
   """
   extract = feature_extractor(model, data, mesh, batch_size)
   bank, queries = splits.train, splits.test
+  k = capped_k(knn.k, bank)
   vote = jax.jit(
       functools.partial(
           neighbour_votes,
           num_classes=bank.num_classes,
-          k=capped_k(knn.k, bank),
+          k=k,
           temperature=knn.temperature,
       )
   )
@@ -126,6 +130,7 @@ def build(
         jnp.asarray(bank.labels),
     )
     predicted = np.argmax(jax.device_get(votes), axis=1)
-    return {'knn/top1': float(np.mean(predicted == queries.labels))}
+    top1 = float(np.mean(predicted == queries.labels))
+    return {'knn/top1': top1, 'knn/k': k}
 
   return evaluate

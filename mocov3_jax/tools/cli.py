@@ -52,15 +52,22 @@ def _parse_flags(argv: list[str]) -> None:
     rest = flags.FLAGS(argv)
   except UserError:
     raise
-  except AttributeError as e:  # What a locked config says to a new field.
-    name = str(e).splitlines()[0].strip("'")
-    given = next((a for a in argv if f'.{name}' in a), name)
-    hint = ' '.join(str(e).splitlines()[1:])
+  except flags.Error as e:
+    raise UserError(str(e)) from e
+  except Exception as e:
+    # A locked config that is asked for a new field says its name, and the
+    # nearest one. Else it is the config file, which may raise anything.
+    name, *hint = str(e).splitlines() or ['']
+    name = name.strip('\'"')
+    for given in argv:
+      path = given.split('=')[0]
+      if path.startswith('--config.') and name in path.split('.'):
+        raise UserError(
+            f'{given}: there is no config field {name!r}. {" ".join(hint)}'
+        ) from e
     raise UserError(
-        f'{given}: there is no config field {name!r}. {hint}'
+        f'the config file cannot be used: {type(e).__name__}: {e}'
     ) from e
-  except Exception as e:  # The config file is code, and may raise anything.
-    raise UserError(str(e) or repr(e)) from e
   if len(rest) > 1:
     raise UserError(
         f'unexpected argument {rest[1]!r}. Allowed: flags, as --name=value.'
