@@ -147,25 +147,38 @@ def whole_images(images: jax.Array, data: ConfigDict) -> jax.Array:
   return image_ops.normalise(resized, data)
 
 
+def draw_views(
+    key: jax.Array, augment: ConfigDict, height: int, width: int
+) -> tuple[Draw, Draw]:
+  """Draws both views of the example whose key this is."""
+  first, second = jax.random.split(key)
+  return (
+      draw(first, augment.view1, height, width),
+      draw(second, augment.view2, height, width),
+  )
+
+
+def example_keys(key: jax.Array, count: int) -> jax.Array:
+  """Keys [count] of the examples at places 0, 1, ... of the global batch."""
+  return jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(count))
+
+
 def build(augment: ConfigDict, data: ConfigDict) -> Augment:
   """Returns f(images uint8 [B, H, W, C], key) -> views float [B, 2, S, S, C].
 
-  S is `data.image_size`. Example i draws from `fold_in(key, i)`, i its place
-  in the global batch.
+  S is `data.image_size`; B the global batch.
   """
   views = (augment.view1, augment.view2)
 
   def example(image, key):
-    keys = jax.random.split(key, 2)
-    height, width = image.shape[:2]
+    drawn = draw_views(key, augment, *image.shape[:2])
     return jnp.stack([
-        apply(image, draw(k, view, height, width), view, data.image_size)
-        for k, view in zip(keys, views, strict=True)
+        apply(image, d, view, data.image_size)
+        for d, view in zip(drawn, views, strict=True)
     ])
 
   def augment_batch(images, key):
-    positions = jnp.arange(len(images))
-    keys = jax.vmap(jax.random.fold_in, (None, 0))(key, positions)
+    keys = example_keys(key, len(images))
     made = jax.vmap(example)(image_ops.to_float(images), keys)
     return image_ops.normalise(made, data)
 

@@ -57,13 +57,19 @@ def build_method(config: ConfigDict, plan: config_lib.Plan) -> Method:
   )
 
 
+def run_keys(seed: int) -> tuple[jax.Array, jax.Array]:
+  """The keys of a run's initialisation and of its augmentation."""
+  init_key, augment_key = jax.random.split(jax.random.key(seed))
+  return init_key, augment_key
+
+
 def compile_functions(config: ConfigDict, method: Method, mesh: Mesh):
   """Returns jitted (init, step): () -> state, (state, images) -> both.
 
   The whole state is replicated, images are split over the mesh, and the state
   given to a step is donated.
   """
-  init_key, augment_key = jax.random.split(jax.random.key(config.seed))
+  init_key, augment_key = run_keys(config.seed)
   size, channels = config.data.image_size, len(config.data.mean)
   whole = sharding.replicated(mesh)
   init = jax.jit(

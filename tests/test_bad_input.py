@@ -83,6 +83,14 @@ CASES = {
     'no config': ('train', [], ['--config']),
     'unknown flag': ('train', [CONFIG, '--confg.seed=1'], ['confg']),
     'a word without dashes': ('train', [CONFIG, 'seed=1'], ["'seed=1'"]),
+    'more rows than a batch': (
+        'preview', [CONFIG, '--out=/nowhere/x.png', '--count=1000'],
+        ['--count=1000', 'from 1 to batch_size=256'],
+    ),
+    'sheet that cannot be written': (
+        'preview', [CONFIG, '--out=/nowhere/x.png', '--count=1'],
+        ['--out=/nowhere/x.png'],
+    ),
     'not a checkpoint': (
         'evaluate',
         ['--config=configs/eval_knn.py', '--config.checkpoint=docs'],
@@ -107,7 +115,9 @@ def outcomes(tmp_path_factory):
   def run(name):
     command, arguments, _ = CASES[name]
     folder = root / name.replace(' ', '_')
-    return tiny.run(command, f'--workdir={folder}', *arguments), folder
+    if command != 'preview':
+      arguments = [f'--workdir={folder}', *arguments]
+    return tiny.run(command, *arguments), folder
 
   with concurrent.futures.ThreadPoolExecutor(2) as pool:
     return dict(zip(CASES, pool.map(run, CASES), strict=True))

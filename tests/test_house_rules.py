@@ -22,7 +22,7 @@ LAYERS = {
     'data': 3, 'checkpoint': 3, 'metrics': 3, 'workdir': 3,
     'loop': 4,
     'evals': 5,
-    'tools': 6, 'train': 6, 'evaluate': 6,
+    'tools': 6, 'train': 6, 'evaluate': 6, 'preview': 6,
 }
 
 

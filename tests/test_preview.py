@@ -1,0 +1,54 @@
+"""The sheet shows what training sees."""
+
+import jax
+import numpy as np
+from PIL import Image
+import tiny
+
+from mocov3_jax import augment, image_ops, preview, train
+
+
+def test_the_sheet_has_a_row_an_example(tmp_path):
+  out = tmp_path / 'views.png'
+  result = preview.preview(tiny.config(), str(out), count=3)
+  assert result == {'out': str(out), 'examples': 3}
+  with Image.open(out) as sheet:
+    height = 3 * (preview.SIDE + preview.GAP) + preview.GAP
+    assert sheet.size[1] == height
+    # No picture is blank.
+    pixels = np.asarray(sheet.convert('L'))
+  for left in (preview.GAP, preview.SIDE + 2 * preview.GAP):
+    picture = pixels[20:150, left + 5 : left + 150]
+    assert picture.std() > 10
+
+
+def test_the_views_are_those_of_the_first_step():
+  c = tiny.config()
+  images = np.arange(3 * 64, dtype=np.uint8).reshape(3, 8, 8, 1)
+  _, key = train.run_keys(c.seed)
+  key = jax.random.fold_in(key, 0)
+  trained = augment.build(c.augment, c.data)(images, key)
+  for i, example_key in enumerate(augment.example_keys(key, 3)):
+    made, _ = preview._views(images[i], example_key, c)
+    for v in 0, 1:
+      np.testing.assert_allclose(
+          image_ops.normalise(made[v], c.data), trained[i, v], atol=1e-5
+      )
+
+
+def test_what_was_drawn_is_said_in_words():
+  c = tiny.config()
+  view = c.augment.view2
+  view.update({
+      'jitter_prob': 1.0, 'hue': 0.0, 'gray_prob': 1.0, 'blur_prob': 1.0,
+      'solarize_prob': 1.0, 'flip_prob': 1.0,
+  })
+  drawn = jax.device_get(augment.draw(jax.random.key(0), view, 8, 8))
+  lines = preview.describe(drawn, view)
+  assert lines[0].startswith('crop ') and len(lines) == 8
+  assert [line.split()[0] for line in lines[4:]] == [
+      'gray', 'blur', 'solarize', 'flip'
+  ]
+  assert {line.split()[0] for line in lines[1:4]} == {
+      'brightness', 'contrast', 'saturation'
+  }
