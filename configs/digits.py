@@ -1,4 +1,4 @@
-"""MoCo v3 on 1,797 handwritten digits: the whole method in a minute.
+"""MoCo v3 on 1,797 handwritten digits: the whole method in minutes.
 
 The data (scikit-learn's 8x8 digits, 17 gray levels) is no row of the paper;
 the method is its ViT recipe (section 5) in small: frozen random patch
@@ -13,8 +13,9 @@ projection, AdamW, warm-up and half-cycle cosine. What differs, and why:
 
 Command:
   python -m mocov3_jax.train --config=configs/digits.py --workdir=runs/digits
-Hardware and time: 2 CPU cores, about a minute.
-Expected: kNN EXPECTED
+Hardware and time: 2 CPU cores, about a minute and a half.
+Expected: kNN 0.83 to 0.87 at random initialisation, 0.958 to 0.972 at the end
+  (five seeds, 0 to 4; one standard error of such a number is 0.01).
 """
 
 from mocov3_jax.config import default_config
