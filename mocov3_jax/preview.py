@@ -63,7 +63,7 @@ def preview(config: ConfigDict, out: str, count: int) -> dict[str, Any]:
     made, drawn = jax.device_get(row(image, example_key))
     _paste_row(sheet, GAP + i * (SIDE + GAP), image, made, drawn, config)
   try:
-    sheet.save(workdir_lib.absolute(out), format='PNG')
+    sheet.save(str(workdir_lib.absolute(out)), format='PNG')
   except OSError as e:
     raise UserError(
         f'--out={out} cannot be written: {e.strerror or e}. Allowed: a path '
