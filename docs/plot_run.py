@@ -1,16 +1,13 @@
 """Draws a run's curves: python docs/plot_run.py WORKDIR OUT.png
 
-Needs matplotlib. Reads WORKDIR/metrics.jsonl and config.json only.
+Needs matplotlib (pip install matplotlib); reads WORKDIR/metrics.jsonl.
 """
 
 import json
 import pathlib
 import sys
 
-import matplotlib
-
-matplotlib.use('Agg')
-from matplotlib import pyplot as plt  # noqa: E402
+from matplotlib import pyplot as plt
 
 
 def series(rows, name):
@@ -22,7 +19,10 @@ def series(rows, name):
 def main(workdir, out):
   """Draws kNN, loss, and gradients over steps, side by side."""
   workdir = pathlib.Path(workdir)
-  lines = (workdir / 'metrics.jsonl').read_text().splitlines()
+  file = workdir / 'metrics.jsonl'
+  if not file.exists():
+    sys.exit(f'{workdir} is not the workdir of a training run.')
+  lines = file.read_text().splitlines()
   rows = [json.loads(line) for line in lines]
   plt.rcParams.update({
       'font.size': 9, 'axes.spines.top': False, 'axes.spines.right': False,
@@ -66,4 +66,6 @@ def main(workdir, out):
 
 
 if __name__ == '__main__':
+  if len(sys.argv) != 3:
+    sys.exit(__doc__)
   main(*sys.argv[1:])

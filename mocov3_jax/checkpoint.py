@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 import json
+import textwrap
 from typing import Any
 
 from etils import epath
@@ -180,17 +181,19 @@ def find(path: str) -> tuple[epath.Path, epath.Path]:
   Raises:
     UserError: if `path` is neither.
   """
-  folder = absolute(path)
-  if (folder / 'checkpoints').is_dir():
-    steps = [
-        int(p.name) for p in (folder / 'checkpoints').iterdir()
-        if p.name.isdigit()
-    ]
-    if steps:
-      return folder, folder / 'checkpoints' / str(max(steps))
-  run = folder.parent.parent
-  if folder.name.isdigit() and (run / 'config.json').exists():
-    return run, folder
+  if path:
+    folder = absolute(path)
+    if (folder / 'checkpoints').is_dir():
+      steps = [
+          int(p.name) for p in (folder / 'checkpoints').iterdir()
+          if p.name.isdigit()
+      ]
+      if steps:
+        return folder, folder / 'checkpoints' / str(max(steps))
+    run = folder.parent.parent
+    if folder.name.isdigit() and folder.is_dir():
+      if (run / 'config.json').exists():
+        return run, folder
   raise UserError(
       f'checkpoint={path!r} is not a checkpoint. Allowed: the workdir of a '
       'run that has saved one, or one of its folders checkpoints/<step>.'
@@ -231,4 +234,5 @@ def restore_part(folder: epath.Path, abstract_part: PyTree) -> PyTree:
 def summary(error: Exception) -> str:
   """The kind of an error and the first line of its text, shortened."""
   lines = str(error).strip().splitlines() or ['']
-  return f'{type(error).__name__}: {lines[0][:200]}'
+  text = textwrap.shorten(lines[0], 160, placeholder=' ...')
+  return f'{type(error).__name__}: {text}'

@@ -98,9 +98,10 @@ def _require_fields(config: ConfigDict, schema: ConfigDict) -> None:
       ('lacks', known.keys() - given.keys()),
   ):
     if fields:
+      shown = sorted(fields)[:5] + ['...'] * (len(fields) > 5)
       raise UserError(
-          f'the config {verb} fields: {", ".join(sorted(fields))}. Allowed: '
-          'a config made for this command, with each of its fields.'
+          f'the config {verb} fields: {", ".join(shown)}. Allowed: a config '
+          'made for this command, with each of its fields.'
       )
 
 

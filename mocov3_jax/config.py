@@ -235,7 +235,7 @@ def plan(config: ConfigDict, num_examples: int) -> Plan:
         f'but the training is {total} steps long (schedule.epochs='
         f'{schedule.epochs}, schedule.steps={schedule.steps}, '
         f'{steps_per_epoch} steps an epoch). Allowed: a training of at least '
-        'one step, and a warm-up no longer than it.'
+        'one step, and a warm-up no longer than it (set both).'
     )
   peak_lr = config.optimizer.lr_per_256 * config.batch_size / 256
   return Plan(steps_per_epoch, total, warmup, peak_lr)

@@ -13,7 +13,7 @@ class UserError(Exception):
 
 
 class Preempted(Exception):
-  """Stopped by SIGTERM after a complete save. Exit code 143."""
+  """Stopped by SIGTERM or Ctrl-C after a complete save. Exit code 143."""
 
 
 def unknown(field: str, given: str, allowed: Iterable[str]) -> UserError:

@@ -23,7 +23,7 @@ from mocov3_jax.errors import UserError
 from mocov3_jax.tools import cli
 
 # Side of a picture and width of the text on the sheet, and gaps, pixels.
-SIDE, TEXT, GAP = 160, 190, 8
+SIDE, TEXT, GAP = 160, 150, 8
 # By the order in which image_ops numbers the adjustments.
 ADJUSTMENTS = ('brightness', 'contrast', 'saturation', 'hue')
 

@@ -194,7 +194,7 @@ def train(config: ConfigDict, path: str) -> dict[str, Any]:
 
   Raises:
     UserError: for bad input, before anything is written; or on divergence.
-    Preempted: after SIGTERM, once the state is saved.
+    Preempted: after SIGTERM or Ctrl-C, once the state is saved.
   """
   checks.validate(config, jax.device_count())
   splits = load_source(config)
@@ -205,8 +205,8 @@ def train(config: ConfigDict, path: str) -> dict[str, Any]:
       config.knn, method.model, config.data, splits, mesh, config.batch_size
   )
   init, step_fn = compile_functions(config, method, mesh)
-  # SIGTERM is noted before anything is written, and until all is saved.
-  with cli.sigterm_noted() as sigterm, workdir_lib.claimed(
+  # Signals are noted before anything is written, and until all is saved.
+  with cli.stop_noted() as stop, workdir_lib.claimed(
       path, config, checks.FREE_ON_RESUME
   ) as workdir:
     checkpoints = checkpoint.Checkpoints(
@@ -228,12 +228,12 @@ def train(config: ConfigDict, path: str) -> dict[str, Any]:
           state, done = loop.run(
               state, step_fn, batches, start=start, stop=plan.total_steps,
               log=run.log, hooks=[loop.Hook(run.is_due, run.between_steps)],
-              should_stop=sigterm,
+              should_stop=stop,
           )
         if done < plan.total_steps:
           checkpoints.save(done, state, {})
           checkpoints.wait()
-          raise Preempted(f'preempted: saved step {done} in {workdir}')
+          raise Preempted(f'stopped: saved step {done} in {workdir}')
         return run.results() | {'step': done, 'workdir': str(workdir)}
 
 
@@ -256,6 +256,12 @@ def _warn(text: str) -> None:
   print(text, file=sys.stderr, flush=True)
 
 
+def _where(start: int, stop: int) -> str:
+  if start == stop:
+    return 'already complete'
+  return f'continuing at step {start}' if start else 'from a fresh start'
+
+
 def _announce(
     run: Run, state: TrainState, plan: config_lib.Plan, mesh: Mesh, start: int
 ) -> None:
@@ -264,7 +270,7 @@ def _announce(
       f'{parameters:,} parameters on {mesh.size} {jax.default_backend()} '
       f'device(s); {plan.total_steps} steps, {plan.steps_per_epoch} an epoch, '
       f'{plan.warmup_steps} of warm-up to lr {plan.peak_lr:.3g}; '
-      + (f'continuing at step {start}' if start else 'from a fresh start')
+      + _where(start, plan.total_steps)
   )
 
 

@@ -28,6 +28,8 @@ def absolute(path: str) -> epath.Path:
   Raises:
     UserError: for a URL; only local (or mounted) folders work so far.
   """
+  if not path:
+    raise UserError('the path is empty. Allowed: that of a folder.')
   if '://' in path:
     raise UserError(
         f'{path!r} is a URL. Allowed: a folder of this machine, or a mounted '
@@ -85,9 +87,10 @@ def _check_same(
       read_config(workdir).to_dict(), to_json(config), free
   )
   if differ:
+    shown = differ[:20] + [f'({len(differ) - 20} more)'] * (len(differ) > 20)
     raise UserError(
         f'--workdir={path} holds another run; the two differ in\n  '
-        + '\n  '.join(differ)
+        + '\n  '.join(shown)
         + '\nAllowed: the same config (to continue it), or another workdir.'
     )
 

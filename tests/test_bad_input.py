@@ -70,7 +70,7 @@ CASES = {
         ['unknown fields', 'protocol'],
     ),
     'recipe given to evaluate': (
-        'evaluate', [CONFIG], ['unknown fields', 'schedule.epochs']
+        'evaluate', [CONFIG], ['unknown fields', 'augment.view1.blur_prob']
     ),
     'no numbers': (
         'train', [CONFIG, "--config.data.mean=('a',)"], ["data.mean=('a',)"]
@@ -78,10 +78,16 @@ CASES = {
     'a bucket': ('train', [CONFIG, '--workdir=gs://b/run'], ['gs://b/run']),
     'missing config file': (
         'train', ['--config=configs/digit.py'],
-        ['configs/digit.py does not exist', 'digits.py'],
+        ['configs/digit.py does not exist', 'configs/digits.py'],
     ),
-    'no config': ('train', [], ['--config']),
-    'unknown flag': ('train', [CONFIG, '--confg.seed=1'], ['confg']),
+    'a folder for a config': (
+        'train', ['--config=configs'], ['configs is a folder']
+    ),
+    'no config': ('train', [], ['required: --config=...']),
+    'empty workdir': ('train', [CONFIG, '--workdir='], ['path is empty']),
+    'unknown flag': (
+        'train', [CONFIG, '--epochs=1'], ['epochs', '--config.GROUP.FIELD']
+    ),
     'a word without dashes': ('train', [CONFIG, 'seed=1'], ["'seed=1'"]),
     'more rows than a batch': (
         'preview', [CONFIG, '--out=/nowhere/x.png', '--count=1000'],
@@ -160,6 +166,29 @@ def test_a_recipe_that_misspells_a_field_is_told_so(tmp_path):
   )
   code, _, err = tiny.run('train', f'--config={path}', '--workdir=/nowhere/x')
   assert code == 2 and 'lr_per_265' in err and 'Traceback' not in err
+
+
+@pytest.mark.parametrize(
+    'body, word',
+    [
+        ('c.schedule.epochs = "160"', 'TypeError'),
+        ('c.mdoel.depth = 3', 'Did you mean "model"'),
+        ('return None', 'returned nothing'),
+        ('1 / 0', 'ZeroDivisionError'),
+    ],
+)
+def test_a_recipe_that_fails_is_told_why(tmp_path, body, word):
+  path = tmp_path / 'mine.py'
+  path.write_text(
+      'from mocov3_jax.config import default_config\n'
+      'def get_config():\n'
+      '  c = default_config()\n'
+      f'  {body}\n'
+      '  return c\n'
+  )
+  code, _, err = tiny.run('train', f'--config={path}', '--workdir=/nowhere/x')
+  assert code == 2 and word in err and 'Traceback' not in err
+  assert err.count('\n') == 1
 
 
 def test_a_batch_that_does_not_divide_over_the_devices_is_named(tmp_path):

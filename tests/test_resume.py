@@ -124,6 +124,24 @@ def test_resume_after_sigterm_equals_uninterrupted(tmp_path, straight):
   assert_same_run(workdir, straight[0])
 
 
+def test_ctrl_c_saves_and_a_second_ends_at_once(tmp_path, straight):
+  workdir = tmp_path / 'run'
+  code, out, err = kill_at(25, workdir, signal.SIGINT)
+  assert code == 143 and out == '' and 'saved step' in err, err
+  process = tiny.start('train', *arguments(tmp_path / 'other'))
+  # While it compiles, the step that it would stop after is far away.
+  while not (tmp_path / 'other' / 'checkpoints').exists():
+    time.sleep(0.01)
+  process.send_signal(signal.SIGINT)
+  time.sleep(0.3)
+  process.send_signal(signal.SIGINT)
+  code, _, err = tiny.finish(process)
+  assert code == 130 and 'Traceback' not in err, err
+  code, _, err = tiny.run('train', *arguments(workdir))
+  assert code == 0, err
+  assert_same_run(workdir, straight[0])
+
+
 def test_a_damaged_newest_checkpoint_falls_back(tmp_path, straight):
   workdir = tmp_path / 'run'
   kill_at(45, workdir, signal.SIGTERM)

@@ -2,8 +2,11 @@
 
 from collections.abc import Callable, Iterator
 import contextlib
+import glob
 import json
+import logging as logging_lib
 import os
+import re
 import signal
 import sys
 from typing import Any
@@ -19,14 +22,14 @@ def run(main: Callable[[], dict[str, Any]]) -> None:
   """Runs a command and exits.
 
   Prints the result of `main` as one JSON object on the last line of stdout.
-  Exit codes: 0 done; 2 bad input (one message on stderr); 130 Ctrl-C; 143
-  preempted after a complete save. Anything else is a bug, with a traceback.
+  Exit codes: 0 done; 2 bad input (one message on stderr); 130 Ctrl-C where
+  there is nothing to save; 143 stopped by SIGTERM or Ctrl-C after a complete
+  save. Anything else is a bug, with a traceback.
 
   Args:
     main: the command; reads its flags.
   """
-  # Orbax's and JAX's informative messages would drown the progress.
-  logging.set_verbosity(logging.ERROR)
+  _quieten()
   try:
     if {'--help', '-h', '--helpfull'} & set(sys.argv[1:]):
       print(sys.modules['__main__'].__doc__)
@@ -41,8 +44,28 @@ def run(main: Callable[[], dict[str, Any]]) -> None:
     print(e, file=sys.stderr)
     sys.exit(PREEMPTED)
   except KeyboardInterrupt:
-    print('interrupted', file=sys.stderr)
-    sys.exit(INTERRUPTED)
+    _exit_at_once()
+
+
+def _quieten() -> None:
+  # Orbax's and JAX's informative messages would drown the progress.
+  logging.set_verbosity(logging.ERROR)
+  # TensorStore leaves hundreds of broken asyncio tasks behind a checkpoint
+  # that cannot be read, and each is reported beside our one message.
+  logging_lib.getLogger('asyncio').setLevel(logging_lib.CRITICAL)
+  default = sys.unraisablehook
+
+  def hook(unraisable):
+    if str(unraisable.exc_value) != 'Event loop is closed':
+      default(unraisable)
+
+  sys.unraisablehook = hook
+
+
+def _exit_at_once(*_) -> None:
+  # Past Python's own exit, which can crash while XLA compiles in a thread.
+  print('interrupted', file=sys.stderr, flush=True)
+  os._exit(INTERRUPTED)
 
 
 def _parse_flags(argv: list[str]) -> None:
@@ -50,33 +73,48 @@ def _parse_flags(argv: list[str]) -> None:
   _check_config_file(argv)
   try:
     rest = flags.FLAGS(argv)
-  except UserError:
-    raise
   except flags.Error as e:
-    raise UserError(str(e)) from e
+    raise UserError(_flag_message(str(e), argv)) from e
   except Exception as e:
-    # A locked config that is asked for a new field says its name, and the
-    # nearest one. Else it is the config file, which may raise anything.
-    name, *hint = str(e).splitlines() or ['']
-    name = name.strip('\'"')
-    for given in argv:
-      path = given.split('=')[0]
-      if path.startswith('--config.') and name in path.split('.'):
-        raise UserError(
-            f'{given}: there is no config field {name!r}. {" ".join(hint)}'
-        ) from e
-    raise UserError(
-        f'the config file cannot be used: {type(e).__name__}: {e}'
-    ) from e
+    raise UserError(_config_message(e, argv)) from e
   if len(rest) > 1:
     raise UserError(
         f'unexpected argument {rest[1]!r}. Allowed: flags, as --name=value.'
     )
 
 
-def _check_config_file(argv: list[str]) -> None:
-  # ml_collections reports a missing file only once a field is read, and then
-  # as an attribute error.
+def _flag_message(text: str, argv: list[str]) -> str:
+  unusable = f'--config={_config_path(argv)} cannot be used'
+  if 'Error whilst parsing config file' in text:
+    return f'{unusable}: {text.splitlines()[-1]}'
+  missing = re.findall(r'flag --(\w+)=None: Flag --\w+ must have', text)
+  if 'config' in missing and _config_path(argv):
+    return f'{unusable}: get_config() returned nothing'
+  if missing:
+    return f'required: {", ".join(f"--{name}=..." for name in missing)}'
+  if text.startswith('Unknown command line flag'):
+    text += '. A field of the config is set by --config.GROUP.FIELD=VALUE.'
+  return text
+
+
+def _config_message(error: Exception, argv: list[str]) -> str:
+  # A locked config that is asked for a new field says its name and the
+  # nearest one, wrapped in an error or two.
+  kind, text = type(error).__name__, error
+  while isinstance(text, Exception) and text.args:
+    text = text.args[0]
+  name, *hint = str(text).splitlines() or ['']
+  name = name.strip('\'"')
+  advice = ' '.join(hint) or 'See mocov3_jax/config.py for all fields.'
+  for given in argv:
+    path = given.split('=')[0]
+    if path.startswith('--config.') and name in path.split('.'):
+      return f'{given}: there is no config field {name!r}. {advice}'
+  why = ' '.join([name, *hint])
+  return f'--config={_config_path(argv)} cannot be used: {kind}: {why}'
+
+
+def _config_path(argv: list[str]) -> str | None:
   for given, following in zip(argv, argv[1:] + [''], strict=True):
     if given in ('--config', '-config'):
       value = following
@@ -84,24 +122,46 @@ def _check_config_file(argv: list[str]) -> None:
       value = given.split('=', 1)[1]
     else:
       continue
-    path = value.split(':')[0]  # The rest is the argument of get_config.
-    if os.path.isfile(path):
-      continue
-    folder = os.path.dirname(path) or '.'
-    names = os.listdir(folder) if os.path.isdir(folder) else []
-    there = ', '.join(sorted(f for f in names if f.endswith('.py')))
-    raise UserError(
-        f'--config={path} does not exist. Allowed: a config file, such as '
-        f'those in {folder}: {there or "none"}.'
-    )
+    return value.split(':')[0]  # The rest is the argument of get_config.
+  return None
+
+
+def _check_config_file(argv: list[str]) -> None:
+  # ml_collections reports a missing file only once a field is read, and then
+  # as an attribute error.
+  path = _config_path(argv)
+  if path is None or os.path.isfile(path):
+    return
+  what = 'is a folder' if os.path.isdir(path) else 'does not exist'
+  there = ', '.join(sorted(glob.glob('configs/*.py')))
+  raise UserError(
+      f'--config={path} {what}. Allowed: a config file, such as '
+      f'{there or "those of the repository"}.'
+  )
 
 
 @contextlib.contextmanager
-def sigterm_noted() -> Iterator[Callable[[], bool]]:
-  """Turns SIGTERM into a question: yields f() -> whether it has come."""
+def stop_noted() -> Iterator[Callable[[], bool]]:
+  """Turns SIGTERM and Ctrl-C into a question.
+
+  Yields f() -> whether one of them has come. A second Ctrl-C ends the process
+  at once.
+  """
   noted = []
-  before = signal.signal(signal.SIGTERM, lambda *_: noted.append(True))
+
+  def note(number, _):
+    if number == signal.SIGINT:
+      if noted:
+        _exit_at_once()
+      print(
+          '\nstopping after this step, then saving (again: at once)',
+          file=sys.stderr, flush=True,
+      )
+    noted.append(number)
+
+  before = {s: signal.signal(s, note) for s in (signal.SIGTERM, signal.SIGINT)}
   try:
     yield lambda: bool(noted)
   finally:
-    signal.signal(signal.SIGTERM, before)
+    for number, handler in before.items():
+      signal.signal(number, handler)
