@@ -158,6 +158,16 @@ def draw_views(
   )
 
 
+def apply_views(
+    image: jax.Array, drawn: tuple[Draw, Draw], augment: ConfigDict, size: int
+) -> jax.Array:
+  """Makes both views [2, size, size, C] of [H, W, C], all in [0, 1]."""
+  views = (augment.view1, augment.view2)
+  return jnp.stack([
+      apply(image, d, view, size) for d, view in zip(drawn, views, strict=True)
+  ])
+
+
 def example_keys(key: jax.Array, count: int) -> jax.Array:
   """Keys [count] of the examples at places 0, 1, ... of the global batch."""
   return jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(count))
@@ -168,14 +178,9 @@ def build(augment: ConfigDict, data: ConfigDict) -> Augment:
 
   S is `data.image_size`; B the global batch.
   """
-  views = (augment.view1, augment.view2)
-
   def example(image, key):
     drawn = draw_views(key, augment, *image.shape[:2])
-    return jnp.stack([
-        apply(image, d, view, data.image_size)
-        for d, view in zip(drawn, views, strict=True)
-    ])
+    return apply_views(image, drawn, augment, data.image_size)
 
   def augment_batch(images, key):
     keys = example_keys(key, len(images))

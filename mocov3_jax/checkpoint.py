@@ -67,10 +67,6 @@ class Checkpoints:
         except ValueError as e:
           self._set_aside(int(folder.name), summary(e))
 
-  def latest_step(self) -> int | None:
-    """The step of the newest complete checkpoint, None if there is none."""
-    return self._manager.latest_step()
-
   def save(self, step: int, state: PyTree, metrics: dict[str, float]) -> None:
     """Saves in the background; the state may be donated right after.
 

@@ -74,12 +74,9 @@ def preview(config: ConfigDict, out: str, count: int) -> dict[str, Any]:
 
 def _views(image, key, config):
   drawn = augment.draw_views(key, config.augment, *image.shape[:2])
-  views = (config.augment.view1, config.augment.view2)
-  pixels = image_ops.to_float(image)
-  made = [
-      augment.apply(pixels, d, view, config.data.image_size)
-      for d, view in zip(drawn, views, strict=True)
-  ]
+  made = augment.apply_views(
+      image_ops.to_float(image), drawn, config.augment, config.data.image_size
+  )
   return made, drawn
 
 

@@ -62,7 +62,7 @@ def _quieten() -> None:
   sys.unraisablehook = hook
 
 
-def _exit_at_once(*_) -> None:
+def _exit_at_once() -> None:
   # Past Python's own exit, which can crash while XLA compiles in a thread.
   print('interrupted', file=sys.stderr, flush=True)
   os._exit(INTERRUPTED)
