@@ -19,7 +19,6 @@ from mocov3_jax import image_ops
 Augment = Callable[[jax.Array, jax.Array], jax.Array]
 
 
-
 def draw_crop(
     key: jax.Array, height: int, width: int, area: tuple[float, float],
     ratio: tuple[float, float],
@@ -122,6 +121,11 @@ def apply(
     [size, size, C] in [0, 1].
   """
   image = image_ops.resample(image, drawn.box, size)
+  return colour(image, drawn, view)
+
+
+def colour(image: jax.Array, drawn: Draw, view: ConfigDict) -> jax.Array:
+  """All of `apply` after the crop, [S, S, C] to [S, S, C]."""
   if view.jitter_prob:
     jittered = image_ops.jitter(image, drawn.order, drawn.factors)
     image = jnp.where(drawn.jitter, jittered, image)
@@ -139,6 +143,8 @@ def apply(
 def whole_images(images: jax.Array, data: ConfigDict) -> jax.Array:
   """What evaluation sees: uint8 [B, H, W, C], resized whole, normalised."""
   height, width = images.shape[1:3]
+  if (height, width) == (data.image_size, data.image_size):
+    return image_ops.normalise(image_ops.to_float(images), data)
   box = (0, 0, height, width)
   resize = functools.partial(
       image_ops.resample, box=box, out_size=data.image_size
@@ -161,10 +167,20 @@ def draw_views(
 def apply_views(
     image: jax.Array, drawn: tuple[Draw, Draw], augment: ConfigDict, size: int
 ) -> jax.Array:
-  """Makes both views [2, size, size, C] of [H, W, C], all in [0, 1]."""
-  views = (augment.view1, augment.view2)
+  """Makes both views [2, size, size, C] of an example, all in [0, 1].
+
+  The example is a whole image [H, W, C], which is cropped here, or the crops
+  that the host made of it, [2, size, size, C].
+  """
+  first, second = drawn
+  if image.ndim == 4:
+    return jnp.stack([
+        colour(image[0], first, augment.view1),
+        colour(image[1], second, augment.view2),
+    ])
   return jnp.stack([
-      apply(image, d, view, size) for d, view in zip(drawn, views, strict=True)
+      apply(image, first, augment.view1, size),
+      apply(image, second, augment.view2, size),
   ])
 
 
@@ -174,12 +190,13 @@ def example_keys(key: jax.Array, count: int) -> jax.Array:
 
 
 def build(augment: ConfigDict, data: ConfigDict) -> Augment:
-  """Returns f(images uint8 [B, H, W, C], key) -> views float [B, 2, S, S, C].
+  """Returns f(images uint8, key) -> views float [B, 2, S, S, C].
 
-  S is `data.image_size`; B the global batch.
+  S is `data.image_size`; B the global batch. The images are whole,
+  [B, H, W, C], or crops, [B, 2, S, S, C].
   """
   def example(image, key):
-    drawn = draw_views(key, augment, *image.shape[:2])
+    drawn = draw_views(key, augment, *image.shape[-3:-1])
     return apply_views(image, drawn, augment, data.image_size)
 
   def augment_batch(images, key):

@@ -11,7 +11,10 @@ from mocov3_jax.errors import UserError
 
 # Fields that steer what a training run reports and keeps, not what it
 # computes: they may change when it is continued.
-FREE_ON_RESUME = ('data.prefetch', 'knn.every_steps', 'log.', 'save.')
+FREE_ON_RESUME = (
+    'data.prefetch', 'data.threads', 'data.max_unreadable', 'knn.every_steps',
+    'log.', 'save.',
+)
 
 _VIEWS = ('augment.view1', 'augment.view2')
 _AT_LEAST_ONE = (
@@ -22,10 +25,13 @@ _AT_LEAST_ONE = (
 _NOT_NEGATIVE = (
     'seed model.depth model.dim model.num_heads optimizer.lr_per_256 '
     'optimizer.weight_decay optimizer.trust_coefficient schedule.epochs '
-    'schedule.steps schedule.warmup_epochs knn.every_steps save.keep_best'
+    'schedule.steps schedule.warmup_epochs knn.every_steps knn.bank_images '
+    'knn.query_images data.threads save.keep_best'
 ).split()
 _POSITIVE = 'objective.temperature optimizer.eps knn.temperature'.split()
-_AT_MOST_ONE = ('objective.momentum', 'optimizer.momentum')
+_AT_MOST_ONE = (
+    'objective.momentum', 'optimizer.momentum', 'data.max_unreadable'
+)
 _BELOW_ONE = ('optimizer.b1', 'optimizer.b2')
 _VIEW_NOT_NEGATIVE = 'brightness contrast saturation'.split()
 _VIEW_AT_MOST_ONE = (
@@ -87,6 +93,8 @@ def validate_eval(config: ConfigDict, device_count: int) -> None:
   _require_fields(config, config_lib.eval_config())
   for field in 'batch_size', 'knn.k':
     _require(field, config, lambda v: v >= 1, 'at least 1')
+  for field in 'knn.bank_images', 'knn.query_images', 'data.threads':
+    _require(field, config, lambda v: v >= 0, '0 or more')
   _require('knn.temperature', config, lambda v: v > 0, 'above 0')
   _require_multiple('batch_size', config, device_count)
 

@@ -34,6 +34,10 @@ def default_config() -> ConfigDict:
   # Steps between two runs of the kNN monitor; 0 = only where a checkpoint is
   # saved. [P] App. A: "every tens of iterations".
   c.knn.every_steps = 50
+  # Images in the bank and to classify, evenly spaced over the splits; 0 =
+  # all. Bounds the time of the monitor; CIFAR's splits are as large.
+  c.knn.bank_images = 50_000
+  c.knn.query_images = 10_000
   _knn(c.knn)
 
   c.log = ConfigDict()
@@ -61,14 +65,22 @@ def eval_config() -> ConfigDict:
   c.data = ConfigDict()
   # Where images come from; '' = the source the run was trained on.
   c.data.source = ''
-  c.knn = _knn(ConfigDict())
+  # As in training; read if `source` is given.
+  c.data.labels = 'auto'
+  # Threads that read and decode images; 0 = one a core.
+  c.data.threads = 0
+  c.knn = _knn(ConfigDict({'bank_images': 0, 'query_images': 0}))
   return c.lock()
 
 
 def _data() -> ConfigDict:
   c = ConfigDict()
-  # Where the images come from: 'digits'.
+  # Where the images come from: 'digits', 'folder:PATH', 'tfds:NAME[:SPLIT]'.
   c.source = 'digits'
+  # Labels of a folder, for the kNN monitor alone: 'auto' = the names of its
+  # subfolders, if it has such; 'none'; or the path of a CSV file with the
+  # columns path and label.
+  c.labels = 'auto'
   # Side of the square crop the model sees, pixels. [P] s5: 224.
   c.image_size = 224
   # Mean and standard deviation of each channel, pixels in [0, 1]. [R]:
@@ -77,6 +89,11 @@ def _data() -> ConfigDict:
   c.std = (0.229, 0.224, 0.225)
   # Batches read ahead of the device. Host memory: that many uint8 batches.
   c.prefetch = 4
+  # Threads that read and decode images; 0 = one a core.
+  c.threads = 0
+  # Training stops when more than this share of an epoch's images could not
+  # be read (each is replaced by another).
+  c.max_unreadable = 0.01
   return c
 
 

@@ -18,12 +18,12 @@ from ml_collections import ConfigDict, config_flags
 
 from mocov3_jax import checkpoint, checks, models, sharding
 from mocov3_jax import workdir as workdir_lib
-from mocov3_jax.data import sources
-from mocov3_jax.errors import unknown
-from mocov3_jax.evals import knn
+from mocov3_jax.data import catalog, pipeline, sources
+from mocov3_jax.errors import UserError, unknown
+from mocov3_jax.evals import features, knn
 from mocov3_jax.tools import cli
 
-PROTOCOLS = {'knn': knn.build}
+PROTOCOLS = ('knn',)
 
 
 def evaluate(config: ConfigDict, path: str) -> dict[str, Any]:
@@ -44,12 +44,14 @@ def evaluate(config: ConfigDict, path: str) -> dict[str, Any]:
     raise unknown('protocol', config.protocol, PROTOCOLS)
   run, folder = checkpoint.find(config.checkpoint)
   trained = workdir_lib.read_config(run)
-  splits = sources.load(config.data.source or trained.data.source)
+  splits = load_source(config, trained, workdir_lib.absolute(path).parent)
   mesh = sharding.make_mesh()
   model = models.build(trained.model, trained.head, trained.data.image_size)
-  protocol = PROTOCOLS[config.protocol](
-      config.knn, model, trained.data, splits, mesh, config.batch_size
+  extract = features.extractor(
+      model, trained.data, mesh, config.batch_size,
+      pipeline.Workers(config.data.threads),
   )
+  protocol = knn.build(config.knn, extract, splits)
   variables = restore_network(trained, model, mesh, folder)
   with workdir_lib.claimed(path, config) as workdir:
     result = protocol(variables['params'], variables['batch_stats'])
@@ -63,6 +65,31 @@ def evaluate(config: ConfigDict, path: str) -> dict[str, Any]:
     text = json.dumps(result, indent=2) + '\n'
     workdir_lib.write_whole(workdir / 'result.json', text)
     return result
+
+
+def load_source(
+    config: ConfigDict, trained: ConfigDict, parent: epath.Path
+) -> sources.Splits:
+  """Opens the data to evaluate on; lists folders into `parent`/.listings.
+
+  Raises:
+    UserError: if it is none, has no labels, or does not fit the network.
+  """
+  data = config.data if config.data.source else trained.data
+  splits = catalog.load(data.source, data.labels, parent / '.listings')
+  if splits.test is None:
+    raise UserError(
+        f'data.source={data.source!r} with data.labels={data.labels!r} has no '
+        'labels, which kNN needs. Allowed: a labelled source; a folder with a '
+        'subfolder a class; or data.labels=FILE.csv.'
+    )
+  channels = sources.channels(splits.train)
+  if channels != len(trained.data.mean):
+    raise UserError(
+        f'data.source={data.source!r} has {channels} channels, but the network '
+        f'was trained on {len(trained.data.mean)}.'
+    )
+  return splits
 
 
 def restore_network(

@@ -157,6 +157,8 @@ class Progress:
     )
     if 'knn/top1' in values:
       text += f'  kNN {values["knn/top1"]:.1%}'
+    elif 'features/effective_rank' in values:
+      text += f'  rank {values["features/effective_rank"]:.1f}'
     if rate:
       left = round((self._total - step) * images_per_step / rate)
       text += f'  {rate:.0f} img/s  ETA {left // 3600}:{left // 60 % 60:02}'

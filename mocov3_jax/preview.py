@@ -6,6 +6,7 @@ A row an example: the original with the first crop (red) and the second
 and the draws, of the run's first step.
 """
 
+from collections.abc import Sequence
 import functools
 from typing import Any
 
@@ -19,11 +20,13 @@ from mocov3_jax import augment, checks, image_ops, train
 from mocov3_jax import config as config_lib
 from mocov3_jax import workdir as workdir_lib
 from mocov3_jax.data import pipeline
+from mocov3_jax.data.decode import Encoded
 from mocov3_jax.errors import UserError
 from mocov3_jax.tools import cli
 
-# Side of a picture and width of the text on the sheet, and gaps, pixels.
-SIDE, TEXT, GAP = 160, 150, 8
+# Side of a picture, width of the text, gaps and height of the header, pixels.
+SIDE, TEXT, GAP, HEADER = 160, 170, 8, 16
+COLORS = ('red', 'deepskyblue')
 # By the order in which image_ops numbers the adjustments.
 ADJUSTMENTS = ('brightness', 'contrast', 'saturation', 'hue')
 
@@ -50,18 +53,22 @@ def preview(config: ConfigDict, out: str, count: int) -> dict[str, Any]:
     )
   source = train.load_source(config).train
   config_lib.plan(config, len(source))
-  reader = pipeline.BatchReader(
-      source, np.arange(count), config.batch_size, config.seed
-  )
-  images = reader(0)
+  reader = train.make_reader(config, source, np.arange(count))
+  batch = reader(0)
   _, key = train.run_keys(config.seed)
   keys = augment.example_keys(jax.random.fold_in(key, 0), count)
   row = jax.jit(functools.partial(_views, config=config))
   width = 3 * SIDE + 2 * TEXT + 6 * GAP
-  sheet = Image.new('RGB', (width, count * (SIDE + GAP) + GAP), 'white')
-  for i, (image, example_key) in enumerate(zip(images, keys, strict=True)):
-    made, drawn = jax.device_get(row(image, example_key))
-    _paste_row(sheet, GAP + i * (SIDE + GAP), image, made, drawn, config)
+  sheet = Image.new(
+      'RGB', (width, count * (SIDE + GAP) + GAP + HEADER), 'white'
+  )
+  _paste_header(sheet)
+  for i, image in enumerate(batch.images):
+    made, drawn = jax.device_get(row(image, keys[i]))
+    original, boxes = _original(reader, batch, i, image, drawn)
+    top = HEADER + GAP + i * (SIDE + GAP)
+    _paste_original(sheet, top, original, boxes)
+    _paste_views(sheet, top, made, drawn, boxes, config)
   try:
     sheet.save(str(workdir_lib.absolute(out)), format='PNG')
   except OSError as e:
@@ -73,48 +80,84 @@ def preview(config: ConfigDict, out: str, count: int) -> dict[str, Any]:
 
 
 def _views(image, key, config):
-  drawn = augment.draw_views(key, config.augment, *image.shape[:2])
+  drawn = augment.draw_views(key, config.augment, *image.shape[-3:-1])
   made = augment.apply_views(
       image_ops.to_float(image), drawn, config.augment, config.data.image_size
   )
   return made, drawn
 
 
-def _paste_row(sheet, top, image, made, drawn, config):
-  original = _picture(image)
-  scale_y, scale_x = SIDE / image.shape[0], SIDE / image.shape[1]
-  pen = ImageDraw.Draw(original)
-  for color, d in zip(('red', 'deepskyblue'), drawn, strict=True):
-    y, x, h, w = (float(v) for v in d.box)
+def _original(reader, batch, place, image, drawn):
+  """The whole image, and both boxes (top, left, height, width) in it."""
+  source = reader.source
+  if source.shape:
+    return image, [[float(v) for v in d.box] for d in drawn]
+  if batch.unreadable[place] >= 0:  # Its replacement is seen by its views.
+    return None, [None, None]
+  encoded = Encoded(source.read(int(reader.indices(0)[place])))
+  boxes = pipeline.draw_boxes(
+      reader.seed, place, encoded.height, encoded.width, reader.augment
+  )
+  return encoded.pixels(), boxes
+
+
+def _paste_header(sheet):
+  pen = ImageDraw.Draw(sheet)
+  pen.text((GAP, 4), 'original and crops', fill='black')
+  for i, name in enumerate(('view 1', 'view 2')):
+    left = SIDE + 2 * GAP + i * (SIDE + TEXT + 2 * GAP)
+    pen.text((left, 4), f'{name}, and what was drawn', fill='black')
+
+
+def _paste_original(sheet, top, image, boxes):
+  if image is None:
+    pen = ImageDraw.Draw(sheet)
+    pen.text((GAP, top), 'unreadable: replaced', fill='black')
+    return
+  scale = SIDE / max(image.shape[:2])
+  picture = _picture(image)
+  pen = ImageDraw.Draw(picture)
+  for color, (y, x, h, w) in zip(COLORS, boxes, strict=True):
     pen.rectangle(
-        (x * scale_x, y * scale_y, (x + w) * scale_x - 1,
-         (y + h) * scale_y - 1),
+        (x * scale, y * scale, (x + w) * scale - 1, (y + h) * scale - 1),
         outline=color, width=2,
     )
-  sheet.paste(original, (GAP, top))
+  sheet.paste(picture, (GAP, top))
+
+
+def _paste_views(sheet, top, made, drawn, boxes, config):
   pen = ImageDraw.Draw(sheet)
   left = SIDE + 2 * GAP
   views = (config.augment.view1, config.augment.view2)
-  colors = ('red', 'deepskyblue')
-  for color, view, pixels, d in zip(colors, views, made, drawn, strict=True):
+  for color, view, pixels, d, box in zip(
+      COLORS, views, made, drawn, boxes, strict=True
+  ):
     bytes_ = np.round(255 * np.clip(pixels, 0, 1)).astype(np.uint8)
     sheet.paste(_picture(bytes_), (left, top))
     pen.rectangle((left, top, left + SIDE - 1, top + 2), fill=color)
-    text = '\n'.join(describe(d, view))
+    text = '\n'.join(describe(d, box, view))
     pen.multiline_text((left + SIDE + GAP, top), text, fill='black')
     left += SIDE + TEXT + 2 * GAP
 
 
 def _picture(image: np.ndarray) -> Image.Image:
+  """The image at a scale that makes its longer side SIDE pixels."""
   if image.shape[-1] == 1:
     image = np.repeat(image, 3, axis=-1)
-  return Image.fromarray(image).resize((SIDE, SIDE), Image.Resampling.NEAREST)
+  scale = SIDE / max(image.shape[:2])
+  height, width = (max(1, round(n * scale)) for n in image.shape[:2])
+  how = Image.Resampling.NEAREST if scale > 1 else Image.Resampling.BILINEAR
+  return Image.fromarray(image).resize((width, height), how)
 
 
-def describe(drawn: augment.Draw, view: ConfigDict) -> list[str]:
+def describe(
+    drawn: augment.Draw, box: Sequence[float] | None, view: ConfigDict
+) -> list[str]:
   """Says in words what was drawn for one view, a line an operation."""
-  y, x, h, w = (float(v) for v in drawn.box)
-  lines = [f'crop {w:.1f} x {h:.1f} at {x:.1f}, {y:.1f}']
+  lines = []
+  if box is not None:
+    y, x, h, w = box
+    lines.append(f'crop {w:.4g} x {h:.4g} at {x:.4g}, {y:.4g}')
   if view.jitter_prob and drawn.jitter:
     names = [ADJUSTMENTS[op] for op in drawn.order]
     lines += [

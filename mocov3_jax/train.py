@@ -12,17 +12,17 @@ from typing import Any
 
 from absl import flags
 from clu import parameter_overview
-from etils import epath
 import jax
+import jax.numpy as jnp
 from jax.sharding import Mesh
 from ml_collections import ConfigDict, config_flags
+import numpy as np
 
 from mocov3_jax import (
   augment,
   checkpoint,
   checks,
   loop,
-  metrics,
   models,
   objectives,
   optim,
@@ -30,10 +30,11 @@ from mocov3_jax import (
 )
 from mocov3_jax import config as config_lib
 from mocov3_jax import workdir as workdir_lib
-from mocov3_jax.data import pipeline, sources
+from mocov3_jax.data import catalog, pipeline, sources
 from mocov3_jax.errors import Preempted, UserError
-from mocov3_jax.evals import knn
+from mocov3_jax.evals import features, knn, label_free
 from mocov3_jax.tools import cli
+from mocov3_jax.tools.recorder import Recorder
 from mocov3_jax.train_step import Method, TrainState, init_state, train_step
 
 
@@ -64,10 +65,10 @@ def run_keys(seed: int) -> tuple[jax.Array, jax.Array]:
 
 
 def compile_functions(config: ConfigDict, method: Method, mesh: Mesh):
-  """Returns jitted (init, step): () -> state, (state, images) -> both.
+  """Returns jitted (init, step): () -> state, (state, Batch) -> both.
 
-  The whole state is replicated, images are split over the mesh, and the state
-  given to a step is donated.
+  The whole state is replicated, batches are split over the mesh, and the
+  state given to a step is donated.
   """
   init_key, augment_key = run_keys(config.seed)
   size, channels = config.data.image_size, len(config.data.mean)
@@ -78,23 +79,34 @@ def compile_functions(config: ConfigDict, method: Method, mesh: Mesh):
       ),
       out_shardings=whole,
   )
-  step = jax.jit(
-      functools.partial(train_step, method, augment_key),
+
+  @functools.partial(
+      jax.jit,
       in_shardings=(whole, sharding.batch_sharding(mesh)),
       out_shardings=whole,
       donate_argnums=0,
   )
+  def step(state, batch):
+    state, values = train_step(method, augment_key, state, batch.images)
+    # Over all hosts, since the batch is global.
+    values['data/unreadable'] = jnp.sum(batch.unreadable >= 0)
+    return state, values
+
   return init, step
 
 
-def load_source(config: ConfigDict) -> sources.Splits:
+def load_source(config: ConfigDict, cache: Any = None) -> sources.Splits:
   """Opens the data, and checks that the normalisation fits its channels.
+
+  Args:
+    config: of the run.
+    cache: where listings of image folders are kept; None = nowhere.
 
   Raises:
     UserError: for an unknown source, or the wrong number of channels.
   """
-  splits = sources.load(config.data.source)
-  channels = splits.train.images.shape[-1]
+  splits = catalog.load(config.data.source, config.data.labels, cache)
+  channels = sources.channels(splits.train)
   if len(config.data.mean) != channels:
     raise UserError(
         f'data.mean={config.data.mean} has {len(config.data.mean)} values, but '
@@ -104,66 +116,33 @@ def load_source(config: ConfigDict) -> sources.Splits:
   return splits
 
 
-class Run:
-  """A run in its workdir: what happens at each step, and between steps."""
+def make_reader(
+    config: ConfigDict, source: sources.Source, positions: np.ndarray
+) -> pipeline.BatchReader:
+  """Returns the reader of the places `positions` of each global batch."""
+  return pipeline.BatchReader(
+      source, positions, config.batch_size, config.seed, config.augment,
+      config.data.image_size, pipeline.Workers(config.data.threads),
+  )
 
-  def __init__(
-      self, config: ConfigDict, plan: config_lib.Plan, workdir: epath.Path,
-      checkpoints: checkpoint.Checkpoints, evaluate, start: int,
-  ):
-    self._config = config
-    self._plan = plan
-    self._checkpoints = checkpoints
-    self._evaluate = evaluate
-    self._last_step = {}
-    self.writer = metrics.MetricWriter(workdir, start)
-    self.throughput = metrics.Throughput(config.batch_size)
-    self.progress = metrics.Progress(plan.total_steps)
 
-  def log(self, step: int, values: dict[str, float]) -> None:
-    """Records the metrics of one step."""
-    values['train/images_per_second'] = self.throughput.tick()
-    if step % self._config.log.every_steps == 0:
-      self.writer.write(step, values)
-    self._last_step = values
-    known = self.writer.latest | values
-    self.progress.update(step, known, self._config.batch_size)
-
-  def is_saving(self, step: int) -> bool:
-    """Whether a checkpoint is due after `step` updates."""
-    every = self._config.save.every_steps
-    return step % every == 0 or step == self._plan.total_steps
-
-  def is_due(self, step: int) -> bool:
-    """Whether to evaluate (and perhaps save) after `step` updates."""
-    every = self._config.knn.every_steps
-    return self.is_saving(step) or bool(every and step % every == 0)
-
-  def between_steps(self, step: int, state: TrainState) -> None:
-    """Evaluates, and saves where that is due."""
-    with self.throughput.paused():
-      values = self._evaluate(state.params, state.batch_stats)
-      self.writer.write(step, values)
-      self.progress.note(
-          f'step {step}/{self._plan.total_steps}  kNN {values["knn/top1"]:.1%}'
-      )
-      if step and self.is_saving(step):
-        self.writer.flush()
-        self._checkpoints.save(step, state, values)
-
-  def results(self) -> dict[str, Any]:
-    """The last value of everything, and the kNN of the random network."""
-    last = self.writer.latest | self._last_step
-    if 'knn/top1' in self.writer.first:
-      last['knn/top1_init'] = self.writer.first['knn/top1']
-    if self.throughput.average:
-      last['train/images_per_second'] = self.throughput.average
-    return last
+def build_monitor(
+    config: ConfigDict, method: Method, splits: sources.Splits, mesh: Mesh,
+    reader: pipeline.BatchReader,
+):
+  """Returns the evaluator between steps: kNN, or, without labels, others."""
+  if splits.test is None:
+    _, key = run_keys(config.seed)
+    return label_free.build(method.model, method.augment, mesh, reader, key)
+  extract = features.extractor(
+      method.model, config.data, mesh, config.batch_size, reader.workers
+  )
+  return knn.build(config.knn, extract, splits)
 
 
 @contextlib.contextmanager
 def divergence_explained(
-    run: Run, checkpoints: checkpoint.Checkpoints
+    run: Recorder, checkpoints: checkpoint.Checkpoints
 ) -> Iterator[None]:
   """Turns a non-finite metric into a message that says what to do."""
   try:
@@ -197,13 +176,14 @@ def train(config: ConfigDict, path: str) -> dict[str, Any]:
     Preempted: after SIGTERM or Ctrl-C, once the state is saved.
   """
   checks.validate(config, jax.device_count())
-  splits = load_source(config)
+  splits = load_source(config, workdir_lib.absolute(path).parent / '.listings')
   plan = config_lib.plan(config, len(splits.train))
   method = build_method(config, plan)
   mesh = sharding.make_mesh()
-  evaluate = knn.build(
-      config.knn, method.model, config.data, splits, mesh, config.batch_size
+  reader = make_reader(
+      config, splits.train, sharding.local_positions(mesh, config.batch_size)
   )
+  monitor = build_monitor(config, method, splits, mesh, reader)
   init, step_fn = compile_functions(config, method, mesh)
   # Signals are noted before anything is written, and until all is saved.
   with cli.stop_noted() as stop, workdir_lib.claimed(
@@ -218,38 +198,30 @@ def train(config: ConfigDict, path: str) -> dict[str, Any]:
       whole = sharding.replicated(mesh)
       abstract = checkpoint.abstract(jax.eval_shape(init), whole)
       state, start = checkpoints.restore(abstract) or (init(), 0)
-      run = Run(config, plan, workdir, checkpoints, evaluate, start)
+      run = Recorder(config, plan, workdir, checkpoints, monitor, start)
       with contextlib.closing(run.writer):
-        _announce(run, state, plan, mesh, start)
+        _announce(run, splits, state, plan, mesh, start)
         if start == 0:
           run.between_steps(0, state)
-        batches = on_device_batches(config, plan, splits.train, mesh, start)
+        host_batches = pipeline.train_batches(
+            reader, start, plan.total_steps, config.data.prefetch
+        )
         with divergence_explained(run, checkpoints):
           state, done = loop.run(
-              state, step_fn, batches, start=start, stop=plan.total_steps,
-              log=run.log, hooks=[loop.Hook(run.is_due, run.between_steps)],
-              should_stop=stop,
+              state, step_fn,
+              (sharding.to_global(batch, mesh)
+               for batch in run.watch(host_batches, reader)),
+              start=start, stop=plan.total_steps, log=run.log,
+              hooks=[loop.Hook(run.is_due, run.between_steps)],
+              should_stop=lambda: stop() or run.too_many_unreadable,
           )
         if done < plan.total_steps:
           checkpoints.save(done, state, {})
           checkpoints.wait()
+        run.check_readable(done)
+        if done < plan.total_steps:
           raise Preempted(f'stopped: saved step {done} in {workdir}')
         return run.results() | {'step': done, 'workdir': str(workdir)}
-
-
-def on_device_batches(
-    config: ConfigDict, plan: config_lib.Plan, source: sources.Source,
-    mesh: Mesh, start: int,
-) -> Iterator[jax.Array]:
-  """The global batches of all steps from `start` on."""
-  reader = pipeline.BatchReader(
-      source, sharding.local_positions(mesh, config.batch_size),
-      config.batch_size, config.seed,
-  )
-  batches = pipeline.train_batches(
-      reader, start, plan.total_steps, config.data.prefetch
-  )
-  return (sharding.to_global(batch, mesh) for batch in batches)
 
 
 def _warn(text: str) -> None:
@@ -263,8 +235,16 @@ def _where(start: int, stop: int) -> str:
 
 
 def _announce(
-    run: Run, state: TrainState, plan: config_lib.Plan, mesh: Mesh, start: int
+    run: Recorder, splits: sources.Splits, state: TrainState,
+    plan: config_lib.Plan, mesh: Mesh, start: int,
 ) -> None:
+  if splits.note:
+    run.progress.note(splits.note)
+  if splits.test is None:
+    run.progress.note(
+        'no labels, hence no kNN: alignment, uniformity and effective rank of '
+        'the features are logged instead'
+    )
   parameters = parameter_overview.count_parameters(state.params)
   run.progress.note(
       f'{parameters:,} parameters on {mesh.size} {jax.default_backend()} '

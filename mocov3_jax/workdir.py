@@ -14,7 +14,10 @@ from mocov3_jax import checks
 from mocov3_jax.errors import UserError
 
 # What a command writes beside config.json, and must not write over.
-OUTPUTS = ('checkpoints', 'metrics.jsonl', 'result.json', 'tensorboard')
+OUTPUTS = (
+    'bad_images.txt', 'checkpoints', 'metrics.jsonl', 'result.json',
+    'tensorboard',
+)
 
 
 def to_json(config: ConfigDict) -> dict[str, Any]:

@@ -97,6 +97,48 @@ CASES = {
         'preview', [CONFIG, '--out=/nowhere/x.png', '--count=1'],
         ['--out=/nowhere/x.png'],
     ),
+    'a folder that is not there': (
+        'train', ['--config=configs/folder.py:/no/photos'],
+        ["data.source='folder:/no/photos'", 'there is no folder'],
+    ),
+    'no folder named': (
+        'train', ['--config=configs/folder.py'],
+        ["data.source='folder:'", 'folder:PATH'],
+    ),
+    'a folder without images': (
+        'train', ['--config=configs/folder.py:launch'],
+        ['holds no image', '.jpg'],
+    ),
+    'fewer images than a batch': (
+        'train', ['--config=configs/folder.py:docs/images'],
+        ['batch_size=256', 'training images'],
+    ),
+    'labels that are not there': (
+        'train', ['--config=configs/folder.py:docs/images',
+                  '--config.data.labels=no.csv'],
+        ["data.labels='no.csv'", 'path and label'],
+    ),
+    'labels for digits': (
+        'train', [CONFIG, '--config.data.labels=none'],
+        ["data.labels='none'", 'only for folder'],
+    ),
+    'an unknown TFDS set': (
+        'train', [CONFIG, '--config.data.source=tfds:cifar11'],
+        ["'tfds:cifar11'", "Did you mean 'tfds:cifar10'"],
+    ),
+    'a share above one': (
+        'train', [CONFIG, '--config.data.max_unreadable=2'],
+        ['data.max_unreadable=2.0', 'from 0 to 1'],
+    ),
+    'benchmark of nothing': (
+        'benchmark', [CONFIG], ['none', 'input, augment']
+    ),
+    'benchmark of what is not known': (
+        'benchmark', ['inputs', CONFIG], ["'inputs'", "'input'"]
+    ),
+    'benchmark of a source of one size': (
+        'benchmark', ['input', CONFIG], ['one size', 'folder:PATH']
+    ),
     'not a checkpoint': (
         'evaluate',
         ['--config=configs/eval_knn.py', '--config.checkpoint=docs'],
@@ -121,7 +163,7 @@ def outcomes(tmp_path_factory):
   def run(name):
     command, arguments, _ = CASES[name]
     folder = root / name.replace(' ', '_')
-    if command != 'preview':
+    if command not in ('preview', 'benchmark'):
       arguments = [f'--workdir={folder}', *arguments]
     return tiny.run(command, *arguments), folder
 

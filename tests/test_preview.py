@@ -2,6 +2,7 @@
 
 import jax
 import numpy as np
+import photos
 from PIL import Image
 import tiny
 
@@ -13,13 +14,32 @@ def test_the_sheet_has_a_row_an_example(tmp_path):
   result = preview.preview(tiny.config(), str(out), count=3)
   assert result == {'out': str(out), 'examples': 3}
   with Image.open(out) as sheet:
-    height = 3 * (preview.SIDE + preview.GAP) + preview.GAP
+    height = 3 * (preview.SIDE + preview.GAP) + preview.GAP + preview.HEADER
     assert sheet.size[1] == height
     # No picture is blank.
     pixels = np.asarray(sheet.convert('L'))
   for left in (preview.GAP, preview.SIDE + 2 * preview.GAP):
-    picture = pixels[20:150, left + 5 : left + 150]
+    picture = pixels[36:166, left + 5 : left + 150]
     assert picture.std() > 10
+
+
+def test_a_sheet_of_a_folder_shows_whole_images_and_their_crops(tmp_path):
+  root = tmp_path / 'photos'
+  photos.write_tiles(root, tile=100, each=4)
+  (root / 'china' / 'broken.jpg').write_bytes(b'no image')
+  c = tiny.config(**{
+      'data.source': f'folder:{root}', 'batch_size': 32,
+      'data.mean': (0.5,) * 3, 'data.std': (0.2,) * 3,
+  })
+  out = tmp_path / 'views.png'
+  assert preview.preview(c, str(out), count=32)['examples'] == 32
+  with Image.open(out) as sheet:
+    pixels = np.asarray(sheet.convert('RGB'))[preview.HEADER:]
+  top, left = preview.GAP, preview.GAP
+  picture = pixels[top:top + preview.SIDE, left:left + preview.SIDE]
+  # In colour, so from the folder; with the red box of a crop on it.
+  assert np.ptp(picture.astype(int), axis=-1).max() > 10
+  assert (picture == (255, 0, 0)).all(axis=-1).any()
 
 
 def test_the_views_are_those_of_the_first_step():
@@ -44,7 +64,7 @@ def test_what_was_drawn_is_said_in_words():
       'solarize_prob': 1.0, 'flip_prob': 1.0,
   })
   drawn = jax.device_get(augment.draw(jax.random.key(0), view, 8, 8))
-  lines = preview.describe(drawn, view)
+  lines = preview.describe(drawn, (0, 0, 4, 4), view)
   assert lines[0].startswith('crop ') and len(lines) == 8
   assert [line.split()[0] for line in lines[4:]] == [
       'gray', 'blur', 'solarize', 'flip'

@@ -67,4 +67,5 @@ def metrics(workdir):
   rows = [json.loads(line) for line in lines]
   for row in rows:
     row.pop('train/images_per_second', None)
+    row.pop('data/wait_seconds', None)
   return rows

@@ -1,67 +1,152 @@
-"""Where images come from: random access to uint8 images and labels."""
+"""What a source of images is: random access to encoded images or pixels."""
 
+from collections.abc import Sequence
 import dataclasses
+from typing import Protocol
 
 import numpy as np
-from sklearn.datasets import load_digits
 
-from mocov3_jax.errors import unknown
+# Without a test split, every so-manieth labelled image is held out.
+HOLD_OUT = 10
+
+
+class Source(Protocol):
+  """Random access to images and labels.
+
+  Attributes:
+    shape: (H, W, C) if all images have one size, else None (and three
+      channels). Images of one size are cropped on the device.
+    num_classes: labels are 0 to num_classes - 1; 0 if there are no labels.
+  """
+
+  shape: tuple[int, int, int] | None
+  num_classes: int
+
+  def __len__(self) -> int:
+    """Number of images."""
+
+  def read(self, index: int) -> bytes | np.ndarray:
+    """An encoded image, or its pixels as uint8 [H, W, C].
+
+    Raises:
+      decode.Unreadable: if it cannot be read.
+    """
+
+  def labels(self, indices: Sequence[int]) -> np.ndarray:
+    """int32 [len(indices)]; -1 where there is none."""
+
+  def name(self, index: int) -> str:
+    """What a person would look for: a path, or a split and a number."""
 
 
 @dataclasses.dataclass(frozen=True)
-class Source:
+class ArraySource:
   """Images of one size in memory.
 
   Attributes:
+    title: of the set.
     images: uint8 [N, H, W, C].
-    labels: int32 [N], from 0 to num_classes - 1.
+    all_labels: int32 [N], from 0 to num_classes - 1.
     num_classes: how many labels there are.
   """
 
+  title: str
   images: np.ndarray
-  labels: np.ndarray
+  all_labels: np.ndarray
   num_classes: int
+
+  @property
+  def shape(self) -> tuple[int, int, int]:
+    """Of each image."""
+    return self.images.shape[1:]
 
   def __len__(self) -> int:
     return len(self.images)
 
-  def take(self, indices: np.ndarray) -> np.ndarray:
-    """Returns the images at `indices`, uint8 [len(indices), H, W, C]."""
-    return self.images[indices]
+  def read(self, index: int) -> np.ndarray:
+    """The pixels, uint8 [H, W, C]."""
+    return self.images[index]
+
+  def labels(self, indices: Sequence[int]) -> np.ndarray:
+    """Labels of these images."""
+    return self.all_labels[indices]
+
+  def name(self, index: int) -> str:
+    """Title and number."""
+    return f'{self.title}[{index}]'
+
+
+@dataclasses.dataclass(frozen=True)
+class Subset:
+  """Some of the images of a source, as a source."""
+
+  source: Source
+  indices: np.ndarray
+
+  @property
+  def shape(self) -> tuple[int, int, int] | None:
+    """As the whole."""
+    return self.source.shape
+
+  @property
+  def num_classes(self) -> int:
+    """As the whole."""
+    return self.source.num_classes
+
+  def __len__(self) -> int:
+    return len(self.indices)
+
+  def read(self, index: int) -> bytes | np.ndarray:
+    """As the whole."""
+    return self.source.read(self.indices[index])
+
+  def labels(self, indices: Sequence[int]) -> np.ndarray:
+    """As the whole."""
+    return self.source.labels(self.indices[indices])
+
+  def name(self, index: int) -> str:
+    """As the whole."""
+    return self.source.name(self.indices[index])
 
 
 @dataclasses.dataclass(frozen=True)
 class Splits:
-  """What a run trains on, and what it is tested on."""
+  """What a run trains on, and what it is tested on.
+
+  Attributes:
+    train: the images to train on; of them, labelled ones are kNN's bank.
+    test: labelled images for kNN; None without labels.
+    note: what was found, in words.
+  """
 
   train: Source
-  test: Source
+  test: Source | None
+  note: str = ''
 
 
-def digits() -> Splits:
-  """scikit-learn's 1,797 handwritten digits, 8x8 gray, 10 classes.
-
-  Every fifth image is held out (360, or 20 %), always the same ones.
-  """
-  data = load_digits()
-  # 17 gray levels, 0 to 16, to the whole range of a byte.
-  images = np.round(data.images * (255 / 16)).astype(np.uint8)[..., None]
-  labels = data.target.astype(np.int32)
-  held_out = np.arange(len(images)) % 5 == 0
-  return Splits(
-      *(Source(images[m], labels[m], 10) for m in (~held_out, held_out))
-  )
+def channels(source: Source) -> int:
+  """Of the images as the model sees them."""
+  return source.shape[-1] if source.shape else 3
 
 
-SOURCES = {'digits': digits}
+def evenly(source: Source, count: int) -> Source:
+  """At most `count` images, evenly spaced over the source; all if 0."""
+  if not 0 < count < len(source):
+    return source
+  return Subset(source, np.arange(count) * len(source) // count)
 
 
-def load(spec: str) -> Splits:
-  """Opens the source that `config.data.source` names.
+def labelled(source: Source) -> tuple[Source, np.ndarray]:
+  """The images that have a label, and these labels, int32."""
+  labels = source.labels(np.arange(len(source)))
+  known = np.flatnonzero(labels >= 0)
+  if len(known) == len(source):
+    return source, labels
+  return Subset(source, known), labels[known]
 
-  Raises:
-    UserError: for a name that is not in the table.
-  """
-  if spec not in SOURCES:
-    raise unknown('data.source', spec, SOURCES)
-  return SOURCES[spec]()
+
+def hold_out(source: Source, candidates: np.ndarray) -> tuple[Source, Source]:
+  """Splits off every tenth of `candidates`: (the rest, those)."""
+  held = candidates[::HOLD_OUT]
+  rest = np.setdiff1d(np.arange(len(source)), held, assume_unique=True)
+  return Subset(source, rest), Subset(source, held)

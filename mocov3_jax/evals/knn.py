@@ -10,14 +10,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh
 from ml_collections import ConfigDict
 import numpy as np
 
-from mocov3_jax import augment, sharding
-from mocov3_jax.data import pipeline
-from mocov3_jax.data.sources import Source, Splits
-from mocov3_jax.models import Network
+from mocov3_jax.data import sources
+from mocov3_jax.data.sources import Splits
+from mocov3_jax.evals.features import Extract
 
 PyTree = Any
 # Queries compared with the whole bank at once: 256 x 1.28 M similarities are
@@ -60,77 +58,49 @@ def neighbour_votes(
   return votes.reshape(-1, num_classes)[: len(queries)]
 
 
-def capped_k(k: int, bank: Source) -> int:
+def capped_k(k: int, bank_size: int, num_classes: int) -> int:
   """k, but at most a sixth of the mean number of bank images a class.
 
   200 neighbours are a sixth of ImageNet's 1,281 images a class. On a small
   bank, k near the size of a class or beyond lets the other classes vote.
   """
-  return max(1, min(k, len(bank) // bank.num_classes // 6))
-
-
-def feature_extractor(
-    model: Network, data: ConfigDict, mesh: Mesh, batch_size: int
-) -> Callable[[PyTree, PyTree, Source], jax.Array]:
-  """Returns f(params, batch_stats, source) -> features [len(source), D].
-
-  Images pass whole, in evaluation mode, `batch_size` at a time over the mesh;
-  the features end up on every device.
-  """
-  positions = sharding.local_positions(mesh, batch_size)
-
-  @functools.partial(jax.jit, out_shardings=sharding.replicated(mesh))
-  def forward(params, batch_stats, images):
-    variables = {'params': params, 'batch_stats': batch_stats}
-    images = augment.whole_images(images, data)
-    return model.apply(variables, images, train=False, method='features')
-
-  def extract(params, batch_stats, source):
-    batches = pipeline.eval_batches(source, positions, batch_size)
-    features = [
-        forward(params, batch_stats, sharding.to_global(images, mesh))
-        for images in batches
-    ]
-    return jnp.concatenate(features)[: len(source)]
-
-  return extract
+  return max(1, min(k, bank_size // num_classes // 6))
 
 
 def build(
-    knn: ConfigDict, model: Network, data: ConfigDict, splits: Splits,
-    mesh: Mesh, batch_size: int,
+    knn: ConfigDict, extract: Extract, splits: Splits
 ) -> Callable[[PyTree, PyTree], dict[str, float]]:
   """Returns an evaluator, f(params, batch_stats) -> metrics.
 
   The metrics are 'knn/top1', the share of test images classified right, and
-  'knn/k', the neighbours asked.
+  'knn/k', the neighbours asked. Images that cannot be read are left out.
 
   Args:
     knn: `config.knn`.
-    model, data: of the run; `data` holds image size and normalisation.
-    splits: the train split is the bank, the test split asks.
-    mesh, batch_size: of the forward passes.
+    extract: features of a source.
+    splits: the train split is the bank, the test split asks; both labelled.
   """
-  extract = feature_extractor(model, data, mesh, batch_size)
-  bank, queries = splits.train, splits.test
-  k = capped_k(knn.k, bank)
+  bank, bank_labels = sources.labelled(
+      sources.evenly(splits.train, knn.bank_images)
+  )
+  queries, query_labels = sources.labelled(
+      sources.evenly(splits.test, knn.query_images)
+  )
+  num_classes = splits.train.num_classes
+  k = capped_k(knn.k, len(bank), num_classes)
   vote = jax.jit(
       functools.partial(
           neighbour_votes,
-          num_classes=bank.num_classes,
-          k=k,
-          temperature=knn.temperature,
+          num_classes=num_classes, k=k, temperature=knn.temperature,
       )
   )
 
   def evaluate(params, batch_stats):
-    votes = vote(
-        extract(params, batch_stats, queries),
-        extract(params, batch_stats, bank),
-        jnp.asarray(bank.labels),
-    )
+    asked, ask = extract(params, batch_stats, queries)
+    known, remember = extract(params, batch_stats, bank)
+    votes = vote(asked, known, jnp.asarray(bank_labels[remember]))
     predicted = np.argmax(jax.device_get(votes), axis=1)
-    top1 = float(np.mean(predicted == queries.labels))
+    top1 = float(np.mean(predicted == query_labels[ask]))
     return {'knn/top1': top1, 'knn/k': k}
 
   return evaluate

@@ -13,12 +13,15 @@ from typing import Any
 
 from absl import flags, logging
 
-from mocov3_jax.errors import Preempted, UserError
+from mocov3_jax.errors import Preempted, UserError, unknown
 
 BAD_INPUT, INTERRUPTED, PREEMPTED = 2, 130, 143
 
 
-def run(main: Callable[[], dict[str, Any]]) -> None:
+Main = Callable[[], dict[str, Any]]
+
+
+def run(main: Main | dict[str, Main]) -> None:
   """Runs a command and exits.
 
   Prints the result of `main` as one JSON object on the last line of stdout.
@@ -27,7 +30,8 @@ def run(main: Callable[[], dict[str, Any]]) -> None:
   save. Anything else is a bug, with a traceback.
 
   Args:
-    main: the command; reads its flags.
+    main: the command, which reads its flags; or commands by the word that
+      chooses one of them, `python -m mocov3_jax.benchmark input`.
   """
   _quieten()
   try:
@@ -35,7 +39,13 @@ def run(main: Callable[[], dict[str, Any]]) -> None:
       print(sys.modules['__main__'].__doc__)
       print(flags.FLAGS.main_module_help())
       return
-    _parse_flags(sys.argv)
+    words = _parse_flags(sys.argv)
+    if isinstance(main, dict):
+      main = main[_choose(words, main)]
+    elif words:
+      raise UserError(
+          f'unexpected argument {words[0]!r}. Allowed: flags, as --name=value.'
+      )
     print(json.dumps(main()), flush=True)
   except UserError as e:
     print(f'error: {e}', file=sys.stderr)
@@ -68,8 +78,23 @@ def _exit_at_once() -> None:
   os._exit(INTERRUPTED)
 
 
-def _parse_flags(argv: list[str]) -> None:
-  """Parses flags and the config file; whatever goes wrong is bad input."""
+def _choose(words: list[str], allowed: dict[str, Main]) -> str:
+  if len(words) != 1:
+    raise UserError(
+        f'{len(words)} words were given ({" ".join(words) or "none"}). '
+        f'Allowed: one of {", ".join(allowed)}.'
+    )
+  if words[0] not in allowed:
+    raise unknown('command', words[0], allowed)
+  return words[0]
+
+
+def _parse_flags(argv: list[str]) -> list[str]:
+  """Parses flags and the config file; whatever goes wrong is bad input.
+
+  Returns:
+    The words that are no flags.
+  """
   _check_config_file(argv)
   try:
     rest = flags.FLAGS(argv)
@@ -77,10 +102,7 @@ def _parse_flags(argv: list[str]) -> None:
     raise UserError(_flag_message(str(e), argv)) from e
   except Exception as e:
     raise UserError(_config_message(e, argv)) from e
-  if len(rest) > 1:
-    raise UserError(
-        f'unexpected argument {rest[1]!r}. Allowed: flags, as --name=value.'
-    )
+  return rest[1:]
 
 
 def _flag_message(text: str, argv: list[str]) -> str:

@@ -1,0 +1,103 @@
+"""Encoded images to pixels: JPEG by OpenCV, everything else by Pillow."""
+
+import io
+
+import cv2
+import numpy as np
+from PIL import Image, ImageOps
+
+# EXIF tag of the orientation; its values of 5 and more swap the axes.
+ORIENTATION, SWAPPED = 0x0112, 5
+# By how much OpenCV can shrink a JPEG as it decodes it. All flags but the first
+# give BGR.
+JPEG_FLAGS = {
+    1: cv2.IMREAD_COLOR_RGB,
+    2: cv2.IMREAD_REDUCED_COLOR_2,
+    4: cv2.IMREAD_REDUCED_COLOR_4,
+    8: cv2.IMREAD_REDUCED_COLOR_8,
+}
+# End-of-image marker of a JPEG, and how many bytes may follow it.
+EOI, TRAILER = b'\xff\xd9', 64
+
+
+class Unreadable(Exception):
+  """The bytes are no image, or a damaged one."""
+
+
+class Encoded:
+  """An encoded image of which only the header has been read.
+
+  Attributes:
+    height, width: pixels, as shown (the EXIF orientation is applied).
+  """
+
+  def __init__(self, data: bytes):
+    """Reads the header.
+
+    Args:
+      data: of a JPEG, PNG, WebP, BMP or GIF file (any format Pillow reads).
+
+    Raises:
+      Unreadable: if there is none.
+    """
+    self._data = data
+    try:
+      self._image = Image.open(io.BytesIO(data))
+      exif = self._image.getexif()
+    except Exception as e:  # Pillow raises many kinds.
+      raise Unreadable(str(e)) from e
+    self.width, self.height = self._image.size
+    if ORIENTATION in exif and exif[ORIENTATION] in range(SWAPPED, 9):
+      self.width, self.height = self.height, self.width
+
+  @property
+  def is_plain_jpeg(self) -> bool:
+    """Whether OpenCV decodes it right: whole, and gray or RGB.
+
+    OpenCV fills a truncated JPEG with gray in silence, so what does not end
+    with the marker of its end is left to Pillow, which tells.
+    """
+    return (
+        self._image.format in ('JPEG', 'MPO')
+        and self._image.mode in ('RGB', 'L')
+        and EOI in self._data[-TRAILER:]
+    )
+
+  def pixels(self, shrink: int = 1) -> np.ndarray:
+    """Decodes the image.
+
+    Transparent images are laid on white; 16-bit ones keep their high byte;
+    animated ones give their first frame.
+
+    Args:
+      shrink: 1, 2, 4 or 8. A JPEG comes out so many times smaller (rounded
+        up), which saves work; other formats ignore it.
+
+    Returns:
+      uint8 [H, W, 3], RGB, C-contiguous.
+
+    Raises:
+      Unreadable: if it is damaged.
+    """
+    try:
+      if self.is_plain_jpeg:
+        data = np.frombuffer(self._data, np.uint8)
+        image = cv2.imdecode(data, JPEG_FLAGS[shrink])
+        if image is not None:
+          if shrink > 1:
+            cv2.cvtColor(image, cv2.COLOR_BGR2RGB, dst=image)
+          return image
+      return np.array(_to_rgb(ImageOps.exif_transpose(self._image)))
+    except Exception as e:  # Both libraries raise many kinds.
+      raise Unreadable(str(e)) from e
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+  if image.mode.startswith('I'):  # 16-bit gray; Pillow itself would clip it.
+    gray = (np.asarray(image).astype(np.int64) >> 8).clip(0, 255)
+    return Image.fromarray(gray.astype(np.uint8)).convert('RGB')
+  if image.has_transparency_data:
+    image = image.convert('RGBA')
+    white = Image.new('RGBA', image.size, 'white')
+    return Image.alpha_composite(white, image).convert('RGB')
+  return image.convert('RGB')

@@ -1,0 +1,171 @@
+"""Sets prepared by TensorFlow Datasets, read without TensorFlow.
+
+Only `tfds.data_source` is used: random access to array_record files, images
+undecoded.
+"""
+
+import re
+from typing import Any
+
+from etils import epath
+import numpy as np
+
+from mocov3_jax.data.decode import Unreadable
+from mocov3_jax.data.sources import Source, Splits, hold_out
+from mocov3_jax.errors import UserError, unknown
+
+# Splits to test on, the first that there is. ImageNet's 'test' has no labels.
+TEST_SPLITS = ('validation', 'test')
+
+
+class TfdsSource:
+  """One split of a prepared set, as a `sources.Source`."""
+
+  def __init__(self, builder: Any, split: str):
+    """Opens the split.
+
+    Args:
+      builder: a tfds.core.DatasetBuilder of a prepared set.
+      split: in TFDS's notation, such as 'train' or 'train[:10%]'.
+
+    Raises:
+      UserError: if it cannot be opened.
+    """
+    import tensorflow_datasets as tfds
+
+    self._title = f'{builder.info.name}:{split}'
+    features = builder.info.features
+    images = _keys(features, tfds.features.Image)
+    classes = _keys(features, tfds.features.ClassLabel)
+    if len(images) != 1:
+      raise UserError(
+          f'data.source=tfds:{builder.info.name} has {len(images)} images an '
+          f'example {images}. Allowed: sets with one.'
+      )
+    self._image = images[0]
+    self._label = 'label' if 'label' in classes else (classes or [None])[0]
+    self.num_classes = (
+        features[self._label].num_classes if self._label else 0
+    )
+    shape = features[self._image].shape
+    self.shape = None if None in shape else tuple(shape)
+    decoders = {self._image: tfds.decode.SkipDecoding()}
+    try:
+      self._records = builder.as_data_source(split, decoders=decoders)
+    except ValueError as e:
+      known = ', '.join(builder.info.splits)
+      raise UserError(
+          f'data.source=tfds:{self._title}: {str(e).splitlines()[0]} Allowed: '
+          f'{known}, or a part, such as train[:10%].'
+      ) from e
+
+  def __len__(self) -> int:
+    return len(self._records)
+
+  def read(self, index: int) -> bytes:
+    """The image as it was encoded.
+
+    Raises:
+      Unreadable: if the record is damaged.
+    """
+    try:
+      return self._records[int(index)][self._image]
+    except Exception as e:  # array_record and protobuf raise many kinds.
+      raise Unreadable(str(e)) from e
+
+  def labels(self, indices: np.ndarray) -> np.ndarray:
+    """Labels of these images; reads their records."""
+    if self._label is None:
+      return np.full(len(indices), -1, np.int32)
+    return np.array(
+        [self._records[int(i)][self._label] for i in indices], np.int32
+    )
+
+  def name(self, index: int) -> str:
+    """Set, split and number."""
+    return f'{self._title}[{index}]'
+
+
+def _keys(features: Any, kind: type) -> list[str]:
+  return [name for name, f in features.items() if type(f) is kind]
+
+
+def load(path: str) -> Splits:
+  """Opens a prepared set.
+
+  It is looked for where TFDS keeps its data: ~/tensorflow_datasets, or the
+  folder that the environment variable TFDS_DATA_DIR names.
+
+  Args:
+    path: 'NAME[:SPLIT]'; the split to train on is 'train' if none is given.
+      NAME may hold a config and a version, 'name/config:1.0.0'.
+
+  Raises:
+    UserError: if the set is unknown, not prepared, or not as array_record;
+      the message holds the command that helps.
+  """
+  name, split = re.fullmatch(
+      r'([^:]*(?::\d+\.\d+\.\d+)?)(?::(.*))?', path
+  ).groups()
+  builder = _open(name)
+  train = TfdsSource(builder, split or 'train')
+  if not train.num_classes:
+    return Splits(train, None, f'tfds:{path}: {len(train)} images, no labels')
+  tests = [s for s in TEST_SPLITS if s in builder.info.splits]
+  if tests:
+    test: Source = TfdsSource(builder, tests[0])
+    source, held = train, tests[0]
+  else:
+    source, test = hold_out(train, np.arange(len(train)))
+    held = 'every tenth, held out'
+  return Splits(
+      source, test,
+      f'tfds:{path}: {len(source)} images in {train.num_classes} classes, '
+      f'{len(test)} to test on ({held})',
+  )
+
+
+def _open(name: str) -> Any:
+  import tensorflow_datasets as tfds
+
+  where = f'data.source=tfds:{name}'
+  try:
+    builder = tfds.builder(name)
+  except tfds.core.DatasetNotFoundError as e:
+    base = re.split('[/:]', name)[0]
+    raise unknown('data.source', f'tfds:{base}', [
+        f'tfds:{known}' for known in tfds.list_builders(
+            with_community_datasets=False)
+        if known[:1] == base[:1]
+    ]) from e
+  except Exception as e:  # TFDS raises many kinds, for versions and configs.
+    raise UserError(
+        f'{where} cannot be opened: {str(e).splitlines()[0]}'
+    ) from e
+  if not builder.info.splits:
+    raise UserError(
+        f'{where} is not prepared in {builder.data_dir}. To prepare it (TFDS '
+        'needs TensorFlow for that, in this or another environment):\n'
+        '  pip install tensorflow tensorflow-datasets\n'
+        '  python -c "import tensorflow_datasets as tfds; tfds.builder('
+        f"'{name}', data_dir='{_root(builder)}', file_format='array_record')"
+        '.download_and_prepare()"'
+    )
+  formats = {builder.info.file_format, *builder.info.alternative_file_formats}
+  if tfds.core.FileFormat.ARRAY_RECORD not in formats:
+    raise UserError(
+        f'{where} is prepared in {builder.data_dir} as '
+        f'{builder.info.file_format.value}, which has no random access. To '
+        'add array_record files (TFDS needs TensorFlow for that, in this or '
+        'another environment):\n'
+        '  pip install tensorflow tensorflow-datasets apache-beam mlcroissant\n'
+        f'  tfds convert_format --dataset_version_dir={builder.data_dir} '
+        '--out_file_format=array_record'
+    )
+  return builder
+
+
+def _root(builder: Any) -> epath.Path:
+  # .../NAME[/CONFIG]/VERSION
+  relative = epath.Path(builder.info.full_name).parts
+  return epath.Path(builder.data_dir).parents[len(relative) - 1]

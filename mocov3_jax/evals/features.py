@@ -1,0 +1,61 @@
+"""Features of all images of a source: what evaluators start from."""
+
+from collections.abc import Callable
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+import numpy as np
+
+from mocov3_jax import augment, sharding
+from mocov3_jax.data import pipeline
+from mocov3_jax.data.sources import Source
+from mocov3_jax.models import Network
+
+PyTree = Any
+# (params, batch_stats, source) -> features [n, D] of the images that could be
+# read, and their places in the source, int64 [n].
+Extract = Callable[[PyTree, PyTree, Source], tuple[jax.Array, np.ndarray]]
+
+
+def extractor(
+    model: Network, data: ConfigDict, mesh: Mesh, batch_size: int,
+    workers: pipeline.Workers,
+) -> Extract:
+  """Returns an `Extract` of the backbone, in evaluation mode.
+
+  Args:
+    model: the network.
+    data: of the run: image size and normalisation.
+    mesh: to work on; the features end up on every device.
+    batch_size: images at a time, over the whole mesh.
+    workers: read and decode.
+  """
+  positions = sharding.local_positions(mesh, batch_size)
+
+  @functools.partial(jax.jit, out_shardings=sharding.replicated(mesh))
+  def forward(params, batch_stats, batch):
+    variables = {'params': params, 'batch_stats': batch_stats}
+    images = augment.whole_images(batch.images, data)
+    features = model.apply(variables, images, train=False, method='features')
+    return features, batch.unreadable
+
+  def extract(params, batch_stats, source):
+    batches = pipeline.eval_batches(
+        source, positions, batch_size, data.image_size, workers
+    )
+    features, unreadable = zip(*(
+        forward(params, batch_stats, sharding.to_global(batch, mesh))
+        for batch in batches
+    ), strict=True)
+    features = jnp.concatenate(features)[: len(source)]
+    unreadable = np.concatenate(jax.device_get(unreadable))[: len(source)]
+    readable = np.flatnonzero(unreadable < 0)
+    if len(readable) < len(source):
+      features = features[jnp.asarray(readable)]
+    return features, readable
+
+  return extract

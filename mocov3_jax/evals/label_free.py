@@ -1,0 +1,91 @@
+"""What features tell without labels: alignment, uniformity, effective rank.
+
+Wang and Isola 2020 (arXiv 2005.10242); Roy and Vetterli 2007, whose effective
+rank Garrido et al. 2023 (RankMe, arXiv 2210.02885) apply to features.
+"""
+
+from collections.abc import Callable
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from mocov3_jax import augment, sharding
+from mocov3_jax.data import pipeline
+from mocov3_jax.models import Network
+
+PyTree = Any
+
+
+def unit(x: jax.Array) -> jax.Array:
+  """Scales the rows of [N, D] to length 1."""
+  return x / jnp.linalg.norm(x, axis=1, keepdims=True)
+
+
+def alignment(first: jax.Array, second: jax.Array) -> jax.Array:
+  """Mean squared distance of two views' features [N, D] on the unit sphere.
+
+  From 0, the views of an image alike, to 4.
+  """
+  return jnp.mean(jnp.sum((unit(first) - unit(second)) ** 2, axis=1))
+
+
+def uniformity(features: jax.Array) -> jax.Array:
+  """log of the mean of exp(-2 distance^2) over pairs of different rows [N, D].
+
+  0 if all are alike; the lower, the more evenly they cover the unit sphere.
+  """
+  x = unit(features)
+  squared = 2 - 2 * jnp.matmul(x, x.T, precision=jax.lax.Precision.HIGHEST)
+  pairs = jnp.where(jnp.eye(len(x), dtype=bool), -jnp.inf, -2 * squared)
+  return jax.nn.logsumexp(pairs) - jnp.log(len(x) * (len(x) - 1))
+
+
+def effective_rank(features: jax.Array) -> jax.Array:
+  """exp of the entropy of the singular values' shares, of [N, D].
+
+  From 1, all rows on one line, to min(N, D).
+  """
+  values = jnp.linalg.svd(features, compute_uv=False)
+  share = values / jnp.sum(values)
+  return jnp.exp(jnp.sum(jax.scipy.special.entr(share)))
+
+
+def build(
+    model: Network, make_views: augment.Augment, mesh: Mesh,
+    reader: pipeline.BatchReader, key: jax.Array,
+) -> Callable[[PyTree, PyTree], dict[str, float]]:
+  """Returns an evaluator, f(params, batch_stats) -> metrics.
+
+  The metrics are 'features/alignment', 'features/uniformity' and
+  'features/effective_rank' of backbone features in evaluation mode, always of
+  the same views of the same images: those that `reader` gives for step 0.
+
+  Args:
+    model: the network.
+    make_views: the run's augmentation.
+    mesh: to work on.
+    reader: of the run.
+    key: of the views.
+  """
+  @functools.partial(jax.jit, out_shardings=sharding.replicated(mesh))
+  def measure(params, batch_stats, images, key):
+    variables = {'params': params, 'batch_stats': batch_stats}
+    views = make_views(images, key)
+    flat = views.reshape(-1, *views.shape[2:])
+    features = model.apply(variables, flat, train=False, method='features')
+    first, second = features[0::2], features[1::2]
+    return {
+        'features/alignment': alignment(first, second),
+        'features/uniformity': uniformity(first),
+        'features/effective_rank': effective_rank(first),
+    }
+
+  def evaluate(params, batch_stats):
+    images = sharding.to_global(reader(0).images, mesh)
+    values = measure(params, batch_stats, images, key)
+    return {name: float(v) for name, v in jax.device_get(values).items()}
+
+  return evaluate

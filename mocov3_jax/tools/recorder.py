@@ -1,0 +1,170 @@
+"""What a training run records, and when it evaluates and saves."""
+
+import collections
+from collections.abc import Callable, Iterator
+import json
+import os
+import time
+from typing import Any
+
+from etils import epath
+from ml_collections import ConfigDict
+import numpy as np
+
+from mocov3_jax import checkpoint, metrics
+from mocov3_jax.config import Plan
+from mocov3_jax.data.decode import Unreadable
+from mocov3_jax.data.pipeline import Batch, BatchReader
+from mocov3_jax.errors import UserError
+from mocov3_jax.train_step import TrainState
+
+Evaluate = Callable[[Any, Any], dict[str, float]]
+
+
+class Recorder:
+  """A run in its workdir: what happens at each step, and between steps.
+
+  Attributes:
+    writer, progress: of the metrics.
+  """
+
+  def __init__(
+      self, config: ConfigDict, plan: Plan, workdir: epath.Path,
+      checkpoints: checkpoint.Checkpoints, evaluate: Evaluate, start: int,
+  ):
+    """Opens the files.
+
+    Args:
+      config: of the run.
+      plan: of the run.
+      workdir: of the run; exists.
+      checkpoints: of the run.
+      evaluate: (params, batch_stats) -> metrics.
+      start: updates done before.
+    """
+    self._config = config
+    self._plan = plan
+    self._checkpoints = checkpoints
+    self._evaluate = evaluate
+    self._last_step = {}
+    self._waits = collections.deque()  # Of batches not yet logged, seconds.
+    self._unreadable = UnreadableImages(workdir)
+    self._unreadable_in_epoch = 0
+    self.writer = metrics.MetricWriter(workdir, start)
+    self._throughput = metrics.Throughput(config.batch_size)
+    self.progress = metrics.Progress(plan.total_steps)
+
+  def watch(
+      self, batches: Iterator[Batch], reader: BatchReader
+  ) -> Iterator[Batch]:
+    """Passes batches on; notes the waiting, and what could not be read."""
+    while True:
+      start = time.perf_counter()
+      batch = next(batches, None)
+      self._waits.append(time.perf_counter() - start)
+      if batch is None:
+        return
+      self._unreadable.add(batch, reader)
+      yield batch
+
+  def log(self, step: int, values: dict[str, float]) -> None:
+    """Records the metrics of one step."""
+    if step % self._plan.steps_per_epoch == 0:
+      self._unreadable_in_epoch = 0
+    self._unreadable_in_epoch += int(values['data/unreadable'])
+    values['data/wait_seconds'] = self._waits.popleft()
+    values['train/images_per_second'] = self._throughput.tick()
+    if step % self._config.log.every_steps == 0:
+      self.writer.write(step, values)
+    self._last_step = values
+    known = self.writer.latest | values
+    self.progress.update(step, known, self._config.batch_size)
+
+  @property
+  def too_many_unreadable(self) -> bool:
+    """Whether more than `data.max_unreadable` of this epoch's images are."""
+    images = self._plan.steps_per_epoch * self._config.batch_size
+    return self._unreadable_in_epoch > self._config.data.max_unreadable * images
+
+  def check_readable(self, step: int) -> None:
+    """Raises UserError if `too_many_unreadable`, after a save at `step`."""
+    if self.too_many_unreadable:
+      raise UserError(
+          f'{self._unreadable_in_epoch} images of this epoch could not be read '
+          f'up to step {step}, more than data.max_unreadable='
+          f'{self._config.data.max_unreadable} of them. They are listed in '
+          f'{self._unreadable.path}. Step {step} is saved: mend or remove '
+          'them, or allow more, and run the same line again.'
+      )
+
+  def is_saving(self, step: int) -> bool:
+    """Whether a checkpoint is due after `step` updates."""
+    every = self._config.save.every_steps
+    return step % every == 0 or step == self._plan.total_steps
+
+  def is_due(self, step: int) -> bool:
+    """Whether to evaluate (and perhaps save) after `step` updates."""
+    every = self._config.knn.every_steps
+    return self.is_saving(step) or bool(every and step % every == 0)
+
+  def between_steps(self, step: int, state: TrainState) -> None:
+    """Evaluates, and saves where that is due."""
+    with self._throughput.paused():
+      values = self._evaluate(state.params, state.batch_stats)
+      self.writer.write(step, values)
+      self.progress.note(
+          f'step {step}/{self._plan.total_steps}  {describe(values)}'
+      )
+      if step and self.is_saving(step):
+        self.writer.flush()
+        self._checkpoints.save(step, state, values)
+
+  def results(self) -> dict[str, Any]:
+    """The last value of everything, and what the random network had."""
+    last = self.writer.latest | self._last_step
+    for name in 'knn/top1', 'features/effective_rank':
+      if name in self.writer.first:
+        last[f'{name}_init'] = self.writer.first[name]
+    if self._throughput.average:
+      last['train/images_per_second'] = self._throughput.average
+    return last
+
+
+def describe(values: dict[str, float]) -> str:
+  """What an evaluator said, in words."""
+  if 'knn/top1' in values:
+    return f'kNN {values["knn/top1"]:.1%}'
+  return (
+      f'alignment {values["features/alignment"]:.3f}  uniformity '
+      f'{values["features/uniformity"]:.2f}  effective rank '
+      f'{values["features/effective_rank"]:.1f}'
+  )
+
+
+class UnreadableImages:
+  """bad_images.txt of a workdir: name and reason, a line an image."""
+
+  def __init__(self, workdir: epath.Path):
+    """Reads what an earlier part of the run has listed."""
+    self.path = workdir / 'bad_images.txt'
+    self._known = set()
+    if self.path.exists():
+      with open(self.path, errors='surrogateescape') as file:
+        self._known = {line.split('\t')[0] for line in file}
+
+  def add(self, batch: Batch, reader: BatchReader) -> None:
+    """Lists what could not be read for this batch."""
+    for index in batch.unreadable[batch.unreadable >= 0].tolist():
+      name = json.dumps(reader.source.name(index), ensure_ascii=False)[1:-1]
+      if name in self._known:
+        continue
+      self._known.add(name)
+      try:
+        reader.read_into(np.empty(reader.shape, np.uint8), index, 0)
+        why = 'could not be read then, can be now'
+      except Unreadable as e:
+        why = ' '.join(str(e).split())
+      with open(self.path, 'a', errors='surrogateescape') as file:
+        file.write(f'{name}\t{why}\n')
+        file.flush()
+        os.fsync(file.fileno())

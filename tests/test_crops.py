@@ -1,0 +1,150 @@
+"""Random-resized crops on the host: torchvision's boxes, Pillow's pixels."""
+
+import io
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+import numpy as np
+import photos
+from PIL import Image
+import pytest
+from scipy import stats
+import tiny
+
+from mocov3_jax.data import crops, pipeline
+from mocov3_jax.data.decode import Encoded
+
+VIEW = tiny.config().augment.view1
+
+
+def boxes(count, height, width, seed=0):
+  return [
+      crops.random_box(n, height, width, VIEW)
+      for n in np.random.default_rng(seed).random((count, crops.NUMBERS))
+  ]
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.integers(1, 4000), st.integers(1, 4000), st.integers(0, 2**32 - 1))
+def test_a_box_lies_within_the_image(height, width, seed):
+  (box,) = boxes(1, height, width, seed)
+  assert 0 <= box.top <= box.top + box.height <= height
+  assert 0 <= box.left <= box.left + box.width <= width
+  assert box.height > 0 and box.width > 0
+
+
+def resize(image, size):
+  out = np.empty((size, size, 3), np.uint8)
+  crops.resize(image, out)
+  return out
+
+
+def cut(encoded, boxes, size):
+  out = np.empty((len(boxes), size, size, 3), np.uint8)
+  crops.cut(encoded, boxes, out)
+  return out
+
+
+def test_areas_and_ratios_are_distributed_as_asked():
+  # In a square all but the largest, most oblong boxes fit at once.
+  drawn = np.array(boxes(4000, 1000, 1000))
+  area = drawn[:, 2] * drawn[:, 3] / 1e6
+  ratio = np.log(drawn[:, 3] / drawn[:, 2])
+  small = area < 0.7
+  uniform = stats.uniform(0.08, 0.62)
+  assert stats.kstest(area[small], uniform.cdf).pvalue > 1e-3
+  limit = np.log(4 / 3)
+  uniform = stats.uniform(-limit, 2 * limit)
+  assert stats.kstest(ratio[small], uniform.cdf).pvalue > 1e-3
+
+
+def test_the_place_of_a_box_is_uniform():
+  drawn = np.array(boxes(4000, 600, 600))
+  room = 600 - drawn[:, 2]
+  share = (drawn[:, 0] + 0.5) / (room + 1)
+  assert stats.kstest(share[room > 50], 'uniform').pvalue > 1e-3
+
+
+@pytest.mark.parametrize(
+    'height, width, expected',
+    [(10, 1000, (0, 493, 10, 13)), (1000, 10, (493, 0, 13, 10))],
+)
+def test_an_oblong_image_falls_back_to_its_centre(height, width, expected):
+  # Only areas of a third and more, which fit in no way.
+  numbers = np.full(crops.NUMBERS, 0.9)
+  box = crops.random_box(numbers, height, width, VIEW)
+  assert box == expected
+
+
+def test_the_boxes_of_an_example_are_pinned():
+  # Changing them would change the continuation of every run there is.
+  augment = tiny.config().augment
+  first, second = pipeline.draw_boxes(0, 5, 375, 500, augment)
+  assert first == (48, 155, 237, 242)
+  assert second == (55, 162, 239, 249)
+  assert pipeline.draw_boxes(0, 6, 375, 500, augment)[0] != first
+  assert pipeline.draw_boxes(1, 5, 375, 500, augment)[0] != first
+
+
+@pytest.mark.parametrize('scale', [0.3, 0.7, 1.0, 1.2, 1.5, 1.9, 2.5, 4.0, 6.0])
+def test_resizing_is_close_to_pillows(scale):
+  size = 64
+  for name in 'china', 'flower', 'coffee', 'astronaut':
+    side = round(size * scale)
+    image = np.ascontiguousarray(
+        photos.photographs()[name][:round(0.9 * side), :side]
+    )
+    expected = Image.fromarray(image).resize(
+        (size, size), Image.Resampling.BILINEAR
+    )
+    difference = resize(image, size).astype(int) - np.asarray(expected)
+    assert np.abs(difference).mean() < 2  # Of 255.
+
+
+def test_a_fine_pattern_leaves_no_alias():
+  # A checkerboard of single pixels is gray at half its size.
+  board = np.indices((256, 256)).sum(axis=0) % 2 * 255
+  image = np.repeat(board[..., None], 3, axis=-1).astype(np.uint8)
+  for side in 256, 200, 192:
+    small = resize(np.ascontiguousarray(image[:side, :side]), 100)
+    assert small[2:-2, 2:-2].std() < 40
+
+
+def jpeg(image):
+  file = io.BytesIO()
+  Image.fromarray(image).save(file, 'JPEG', quality=95)
+  return Encoded(file.getvalue())
+
+
+@pytest.mark.parametrize('name', ['china', 'flower', 'coffee'])
+def test_crops_of_a_large_jpeg_equal_those_without_its_scaled_decoding(name):
+  encoded = jpeg(photos.photographs()[name])
+  wanted = [crops.Box(8, 16, 304, 328), crops.Box(48, 32, 280, 296)]
+  size = 64
+  whole = encoded.pixels()
+  for box, got in zip(wanted, cut(encoded, wanted, size), strict=True):
+    top, left, height, width = box
+    expected = Image.fromarray(whole).resize(
+        (size, size), Image.Resampling.BILINEAR,
+        box=(left, top, left + width, top + height),
+    )
+    assert np.abs(got.astype(int) - np.asarray(expected)).mean() < 2
+
+
+def test_a_jpeg_is_not_decoded_smaller_than_its_smallest_crop(monkeypatch):
+  encoded = jpeg(photos.photographs()['china'])
+  asked = []
+  decode = encoded.pixels
+  monkeypatch.setattr(
+      encoded, 'pixels', lambda shrink: asked.append(shrink) or decode(shrink)
+  )
+  for small in 40, 96, 191, 192, 384:
+    cut(
+        encoded, [crops.Box(0, 0, 400, 400), crops.Box(0, 0, small, 400)], 64
+    )
+  assert asked == [1, 1, 1, 2, 4]
+
+
+def test_evaluation_sees_the_centre():
+  assert crops.centre_box(256, 400) == (16, 88, 224, 224)
+  assert crops.centre_box(1, 1) == (0, 0, 1, 1)

@@ -1,0 +1,139 @@
+"""Every kind of image file becomes the same RGB pixels that Pillow sees."""
+
+import io
+import os
+
+import numpy as np
+import photos
+from PIL import Image, ImageOps
+import pytest
+
+from mocov3_jax.data.decode import Encoded, Unreadable
+
+PHOTO = Image.fromarray(photos.photographs()['china'][:120, :160])
+
+
+def encode(image, kind, **options):
+  file = io.BytesIO()
+  image.save(file, kind, **options)
+  return file.getvalue()
+
+
+def difference(a, b):
+  return np.abs(np.asarray(a).astype(int) - np.asarray(b).astype(int))
+
+
+@pytest.mark.parametrize('kind', ['JPEG', 'PNG', 'WEBP', 'BMP', 'GIF'])
+def test_each_format_equals_pillow(kind):
+  data = encode(PHOTO, kind)
+  with Image.open(io.BytesIO(data)) as image:
+    expected = np.asarray(image.convert('RGB'))
+  encoded = Encoded(data)
+  assert (encoded.height, encoded.width) == (120, 160)
+  # Two JPEG decoders may round differently, and smooth chroma differently.
+  limit = 3 if kind == 'JPEG' else 0
+  assert difference(encoded.pixels(), expected).max() <= limit
+
+
+@pytest.mark.parametrize('mode', ['L', '1', 'P', 'CMYK', 'YCbCr'])
+def test_each_colour_mode_equals_pillow(mode):
+  kind = {'CMYK': 'JPEG', 'YCbCr': 'JPEG'}.get(mode, 'PNG')
+  data = encode(PHOTO.convert(mode), kind)
+  with Image.open(io.BytesIO(data)) as image:
+    expected = np.asarray(image.convert('RGB'))
+  pixels = Encoded(data).pixels()
+  assert pixels.shape == (120, 160, 3) and pixels.dtype == np.uint8
+  assert difference(pixels, expected).max() <= (3 if kind == 'JPEG' else 0)
+
+
+def test_sixteen_bit_gray_keeps_its_high_byte():
+  values = np.arange(256, dtype=np.uint16).reshape(16, 16) * 257
+  data = encode(Image.fromarray(values), 'PNG')
+  np.testing.assert_array_equal(
+      Encoded(data).pixels()[..., 0], (values >> 8).astype(np.uint8)
+  )
+
+
+@pytest.mark.parametrize('mode', ['RGBA', 'LA', 'PA'])
+def test_transparent_pixels_are_white(mode):
+  image = Image.new('RGBA', (4, 2), (10, 20, 30, 255))
+  image.putpixel((0, 0), (10, 20, 30, 0))
+  if mode == 'PA':
+    data = encode(image.convert('P'), 'PNG', transparency=0)
+    pixels = Encoded(data).pixels()
+    assert pixels.shape == (2, 4, 3)
+    return
+  pixels = Encoded(encode(image.convert(mode), 'PNG')).pixels()
+  assert pixels[0, 0].tolist() == [255, 255, 255]
+  assert pixels[1, 1].max() <= 30
+
+
+@pytest.mark.parametrize('orientation', range(1, 9))
+@pytest.mark.parametrize('kind', ['JPEG', 'PNG', 'WEBP'])
+def test_the_exif_orientation_is_applied(orientation, kind):
+  exif = Image.Exif()
+  exif[0x0112] = orientation
+  data = encode(PHOTO, kind, exif=exif)
+  with Image.open(io.BytesIO(data)) as image:
+    expected = np.asarray(ImageOps.exif_transpose(image))
+  encoded = Encoded(data)
+  assert (encoded.height, encoded.width) == expected.shape[:2]
+  assert difference(encoded.pixels(), expected).max() <= 3
+  small = encoded.pixels(2)
+  if kind == 'JPEG':
+    assert small.shape[:2] == (expected.shape[0] // 2, expected.shape[1] // 2)
+
+
+def test_an_animation_gives_its_first_frame():
+  frames = [Image.new('RGB', (8, 8), c) for c in ('red', 'blue')]
+  data = encode(
+      frames[0], 'GIF', save_all=True, append_images=frames[1:]
+  )
+  assert Encoded(data).pixels()[0, 0].tolist() == [255, 0, 0]
+
+
+def test_a_jpeg_decoded_smaller_looks_the_same():
+  photo = Image.fromarray(photos.photographs()['flower'])
+  data = encode(photo, 'JPEG', quality=95)
+  for shrink in 2, 4, 8:
+    small = Encoded(data).pixels(shrink)
+    expected = photo.resize(small.shape[1::-1], Image.Resampling.BOX)
+    assert difference(small, expected).mean() < 4
+    # The same brightness, and nothing moved.
+    assert abs(small.mean() - np.asarray(photo).mean()) < 1
+    moved = np.roll(small, 1, axis=1)
+    assert difference(small, expected).mean() < difference(
+        moved, expected).mean() / 2
+
+
+@pytest.mark.parametrize('kind', ['JPEG', 'PNG', 'WEBP', 'GIF', 'BMP'])
+@pytest.mark.parametrize('share', [0.0, 0.01, 0.3, 0.9])
+def test_a_truncated_file_is_unreadable(kind, share):
+  data = encode(PHOTO, kind)
+  with pytest.raises(Unreadable):
+    Encoded(data[:int(share * len(data))]).pixels()
+
+
+def test_a_jpeg_with_a_preview_inside_is_truncated_all_the_same():
+  # The preview in the EXIF data has an end marker of its own.
+  thumbnail = encode(PHOTO.resize((32, 24)), 'JPEG')
+  exif = Image.Exif()
+  exif[0x9286] = b'ASCII\0\0\0' + thumbnail
+  data = encode(PHOTO, 'JPEG', exif=exif)
+  assert data.count(b'\xff\xd9') == 2
+  Encoded(data).pixels()
+  with pytest.raises(Unreadable):
+    Encoded(data[: int(0.9 * len(data))]).pixels()
+
+
+def test_what_follows_the_end_of_a_jpeg_does_not_matter():
+  data = encode(PHOTO, 'JPEG')
+  whole = Encoded(data).pixels()
+  np.testing.assert_array_equal(Encoded(data + b'\0' * 99).pixels(), whole)
+
+
+def test_noise_is_unreadable():
+  with pytest.raises(Unreadable):
+    Encoded(os.urandom(1000))
+  with pytest.raises(Unreadable):
+    Encoded(b'')

@@ -1,0 +1,167 @@
+"""Whole runs on folders of photographs, some of them corrupt."""
+
+import json
+import shutil
+
+import photos
+import pytest
+import tiny
+
+SMALL = {
+    'data.image_size': 32, 'data.mean': '(.485,.456,.406)',
+    'data.std': '(.229,.224,.225)', 'model.patch_size': 8,
+    'batch_size': 32, 'schedule.epochs': 4.0, 'schedule.warmup_epochs': 1.0,
+    'knn.every_steps': 8, 'save.every_steps': 4,
+    'data.max_unreadable': 0.2,
+}
+
+
+def flags(folder, **overrides):
+  values = SMALL | {'data.source': f'folder:{folder}'} | overrides
+  return tiny.flags(**values)
+
+
+def result(outcome):
+  code, out, err = outcome
+  assert code == 0, err
+  return json.loads(out.splitlines()[-1])
+
+
+def bad_names(workdir):
+  lines = (workdir / 'bad_images.txt').read_text().splitlines()
+  return [line.split('\t')[0] for line in lines]
+
+
+@pytest.fixture(scope='module')
+def labelled(tmp_path_factory):
+  """Ten folders of 16 tiles, 16 of these 160 files cut off."""
+  folder = tmp_path_factory.mktemp('labelled')
+  photos.write_tiles(folder, tile=48, each=16, corrupt=0.1)
+  return folder
+
+
+@pytest.fixture(scope='module')
+def straight(labelled, tmp_path_factory):
+  workdir = tmp_path_factory.mktemp('runs') / 'straight'
+  return workdir, tiny.run('train', f'--workdir={workdir}', *flags(labelled))
+
+
+def test_a_folder_with_corrupt_files_trains_and_lists_them(straight, labelled):
+  workdir, outcome = straight
+  final = result(outcome)
+  assert 0 <= final['knn/top1'] <= 1 and final['knn/top1_init'] >= 0
+  rows = tiny.metrics(workdir)
+  replaced = [row['data/unreadable'] for row in rows if 'train/loss' in row]
+  assert len(replaced) == 16 and 0 < sum(replaced)
+  names = bad_names(workdir)
+  assert len(names) == len(set(names)) > 0
+  for name in names:
+    assert (labelled / name).exists()
+  text = (workdir / 'bad_images.txt').read_text().lower()
+  assert text.count('truncated') == len(names)
+  assert 'classes' in outcome[2] and 'no kNN' not in outcome[2]
+
+
+def test_a_killed_run_on_a_folder_continues_as_if_nothing_had_been(
+    straight, labelled, tmp_path
+):
+  workdir = tmp_path / 'killed'
+  process = tiny.start('train', f'--workdir={workdir}', *flags(labelled))
+  for line in process.stderr:
+    if line.startswith('step 8/'):
+      process.kill()
+  process.communicate()
+  final = result(tiny.run('train', f'--workdir={workdir}', *flags(labelled)))
+  assert final['step'] == 16
+  assert tiny.metrics(workdir) == tiny.metrics(straight[0])
+  assert sorted(bad_names(workdir)) == sorted(bad_names(straight[0]))
+
+
+def test_too_many_corrupt_files_end_the_run_after_a_save(labelled, tmp_path):
+  workdir = tmp_path / 'run'
+  arguments = flags(labelled, **{'data.max_unreadable': 0.01})
+  code, out, err = tiny.run('train', f'--workdir={workdir}', *arguments)
+  assert code == 2 and out == '' and 'Traceback' not in err
+  assert 'data.max_unreadable=0.01' in err and 'bad_images.txt' in err
+  step = max(int(p.name) for p in (workdir / 'checkpoints').iterdir())
+  assert f'Step {step} is saved' in err
+  # The same line with a higher limit goes on where it ended.
+  final = result(tiny.run('train', f'--workdir={workdir}', *flags(labelled)))
+  assert final['step'] == 16
+
+
+def test_a_folder_without_labels_gets_other_monitors(tmp_path):
+  folder = tmp_path / 'flat'
+  photos.write_tiles(folder, tile=48, each=8, nested=False)
+  workdir = tmp_path / 'run'
+  outcome = tiny.run('train', f'--workdir={workdir}', *flags(folder))
+  final = result(outcome)
+  assert outcome[2].count('no labels, hence no kNN') == 1
+  for name in 'alignment', 'uniformity', 'effective_rank':
+    assert f'features/{name}' in final
+  assert 'knn/top1' not in final
+  code, _, err = tiny.run(
+      'evaluate', '--config=configs/eval_knn.py',
+      f'--config.checkpoint={workdir}', f'--workdir={tmp_path / "eval"}',
+  )
+  assert code == 2 and 'has no labels, which kNN needs' in err
+  assert not (tmp_path / 'eval').exists()
+  # It can be evaluated on other data, which has labels.
+  other = tmp_path / 'other'
+  photos.write_tiles(other, tile=48, each=12)
+  evaluated = result(tiny.run(
+      'evaluate', '--config=configs/eval_knn.py',
+      f'--config.checkpoint={workdir}', f'--workdir={tmp_path / "eval"}',
+      f'--config.data.source=folder:{other}',
+  ))
+  assert 0 <= evaluated['knn/top1'] <= 1
+
+
+def test_evaluate_gives_the_last_value_of_the_monitor(straight, tmp_path):
+  workdir, outcome = straight
+  evaluated = result(tiny.run(
+      'evaluate', '--config=configs/eval_knn.py',
+      f'--config.checkpoint={workdir}', f'--workdir={tmp_path / "eval"}',
+  ))
+  assert evaluated['knn/top1'] == result(outcome)['knn/top1']
+
+
+def test_a_folder_that_vanished_exits_with_2(straight, labelled, tmp_path):
+  copy = tmp_path / 'copy'
+  shutil.copytree(labelled, copy)
+  workdir = tmp_path / 'run'
+  arguments = flags(copy, **{'schedule.steps': 5})
+  result(tiny.run('train', f'--workdir={workdir}', *arguments))
+  before = sorted(p.name for p in (workdir / 'checkpoints').iterdir())
+  shutil.rmtree(copy)
+  code, _, err = tiny.run('train', f'--workdir={workdir}', *arguments)
+  assert code == 2 and 'there is no folder' in err
+  assert sorted(p.name for p in (workdir / 'checkpoints').iterdir()) == before
+
+
+REAL = {
+    'data.max_unreadable': 0.05, 'data.image_size': 32, 'batch_size': 128,
+    'model.name': 'vit_ti', 'model.patch_size': 8, 'model.dim': 64,
+    'model.depth': 4, 'model.num_heads': 4, 'head.hidden_dim': 256,
+    'head.out_dim': 64, 'optimizer.lr_per_256': 3e-3, 'optimizer.b2': 0.95,
+    'augment.view1.crop_min': 0.2, 'augment.view2.crop_min': 0.2,
+    'augment.view1.blur_prob': 0.0, 'augment.view2.blur_prob': 0.0,
+    'schedule.epochs': 50.0, 'schedule.warmup_epochs': 5.0,
+    'knn.every_steps': 100,
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('seed', [0, 1])
+def test_pretraining_on_tiles_of_photographs_helps(tmp_path, seed):
+  folder = tmp_path / 'tiles'
+  photos.write_tiles(folder, tile=40, each=200, corrupt=0.02)
+  values = REAL | {'seed': seed}
+  final = result(tiny.run(
+      'train', f'--config=configs/folder.py:{folder}',
+      f'--workdir={tmp_path / "run"}',
+      *(f'--config.{name}={value}' for name, value in values.items()),
+  ))
+  # 160 tiles of ten photographs; about 0.70 with the random network.
+  assert final['knn/top1'] > final['knn/top1_init'] + 0.05
+  assert bad_names(tmp_path / 'run')

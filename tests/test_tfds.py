@@ -1,0 +1,141 @@
+"""Sets prepared by TFDS: read without TensorFlow, or told how to prepare."""
+
+import io
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+from PIL import Image
+import pytest
+from sklearn.datasets import load_digits
+import tiny
+import toy_tfds
+
+from mocov3_jax.data import catalog
+from mocov3_jax.errors import UserError
+
+FLAGS = tiny.flags(**{
+    'data.source': 'tfds:toy_digits', 'data.mean': '(.3,.3,.3)',
+    'data.std': '(.4,.4,.4)', 'schedule.epochs': 2.0,
+})
+
+
+@pytest.fixture(scope='module')
+def folder(tmp_path_factory):
+  folder = tmp_path_factory.mktemp('tfds')
+  toy_tfds.prepare(folder)
+  toy_tfds.prepare(folder, toy_tfds.ToyPhotos)
+  return folder
+
+
+@pytest.fixture
+def data_dir(folder, monkeypatch):
+  monkeypatch.setenv('TFDS_DATA_DIR', str(folder))
+  monkeypatch.setattr(
+      'tensorflow_datasets.core.constants.DATA_DIR', str(folder)
+  )
+  return folder
+
+
+def test_a_set_of_one_size_is_read(data_dir):
+  splits = catalog.load('tfds:toy_digits')
+  assert (len(splits.train), len(splits.test)) == (400, 100)
+  assert splits.train.shape == (8, 8, 3) and splits.train.num_classes == 10
+  everything = [
+      (Image.open(io.BytesIO(source.read(i))).convert('L').tobytes(), label)
+      for source in (splits.train, splits.test)
+      for i, label in enumerate(source.labels(np.arange(len(source))))
+  ]
+  data = load_digits()
+  expected = [
+      (np.round(image * (255 / 16)).astype(np.uint8).tobytes(), label)
+      for image, label in zip(data.images[:500], data.target, strict=False)
+  ]
+  assert sorted(everything) == sorted(expected)
+  assert splits.train.name(3) == 'toy_digits:train[3]'
+
+
+def test_a_set_of_many_sizes_without_test_split_is_read(data_dir):
+  splits = catalog.load('tfds:toy_photos')
+  assert splits.train.shape is None
+  assert (len(splits.train), len(splits.test)) == (90, 10)
+
+
+@pytest.mark.parametrize(
+    'spec, count',
+    [('toy_digits:train[:10%]', 40), ('toy_digits:train[:30]+test', 130),
+     ('toy_digits:1.0.0', 400), ('toy_digits:1.0.0:test', 100)],
+)
+def test_a_split_and_a_version_can_be_named(data_dir, spec, count):
+  assert len(catalog.load(f'tfds:{spec}').train) == count
+
+
+def test_an_unknown_split_is_told_the_known_ones(data_dir):
+  with pytest.raises(UserError, match='train, test|test, train'):
+    catalog.load('tfds:toy_digits:valid')
+
+
+def test_an_unknown_set_is_told_the_nearest():
+  with pytest.raises(UserError, match="Did you mean 'tfds:cifar10'"):
+    catalog.load('tfds:cifar01')
+
+
+def test_a_set_that_is_not_prepared_gets_the_command(data_dir):
+  with pytest.raises(UserError) as error:
+    catalog.load('tfds:cifar10')
+  text = str(error.value)
+  assert "tfds.builder('cifar10'" in text
+  assert f"data_dir='{data_dir}', file_format='array_record'" in text
+  assert '.download_and_prepare()' in text
+
+
+def test_a_set_of_tfrecord_files_gets_the_command_that_converts(
+    tmp_path, monkeypatch
+):
+  path = toy_tfds.prepare(tmp_path)
+  toy_tfds.pretend_tfrecord(path)
+  monkeypatch.setattr(
+      'tensorflow_datasets.core.constants.DATA_DIR', str(tmp_path)
+  )
+  with pytest.raises(UserError) as error:
+    catalog.load('tfds:toy_digits')
+  assert (
+      f'tfds convert_format --dataset_version_dir={path} '
+      '--out_file_format=array_record'
+  ) in str(error.value)
+
+
+def test_training_on_a_prepared_set_imports_no_tensorflow(folder, tmp_path):
+  # The command itself, followed by a look at what it imported.
+  code = (
+      'import runpy, sys\n'
+      'try:\n'
+      '  runpy.run_module("mocov3_jax.train", run_name="__main__")\n'
+      'finally:\n'
+      '  heavy = [m for m in ("tensorflow", "torch") if m in sys.modules]\n'
+      '  assert not heavy, heavy\n'
+      '  assert "tensorflow_datasets" in sys.modules\n'
+      '  print("IMPORTS CHECKED", file=sys.stderr)\n'
+  )
+  result = subprocess.run(
+      [sys.executable, '-c', code, f'--workdir={tmp_path / "run"}', *FLAGS],
+      cwd=tiny.ROOT, capture_output=True, text=True,
+      env=os.environ | {'TFDS_DATA_DIR': str(folder), 'JAX_PLATFORMS': 'cpu'},
+  )
+  assert result.returncode == 0, result.stderr
+  assert 'IMPORTS CHECKED' in result.stderr
+  final = json.loads(result.stdout.splitlines()[-1])
+  assert final['step'] == 12 and 0 <= final['knn/top1'] <= 1
+
+
+def test_a_set_that_is_not_prepared_exits_with_2(folder, tmp_path):
+  process = tiny.start(
+      'train', '--config=configs/cifar10.py', f'--workdir={tmp_path / "run"}',
+      env_add={'TFDS_DATA_DIR': str(folder)},
+  )
+  code, out, err = tiny.finish(process)
+  assert code == 2 and out == '' and 'Traceback' not in err
+  assert "tfds.builder('cifar10'" in err
+  assert not (tmp_path / 'run').exists()
