@@ -203,14 +203,11 @@ def train(config: ConfigDict, path: str) -> dict[str, Any]:
         _announce(run, splits, state, plan, mesh, start)
         if start == 0:
           run.between_steps(0, state)
-        host_batches = pipeline.train_batches(
-            reader, start, plan.total_steps, config.data.prefetch
-        )
+        batches = run.watch(reader, start)
         with divergence_explained(run, checkpoints):
           state, done = loop.run(
               state, step_fn,
-              (sharding.to_global(batch, mesh)
-               for batch in run.watch(host_batches, reader)),
+              (sharding.to_global(batch, mesh) for batch in batches),
               start=start, stop=plan.total_steps, log=run.log,
               hooks=[loop.Hook(run.is_due, run.between_steps)],
               should_stop=lambda: stop() or run.too_many_unreadable,

@@ -17,6 +17,7 @@ from scipy import ndimage
 
 from mocov3_jax import augment, image_ops
 from mocov3_jax import config as config_lib
+from mocov3_jax.data import crops
 
 ARRAYS, META = golden.load('augment')
 IMAGE = jnp.asarray(ARRAYS['img'], jnp.float32) / 255
@@ -99,6 +100,27 @@ def test_crops(key):
   assert error.mean() <= 2
 
 
+def host_crop(box, size):
+  """The same on the host, whole pixels."""
+  top, left, height, width = (int(v) for v in box)
+  out = np.empty((size, size, 3), np.uint8)
+  crops.resize(
+      np.ascontiguousarray(ARRAYS['src'])[top:top + height, left:left + width],
+      out,
+  )
+  return out
+
+
+@pytest.mark.parametrize(
+    'key', [k for k in ARRAYS if k.startswith('crop/') and 'bilinear' in k]
+)
+def test_crops_on_the_host(key):
+  _, index, _, size = key.split('/')
+  actual = host_crop(ARRAYS['crop_boxes'][int(index)], int(size))
+  error = np.abs(actual.astype(np.float32) - ARRAYS[key])
+  assert error.mean() <= 2
+
+
 def test_normalisation():
   actual = image_ops.normalise(IMAGE, CONFIG.data)
   np.testing.assert_allclose(
@@ -138,6 +160,17 @@ def test_whole_pipelines_with_the_originals_draws(number):
     assert error.mean() <= 2, i
     orders.add(tuple(drawn.order.tolist()))
   assert len(orders) > 5
+
+
+@pytest.mark.parametrize('number', [1, 2])
+def test_whole_pipelines_with_crops_from_the_host(number):
+  view = CONFIG.augment[f'view{number}']
+  colour = jax.jit(functools.partial(augment.colour, view=view))
+  for i, expected in enumerate(ARRAYS[f'aug{number}/out']):
+    drawn = recorded(f'aug{number}', i)
+    crop = host_crop(ARRAYS[f'aug{number}/crop'][i], 64)
+    made = colour(jnp.asarray(crop, jnp.float32) / 255, drawn)
+    assert np.abs(in_bytes(made) - expected).mean() <= 2, i
 
 
 def draws(view, height=256, width=256, n=20_000):
@@ -205,4 +238,27 @@ def test_drawn_crops_have_the_originals_distribution(case):
     # Rounding to whole pixels moves the original's by up to 1 %.
     np.testing.assert_allclose(
         np.quantile(values, levels)[1:-1], expected[1:-1], rtol=0.05
+    )
+
+
+@pytest.mark.parametrize('case', sorted(META['rrc']))
+def test_boxes_drawn_on_the_host_have_the_originals_distribution(case):
+  setting = META['rrc'][case]
+  view = config_lib.default_config().augment.view1
+  view.crop_min = setting['scale'][0]
+  numbers = np.random.default_rng(2).random((20_000, crops.NUMBERS))
+  boxes = np.array([
+      crops.random_box(n, setting['H'], setting['W'], view) for n in numbers
+  ])
+  top, left, h, w = boxes.T
+  fallback = np.all(boxes == setting['fallback_box'], axis=1)
+  share = float(ARRAYS[f'rrc/{case}/fallback'])
+  if share or case != '256x256_s0.2':
+    assert np.mean(fallback) == pytest.approx(share, abs=0.02)
+  levels = ARRAYS['rrc/q_f64']
+  area = h * w / (setting['H'] * setting['W'])
+  for name, values in ('area', area), ('aspect', w / h):
+    np.testing.assert_allclose(
+        np.quantile(values, levels)[1:-1],
+        ARRAYS[f'rrc/{case}/{name}'][1:-1], rtol=0.04,
     )

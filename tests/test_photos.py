@@ -126,6 +126,18 @@ def test_evaluate_gives_the_last_value_of_the_monitor(straight, tmp_path):
   assert evaluated['knn/top1'] == result(outcome)['knn/top1']
 
 
+def test_a_folder_of_files_that_are_no_images_exits_with_2(tmp_path):
+  folder = tmp_path / 'junk'
+  folder.mkdir()
+  for i in range(40):
+    (folder / f'{i}.jpg').write_text('junk')
+  code, out, err = tiny.run(
+      'train', f'--workdir={tmp_path / "run"}', *flags(folder)
+  )
+  assert code == 2 and out == '' and 'Traceback' not in err
+  assert '.jpg: not an image' in err
+
+
 def test_a_folder_that_vanished_exits_with_2(straight, labelled, tmp_path):
   copy = tmp_path / 'copy'
   shutil.copytree(labelled, copy)

@@ -7,19 +7,18 @@ import tiny
 
 from mocov3_jax import config as config_lib
 from mocov3_jax import loop, sharding, train
-from mocov3_jax.data import pipeline, sources
+from mocov3_jax.data import pipeline
 
 
 def run_steps(config, devices, steps=10):
   """Runs the real step on the first `devices`; returns (step_fn, metrics)."""
   mesh = sharding.make_mesh(jax.devices()[:devices])
-  splits = sources.load(config.data.source)
+  splits = train.load_source(config)
   plan = config_lib.plan(config, len(splits.train))
   method = train.build_method(config, plan)
   init, step_fn = train.compile_functions(config, method, mesh)
-  reader = pipeline.BatchReader(
-      splits.train, sharding.local_positions(mesh, config.batch_size),
-      config.batch_size, config.seed,
+  reader = train.make_reader(
+      config, splits.train, sharding.local_positions(mesh, config.batch_size)
   )
   history = []
   start = init()

@@ -4,7 +4,7 @@ import io
 
 import cv2
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 # EXIF tag of the orientation; its values of 5 and more swap the axes.
 ORIENTATION, SWAPPED = 0x0112, 5
@@ -44,6 +44,8 @@ class Encoded:
     try:
       self._image = Image.open(io.BytesIO(data))
       exif = self._image.getexif()
+    except UnidentifiedImageError as e:
+      raise Unreadable('not an image') from e
     except Exception as e:  # Pillow raises many kinds.
       raise Unreadable(str(e)) from e
     self.width, self.height = self._image.size

@@ -77,16 +77,7 @@ def load(path: str, labels: str, cache: epath.Path | None) -> Splits:
   Raises:
     UserError: if there is no folder, or no image in it, or the CSV is wrong.
   """
-  if not path:
-    raise UserError(
-        "data.source='folder:' names no folder. Allowed: folder:PATH."
-    )
-  folder = absolute(path)
-  if not folder.is_dir():
-    raise UserError(
-        f"data.source='folder:{path}': there is no folder {folder}."
-    )
-  root = os.fsencode(folder)
+  root = _root(path)
   try:
     listing = cached_walk(root, cache)
   except OSError as e:
@@ -121,6 +112,19 @@ def load(path: str, labels: str, cache: epath.Path | None) -> Splits:
       f'; skipped {listing.symlinks} symlinks, {listing.others} other files'
   )
   return _splits(path, *sources, skipped)
+
+
+def _root(path: str) -> bytes:
+  if not path:
+    raise UserError(
+        "data.source='folder:' names no folder. Allowed: folder:PATH."
+    )
+  folder = absolute(path)
+  if not folder.is_dir():
+    raise UserError(
+        f"data.source='folder:{path}': there is no folder {folder}."
+    )
+  return os.fsencode(folder)
 
 
 def _splits(

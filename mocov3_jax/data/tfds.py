@@ -4,6 +4,7 @@ Only `tfds.data_source` is used: random access to array_record files, images
 undecoded.
 """
 
+import difflib
 import re
 from typing import Any
 
@@ -12,7 +13,7 @@ import numpy as np
 
 from mocov3_jax.data.decode import Unreadable
 from mocov3_jax.data.sources import Source, Splits, hold_out
-from mocov3_jax.errors import UserError, unknown
+from mocov3_jax.errors import UserError
 
 # Splits to test on, the first that there is. ImageNet's 'test' has no labels.
 TEST_SPLITS = ('validation', 'test')
@@ -133,11 +134,14 @@ def _open(name: str) -> Any:
     builder = tfds.builder(name)
   except tfds.core.DatasetNotFoundError as e:
     base = re.split('[/:]', name)[0]
-    raise unknown('data.source', f'tfds:{base}', [
-        f'tfds:{known}' for known in tfds.list_builders(
-            with_community_datasets=False)
-        if known[:1] == base[:1]
-    ]) from e
+    near = difflib.get_close_matches(
+        base, tfds.list_builders(with_community_datasets=False), n=3
+    )
+    raise UserError(
+        f'data.source=tfds:{base} is not known to TFDS. '
+        + (f'Nearest: {", ".join(near)}. ' if near else '')
+        + 'Allowed: a name of its catalogue, or of a set prepared before.'
+    ) from e
   except Exception as e:  # TFDS raises many kinds, for versions and configs.
     raise UserError(
         f'{where} cannot be opened: {str(e).splitlines()[0]}'

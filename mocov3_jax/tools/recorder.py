@@ -14,7 +14,7 @@ import numpy as np
 from mocov3_jax import checkpoint, metrics
 from mocov3_jax.config import Plan
 from mocov3_jax.data.decode import Unreadable
-from mocov3_jax.data.pipeline import Batch, BatchReader
+from mocov3_jax.data.pipeline import Batch, BatchReader, train_batches
 from mocov3_jax.errors import UserError
 from mocov3_jax.train_step import TrainState
 
@@ -54,16 +54,17 @@ class Recorder:
     self._throughput = metrics.Throughput(config.batch_size)
     self.progress = metrics.Progress(plan.total_steps)
 
-  def watch(
-      self, batches: Iterator[Batch], reader: BatchReader
-  ) -> Iterator[Batch]:
-    """Passes batches on; notes the waiting, and what could not be read."""
+  def watch(self, reader: BatchReader, start: int) -> Iterator[Batch]:
+    """The batches from step `start` on; notes the waiting, and bad images."""
+    batches = train_batches(
+        reader, start, self._plan.total_steps, self._config.data.prefetch
+    )
     while True:
-      start = time.perf_counter()
+      before = time.perf_counter()
       batch = next(batches, None)
-      self._waits.append(time.perf_counter() - start)
       if batch is None:
         return
+      self._waits.append(time.perf_counter() - before)
       self._unreadable.add(batch, reader)
       yield batch
 
