@@ -37,7 +37,8 @@ def evaluate(config: ConfigDict, path: str) -> dict[str, Any]:
     The results, flat.
 
   Raises:
-    UserError: for bad input, before anything is written.
+    UserError: for bad input, before anything is written (but a listing of an
+      image folder, beside the workdir).
   """
   checks.validate_eval(config, jax.device_count())
   if config.protocol not in PROTOCOLS:

@@ -119,7 +119,8 @@ def _paste_original(sheet, top, image, boxes):
   pen = ImageDraw.Draw(picture)
   for color, (y, x, h, w) in zip(COLORS, boxes, strict=True):
     pen.rectangle(
-        (x * scale, y * scale, (x + w) * scale - 1, (y + h) * scale - 1),
+        (x * scale, y * scale, max(x * scale, (x + w) * scale - 1),
+         max(y * scale, (y + h) * scale - 1)),
         outline=color, width=2,
     )
   sheet.paste(picture, (GAP, top))

@@ -172,7 +172,8 @@ def train(config: ConfigDict, path: str) -> dict[str, Any]:
     The results, flat.
 
   Raises:
-    UserError: for bad input, before anything is written; or on divergence.
+    UserError: for bad input, before anything is written (but a listing of an
+      image folder, beside the workdir); or on divergence.
     Preempted: after SIGTERM or Ctrl-C, once the state is saved.
   """
   checks.validate(config, jax.device_count())
@@ -187,7 +188,7 @@ def train(config: ConfigDict, path: str) -> dict[str, Any]:
   init, step_fn = compile_functions(config, method, mesh)
   # Signals are noted before anything is written, and until all is saved.
   with cli.stop_noted() as stop, workdir_lib.claimed(
-      path, config, checks.FREE_ON_RESUME
+      path, config, checks.FREE_ON_RESUME, splits.fingerprint()
   ) as workdir:
     checkpoints = checkpoint.Checkpoints(
         workdir, config.save.keep_latest, config.save.keep_best, _warn
@@ -195,14 +196,16 @@ def train(config: ConfigDict, path: str) -> dict[str, Any]:
     with contextlib.closing(checkpoints):
       # Precedence of the initial state: 1. the newest intact checkpoint of
       # this workdir; 2. a fresh initialisation from the seed.
-      whole = sharding.replicated(mesh)
-      abstract = checkpoint.abstract(jax.eval_shape(init), whole)
+      abstract = checkpoint.abstract(
+          jax.eval_shape(init), sharding.replicated(mesh)
+      )
       state, start = checkpoints.restore(abstract) or (init(), 0)
       run = Recorder(config, plan, workdir, checkpoints, monitor, start)
       with contextlib.closing(run.writer):
         _announce(run, splits, state, plan, mesh, start)
         if start == 0:
           run.between_steps(0, state)
+        run.check_readable(start)
         batches = run.watch(reader, start)
         with divergence_explained(run, checkpoints):
           state, done = loop.run(
@@ -215,8 +218,7 @@ def train(config: ConfigDict, path: str) -> dict[str, Any]:
         if done < plan.total_steps:
           checkpoints.save(done, state, {})
           checkpoints.wait()
-        run.check_readable(done)
-        if done < plan.total_steps:
+          run.check_readable(done)
           raise Preempted(f'stopped: saved step {done} in {workdir}')
         return run.results() | {'step': done, 'workdir': str(workdir)}
 

@@ -15,8 +15,8 @@ from mocov3_jax.errors import UserError
 
 # What a command writes beside config.json, and must not write over.
 OUTPUTS = (
-    'bad_images.txt', 'checkpoints', 'metrics.jsonl', 'result.json',
-    'tensorboard',
+    'bad_images.txt', 'checkpoints', 'data.json', 'metrics.jsonl',
+    'result.json', 'tensorboard',
 )
 
 
@@ -25,25 +25,30 @@ def to_json(config: ConfigDict) -> dict[str, Any]:
   return json.loads(json.dumps(config.to_dict()))
 
 
-def absolute(path: str) -> epath.Path:
+def absolute(path: str, field: str = 'the path') -> epath.Path:
   """The absolute path, which Orbax wants.
+
+  Args:
+    path: as given.
+    field: what it is, for the message.
 
   Raises:
     UserError: for a URL; only local (or mounted) folders work so far.
   """
   if not path:
-    raise UserError('the path is empty. Allowed: that of a folder.')
+    raise UserError(f'{field} is empty. Allowed: a path.')
   if '://' in path:
     raise UserError(
-        f'{path!r} is a URL. Allowed: a folder of this machine, or a mounted '
-        'one.'
+        f'{field}: {path!r} is a URL. Allowed: a path of this machine, or a '
+        'mounted one.'
     )
   return epath.Path(os.path.abspath(os.path.expanduser(path)))
 
 
 @contextlib.contextmanager
 def claimed(
-    path: str, config: ConfigDict, free: tuple[str, ...] = ()
+    path: str, config: ConfigDict, free: tuple[str, ...] = (),
+    data: dict[str, Any] | None = None,
 ) -> Iterator[epath.Path]:
   """Makes `path` the workdir of this run, or finds that it already is.
 
@@ -55,6 +60,7 @@ def claimed(
     config: of the run, after overrides.
     free: fields (or groups, with a final dot) that may differ from those of
       the run to continue.
+    data: what the run trains on; kept in data.json, and may not differ.
 
   Yields:
     The workdir.
@@ -75,6 +81,8 @@ def claimed(
       if not known:
         text = json.dumps(to_json(config), indent=2) + '\n'
         write_whole(workdir / 'config.json', text)
+      if data is not None:
+        _check_data(workdir, data)
       yield workdir
   except OSError as e:
     raise UserError(
@@ -122,6 +130,23 @@ def _locked(path: str, workdir: epath.Path) -> Iterator[None]:
           'until it ends, or another workdir.'
       ) from e
     yield
+
+
+def _check_data(workdir: epath.Path, found: dict[str, Any]) -> None:
+  path = workdir / 'data.json'
+  if not path.exists():
+    write_whole(path, json.dumps(found, indent=2) + '\n')
+    return
+  try:
+    before = json.loads(path.read_text())
+  except ValueError as e:
+    raise UserError(f'{path} is damaged: {e}.') from e
+  if before != found:
+    raise UserError(
+        f'the data is not what this run began with: {before} then, {found} '
+        f'now ({path}). Allowed: the same images, by name, to continue the '
+        'run; or another workdir.'
+    )
 
 
 def write_whole(path: epath.Path, text: str) -> None:

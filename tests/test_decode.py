@@ -84,6 +84,36 @@ def test_the_exif_orientation_is_applied(orientation, kind):
     assert small.shape[:2] == (expected.shape[0] // 2, expected.shape[1] // 2)
 
 
+XMP = (
+    b'http://ns.adobe.com/xap/1.0/\0<x:xmpmeta xmlns:x="adobe:ns:meta/">'
+    b'<rdf:RDF xmlns:rdf="http://www.w3.org/1999/02/22-rdf-syntax-ns#">'
+    b'<rdf:Description xmlns:tiff="http://ns.adobe.com/tiff/1.0/" '
+    b'tiff:Orientation="6"/></rdf:RDF></x:xmpmeta>'
+)
+# One entry, the orientation 6: as a BYTE, and as a big-endian LONG.
+EXIF = {
+    'byte': b'II*\0\x08\0\0\0\x01\0\x12\x01\x01\0\x01\0\0\0\x06\0\0\0',
+    'long': b'MM\0*\0\0\0\x08\0\x01\x01\x12\0\x04\0\0\0\x01\0\0\0\x06',
+}
+
+
+@pytest.mark.parametrize('kind', ['xmp', 'byte', 'long'])
+def test_unusual_orientations_are_read_one_way_only(kind):
+  data = encode(PHOTO, 'JPEG')
+  text = XMP if kind == 'xmp' else b'Exif\0\0' + EXIF[kind] + bytes(4)
+  segment = b'\xff\xe1' + (len(text) + 2).to_bytes(2, 'big') + text
+  data = data[:2] + segment + data[2:]
+  encoded = Encoded(data)
+  # Whatever it was understood to be, header and pixels agree.
+  for shrink in 1, 2, 4:
+    small = encoded.pixels(shrink)
+    assert small.shape[:2] == (
+        -(-encoded.height // shrink), -(-encoded.width // shrink)
+    )
+  if kind == 'xmp':
+    assert (encoded.height, encoded.width) == (160, 120)
+
+
 def test_an_animation_gives_its_first_frame():
   frames = [Image.new('RGB', (8, 8), c) for c in ('red', 'blue')]
   data = encode(

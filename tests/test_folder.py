@@ -113,7 +113,11 @@ def test_a_csv_gives_labels_to_some_images(tmp_path):
         ('path,label\n1.png,a\nno.png,b\n', ['1 files', 'no.png']),
         ('file,class\n1.png,a\n', ['file, class', 'path and label']),
         ('path,label\n1.png,a\n2.png,a\n', ['1 different labels']),
-        ('path,label\n1.png,a\n2.png\n', ['one in every row']),
+        ('path,label\n1.png,a\n2.png\n', ['row 2', 'both in every row']),
+        ('label,path\na\nb,2.png\n', ['row 1', 'both in every row']),
+        ('path,label\n1.png,a\n2.png,\n', ['row 2', 'both in every row']),
+        ('path,label\n1.png,a\n./1.png,b\n', ['row 2', "'a'", "'b'"]),
+        ('path,label\n1.png,"' + 'a' * 200_000, ['cannot be read']),
         ('', ['none', 'path and label']),
     ],
 )
@@ -132,10 +136,55 @@ def test_a_csv_that_is_not_there_is_named(tmp_path):
     catalog.load(f'folder:{tmp_path}', '/no.csv')
 
 
-def test_a_class_of_val_that_train_lacks_is_named(tmp_path):
-  plant(tmp_path, 'train/a/1.png', 'train/b/2.png', 'val/c/3.png')
-  with pytest.raises(UserError, match='val/c/3.png'):
-    catalog.load(f'folder:{tmp_path}')
+def test_test_images_outside_of_the_classes_are_left_out(tmp_path):
+  classes = [f'train/{c}/{i}.png' for c in 'ab' for i in range(10)]
+  plant(tmp_path, *classes, 'test/1.png', 'test/c/2.png', 'test/a/3.png')
+  splits = catalog.load(f'folder:{tmp_path}')
+  assert names(splits.test) == ['test/a/3.png'] and len(splits.train) == 20
+  # With none in a class, a part of train/ is held out instead.
+  (tmp_path / 'test/a/3.png').unlink()
+  splits = catalog.load(f'folder:{tmp_path}')
+  assert len(splits.test) == 2 and len(splits.train) == 18
+
+
+def test_a_picture_beside_train_and_val_belongs_to_no_split(tmp_path):
+  plant(
+      tmp_path, 'overview.png', 'train/a/1.png', 'train/b/2.png', 'val/a/3.png'
+  )
+  splits = catalog.load(f'folder:{tmp_path}')
+  assert names(splits.train) == ['train/a/1.png', 'train/b/2.png']
+  assert names(splits.test) == ['val/a/3.png']
+
+
+def test_a_csv_may_label_train_alone(tmp_path):
+  images = [f'train/{i:02}.png' for i in range(20)]
+  plant(tmp_path, *images, 'val/1.png')
+  csv = tmp_path / 'l.csv'
+  rows = [f'{path},{"xy"[i % 2]}' for i, path in enumerate(images)]
+  csv.write_text('\n'.join(['path,label', *rows]))
+  splits = catalog.load(f'folder:{tmp_path}', str(csv))
+  assert (len(splits.train), len(splits.test)) == (18, 2)
+  csv.write_text('path,label\ntrain/00.png,a\nval/1.png,b\n')
+  splits = catalog.load(f'folder:{tmp_path}', str(csv))
+  assert len(splits.bank) == 1 and names(splits.test) == ['val/1.png']
+
+
+def test_hidden_folders_and_what_is_no_file_are_skipped(tmp_path):
+  plant(
+      tmp_path, 'a/1.png', 'b/2.png', '.thumbnails/3.png', 'a/.cache/4.png'
+  )
+  os.mkfifo(tmp_path / 'a' / 'pipe.jpg')
+  splits = catalog.load(f'folder:{tmp_path}')
+  assert splits.train.num_classes == 2
+  assert len(splits.train) + len(splits.test) == 2
+
+
+def test_the_fingerprint_tells_other_images(tmp_path):
+  plant(tmp_path, '1.png', '2.png')
+  before = catalog.load(f'folder:{tmp_path}').fingerprint()
+  assert catalog.load(f'folder:{tmp_path}').fingerprint() == before
+  (tmp_path / '2.png').rename(tmp_path / '3.png')
+  assert catalog.load(f'folder:{tmp_path}').fingerprint() != before
 
 
 def test_symlinks_and_other_files_are_skipped_and_counted(tmp_path):

@@ -71,7 +71,7 @@ def test_images_without_label_or_that_cannot_be_read_are_left_out():
   c = ConfigDict(
       {'k': 3, 'temperature': 0.1, 'bank_images': 0, 'query_images': 0}
   )
-  evaluate = knn.build(c, extract, sources.Splits(source, source))
+  evaluate = knn.build(c, extract, sources.Splits(source, source, source))
   assert evaluate(None, None)['knn/top1'] == 1.0
   for numbers in asked:
     assert numbers.tolist() == [

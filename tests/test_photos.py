@@ -85,6 +85,9 @@ def test_too_many_corrupt_files_end_the_run_after_a_save(labelled, tmp_path):
   assert 'data.max_unreadable=0.01' in err and 'bad_images.txt' in err
   step = max(int(p.name) for p in (workdir / 'checkpoints').iterdir())
   assert f'Step {step} is saved' in err
+  # The same limit ends it again at once.
+  code, _, again = tiny.run('train', f'--workdir={workdir}', *arguments)
+  assert code == 2 and f'up to step {step},' in again
   # The same line with a higher limit goes on where it ended.
   final = result(tiny.run('train', f'--workdir={workdir}', *flags(labelled)))
   assert final['step'] == 16
@@ -124,6 +127,16 @@ def test_evaluate_gives_the_last_value_of_the_monitor(straight, tmp_path):
       f'--config.checkpoint={workdir}', f'--workdir={tmp_path / "eval"}',
   ))
   assert evaluated['knn/top1'] == result(outcome)['knn/top1']
+
+
+def test_a_folder_that_changed_is_not_continued(labelled, tmp_path):
+  copy, workdir = tmp_path / 'copy', tmp_path / 'run'
+  shutil.copytree(labelled, copy)
+  result(tiny.run('train', f'--workdir={workdir}', *flags(copy)))
+  next(copy.glob('china/*.jpg')).unlink()
+  code, _, err = tiny.run('train', f'--workdir={workdir}', *flags(copy))
+  assert code == 2 and 'not what this run began with' in err
+  assert "'images': 144" in err and "'images': 143" in err
 
 
 def test_a_folder_of_files_that_are_no_images_exits_with_2(tmp_path):

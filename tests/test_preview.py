@@ -27,6 +27,7 @@ def test_a_sheet_of_a_folder_shows_whole_images_and_their_crops(tmp_path):
   root = tmp_path / 'photos'
   photos.write_tiles(root, tile=100, each=4)
   (root / 'china' / 'broken.jpg').write_bytes(b'no image')
+  Image.new('RGB', (4000, 20)).save(root / 'china' / 'panorama.png')
   c = tiny.config(**{
       'data.source': f'folder:{root}', 'batch_size': 32,
       'data.mean': (0.5,) * 3, 'data.std': (0.2,) * 3,

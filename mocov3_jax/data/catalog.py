@@ -19,10 +19,11 @@ def digits() -> Splits:
   images = np.round(data.images * (255 / 16)).astype(np.uint8)[..., None]
   targets = data.target.astype(np.int32)
   held_out = np.arange(len(images)) % 5 == 0
-  return Splits(
-      ArraySource('digits train', images[~held_out], targets[~held_out], 10),
-      ArraySource('digits test', images[held_out], targets[held_out], 10),
+  train, test = (
+      ArraySource(f'digits {name}', images[chosen], targets[chosen], 10)
+      for name, chosen in (('train', ~held_out), ('test', held_out))
   )
+  return Splits(train, train, test)
 
 
 def load(

@@ -11,7 +11,7 @@ import cv2
 from ml_collections import ConfigDict
 import numpy as np
 
-from mocov3_jax.data.decode import JPEG_FLAGS, Encoded
+from mocov3_jax.data.decode import JPEG_FLAGS, Encoded, Unreadable
 
 TRIES = 10
 # Random numbers a box takes: areas and ratios of all tries, and its place.
@@ -78,14 +78,18 @@ def cut(encoded: Encoded, boxes: list[Box], out: np.ndarray) -> None:
     out: uint8 [len(boxes), size, size, 3], contiguous; the crops go there.
 
   Raises:
-    Unreadable: if the image is damaged.
+    Unreadable: if the image is damaged, or of another size than its header
+      says.
   """
   smallest = min(min(box.height, box.width) for box in boxes)
   room = smallest / (MARGIN * out.shape[1])
   shrink = max(s for s in JPEG_FLAGS if s <= max(room, 1))
   image = encoded.pixels(shrink)
   # Formats other than JPEG come out whole.
-  shrink = round(encoded.height / image.shape[0])
+  shrink = max(1, round(encoded.height / image.shape[0]))
+  expected = (-(-encoded.height // shrink), -(-encoded.width // shrink))
+  if image.shape[:2] != expected:
+    raise Unreadable(f'decodes to {image.shape[:2]}, not {expected} pixels')
   for box, crop in zip(boxes, out, strict=True):
     top, left = box.top // shrink, box.left // shrink
     height, width = (max(1, n // shrink) for n in (box.height, box.width))

@@ -4,17 +4,29 @@ import io
 
 import cv2
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 
-# EXIF tag of the orientation; its values of 5 and more swap the axes.
-ORIENTATION, SWAPPED = 0x0112, 5
+# Here and not at the first image: Pillow loads its formats without a lock.
+Image.init()
+# EXIF tag of the orientation, and how each of its values is undone.
+ORIENTATION = 0x0112
+TURNS = {
+    1: lambda x: x,
+    2: lambda x: x[:, ::-1],
+    3: lambda x: x[::-1, ::-1],
+    4: lambda x: x[::-1],
+    5: lambda x: x.swapaxes(0, 1),
+    6: lambda x: x.swapaxes(0, 1)[:, ::-1],
+    7: lambda x: x[::-1, ::-1].swapaxes(0, 1),
+    8: lambda x: x.swapaxes(0, 1)[::-1],
+}
 # By how much OpenCV can shrink a JPEG as it decodes it. All flags but the first
 # give BGR.
 JPEG_FLAGS = {
-    1: cv2.IMREAD_COLOR_RGB,
-    2: cv2.IMREAD_REDUCED_COLOR_2,
-    4: cv2.IMREAD_REDUCED_COLOR_4,
-    8: cv2.IMREAD_REDUCED_COLOR_8,
+    1: cv2.IMREAD_IGNORE_ORIENTATION | cv2.IMREAD_COLOR_RGB,
+    2: cv2.IMREAD_IGNORE_ORIENTATION | cv2.IMREAD_REDUCED_COLOR_2,
+    4: cv2.IMREAD_IGNORE_ORIENTATION | cv2.IMREAD_REDUCED_COLOR_4,
+    8: cv2.IMREAD_IGNORE_ORIENTATION | cv2.IMREAD_REDUCED_COLOR_8,
 }
 # End-of-image marker of a JPEG, and how many bytes may follow it.
 EOI, TRAILER = b'\xff\xd9', 64
@@ -49,7 +61,9 @@ class Encoded:
     except Exception as e:  # Pillow raises many kinds.
       raise Unreadable(str(e)) from e
     self.width, self.height = self._image.size
-    if ORIENTATION in exif and exif[ORIENTATION] in range(SWAPPED, 9):
+    known = ORIENTATION in exif and exif[ORIENTATION] in TURNS
+    self._orientation = exif[ORIENTATION] if known else 1
+    if self._orientation >= 5:
       self.width, self.height = self.height, self.width
 
   @property
@@ -82,16 +96,17 @@ class Encoded:
       Unreadable: if it is damaged.
     """
     try:
+      image = None
       if self.is_plain_jpeg:
         data = np.frombuffer(self._data, np.uint8)
         image = cv2.imdecode(data, JPEG_FLAGS[shrink])
-        if image is not None:
-          if shrink > 1:
-            cv2.cvtColor(image, cv2.COLOR_BGR2RGB, dst=image)
-          return image
-      return np.array(_to_rgb(ImageOps.exif_transpose(self._image)))
+        if image is not None and shrink > 1:
+          cv2.cvtColor(image, cv2.COLOR_BGR2RGB, dst=image)
+      if image is None:
+        image = np.array(_to_rgb(self._image))
     except Exception as e:  # Both libraries raise many kinds.
       raise Unreadable(str(e)) from e
+    return np.ascontiguousarray(TURNS[self._orientation](image))
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

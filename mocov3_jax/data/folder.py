@@ -1,6 +1,5 @@
 """A folder of images: flat, nested, or with a subfolder a class."""
 
-import collections
 import csv
 import dataclasses
 import io
@@ -11,7 +10,7 @@ import numpy as np
 
 from mocov3_jax.data.decode import Unreadable
 from mocov3_jax.data.listing import SUFFIXES, cached_walk
-from mocov3_jax.data.sources import Source, Splits, hold_out
+from mocov3_jax.data.sources import Source, Splits, Subset, hold_out
 from mocov3_jax.errors import UserError
 from mocov3_jax.workdir import absolute
 
@@ -63,8 +62,8 @@ class FolderSource:
 def load(path: str, labels: str, cache: epath.Path | None) -> Splits:
   """Opens a folder of images.
 
-  If it holds nothing but train/ and folders such as val/, those are the
-  splits. Else all of it is trained on, less every tenth labelled image.
+  If its only folders are train/ and such as val/, those are the splits. Else
+  all of it is trained on, less every tenth labelled image.
 
   Args:
     path: of the folder.
@@ -95,11 +94,11 @@ def load(path: str, labels: str, cache: epath.Path | None) -> Splits:
   if labels == 'none':
     names = {}
   elif labels == 'auto':
-    names = _by_subfolder(path, train, test, start)
+    names = _by_subfolder(train, test, start)
   else:
     names = _read_csv(path, listing.paths, labels)
   number = {name: i for i, name in enumerate(sorted(set(names.values())))}
-  sources = [
+  train, test = (
       FolderSource(
           root, paths,
           np.array([number[names[p]] if p in names else -1
@@ -107,11 +106,11 @@ def load(path: str, labels: str, cache: epath.Path | None) -> Splits:
           len(number),
       )
       for paths in (train, test)
-  ]
+  )
   skipped = (
       f'; skipped {listing.symlinks} symlinks, {listing.others} other files'
   )
-  return _splits(path, *sources, skipped)
+  return _splits(path, train, test, skipped)
 
 
 def _root(path: str) -> bytes:
@@ -119,7 +118,7 @@ def _root(path: str) -> bytes:
     raise UserError(
         "data.source='folder:' names no folder. Allowed: folder:PATH."
     )
-  folder = absolute(path)
+  folder = absolute(path, 'data.source')
   if not folder.is_dir():
     raise UserError(
         f"data.source='folder:{path}': there is no folder {folder}."
@@ -130,18 +129,21 @@ def _root(path: str) -> bytes:
 def _splits(
     path: str, train: FolderSource, test: FolderSource, skipped: str
 ) -> Splits:
-  note = f'folder:{path}: {len(train)} images'
-  if not train.num_classes:
-    return Splits(train, None, note + ' without labels' + skipped)
+  test_labelled = np.flatnonzero(test.all_labels >= 0)
+  labelled = np.flatnonzero(train.all_labels >= 0)
   source: Source = train
-  held: Source = test
-  if not len(test):
-    source, held = hold_out(train, np.flatnonzero(train.all_labels >= 0))
-    note = f'folder:{path}: {len(source)} images'
+  held: Source = Subset(test, test_labelled)
+  how = ''
+  if not len(test_labelled) and len(labelled) > 1:
+    source, held = hold_out(train, labelled)
+    labelled = np.flatnonzero(source.labels(np.arange(len(source))) >= 0)
+    how = ' (every tenth labelled one, held out)'
+  note = f'folder:{path}: {len(source)} images'
+  if not len(labelled) or not len(held):
+    return Splits(source, None, None, f'{note} without labels{skipped}')
   return Splits(
-      source, held,
-      f'{note} in {train.num_classes} classes, {len(held)} to test on'
-      + ('' if len(test) else ' (every tenth labelled one, held out)')
+      source, Subset(source, labelled), held,
+      f'{note} in {train.num_classes} classes, {len(held)} to test on{how}'
       + skipped,
   )
 
@@ -152,15 +154,16 @@ def _split(paths: np.ndarray) -> tuple[np.ndarray, np.ndarray, int]:
       os.fsdecode(path.partition(b'/')[0]) if b'/' in path else ''
       for path in paths.tolist()
   ]
-  if TRAIN not in tops or not set(tops) <= {TRAIN, *TESTS}:
+  # Images beside train/ (contact sheets and the like) belong to no split.
+  if TRAIN not in tops or not set(tops) <= {TRAIN, *TESTS, ''}:
     return paths, paths[:0], 0
-  tests = [name for name in TESTS if name in tops] or ['']
+  tests = [name for name in TESTS if name in tops] or [None]
   tops = np.array(tops)
   return paths[tops == TRAIN], paths[tops == tests[0]], len(TRAIN) + 1
 
 
 def _by_subfolder(
-    path: str, train: np.ndarray, test: np.ndarray, start: int
+    train: np.ndarray, test: np.ndarray, start: int
 ) -> dict[bytes, str]:
   """{path: the folder it is in}, if these folders can be classes."""
   named = {}
@@ -172,15 +175,11 @@ def _by_subfolder(
   names = set(named.values())
   if len(names) < 2:
     return {}
+  # Test images outside of these classes stay without a label.
   for image in test.tolist():
     parts = os.fsdecode(image).split('/')
-    if len(parts) < 3 or parts[1] not in names:
-      raise UserError(
-          f"data.source='folder:{path}': {'/'.join(parts)} is in none of the "
-          f'{len(names)} classes of {TRAIN}/. Allowed: the subfolders that '
-          'are there; or data.labels=none.'
-      )
-    named[image] = parts[1]
+    if len(parts) > 2 and parts[1] in names:
+      named[image] = parts[1]
   return named
 
 
@@ -190,21 +189,34 @@ def _read_csv(
   """{path: label} as the CSV file `labels` has them."""
   where = f'data.labels={labels!r}'
   try:
-    text = absolute(labels).read_text(encoding='utf-8-sig')
-  except (OSError, ValueError) as e:
+    text = absolute(labels, 'data.labels').read_text(encoding='utf-8-sig')
+    rows = csv.DictReader(io.StringIO(text))
+    columns = rows.fieldnames or ['none']
+    rows = list(rows) if {'path', 'label'} <= set(columns) else None
+  except (OSError, ValueError, csv.Error) as e:
     raise UserError(
         f'{where} cannot be read: {e}. Allowed: auto, none, or the path of a '
         'CSV file with the columns path and label.'
     ) from e
-  rows = csv.DictReader(io.StringIO(text))
-  if not {'path', 'label'} <= set(rows.fieldnames or ()):
+  if rows is None:
     raise UserError(
-        f'{where} has the columns {", ".join(rows.fieldnames or ["none"])}. '
-        'Allowed: path and label, named in its first line.'
+        f'{where} has the columns {", ".join(columns)}. Allowed: path and '
+        'label, named in its first line.'
     )
-  named = {
-      os.path.normpath(os.fsencode(row['path'])): row['label'] for row in rows
-  }
+  named = {}
+  for number, row in enumerate(rows, start=1):
+    if not row['path'] or not row['label']:
+      raise UserError(
+          f'{where}: row {number} lacks a path or a label. Allowed: both in '
+          'every row.'
+      )
+    image = os.path.normpath(os.fsencode(row['path']))
+    if image in named and named[image] != row['label']:
+      raise UserError(
+          f'{where}: row {number} gives {row["path"]} the label '
+          f'{row["label"]!r}, an earlier one {named[image]!r}. Allowed: one.'
+      )
+    named[image] = row['label']
   absent = named.keys() - set(images.tolist())
   if absent:
     raise UserError(
@@ -212,10 +224,9 @@ def _read_csv(
         f"'folder:{path}', such as {os.fsdecode(min(absent))}. Allowed: paths "
         'relative to that folder.'
     )
-  counts = collections.Counter(named.values())
-  if len(counts) < 2 or None in counts:
+  if len(set(named.values())) < 2:
     raise UserError(
-        f'{where} has {len(counts)} different labels in {len(named)} rows. '
-        'Allowed: two or more, and one in every row.'
+        f'{where} has {len(set(named.values()))} different labels in '
+        f'{len(named)} rows. Allowed: two or more.'
     )
   return named

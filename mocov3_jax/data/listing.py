@@ -53,10 +53,11 @@ def walk(root: bytes) -> Listing:
         path = os.path.join(folder, entry.name)
         if entry.is_symlink():
           symlinks += 1
+        elif entry.name.startswith(b'.'):
+          others += 1
         elif entry.is_dir():
           pending.append(path)
-        elif (entry.name.lower().endswith(SUFFIXES)
-              and not entry.name.startswith(b'.')):
+        elif entry.is_file() and entry.name.lower().endswith(SUFFIXES):
           paths.append(path)
         else:
           others += 1

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 import dataclasses
+import hashlib
 from typing import Protocol
 
 import numpy as np
@@ -114,14 +115,27 @@ class Splits:
   """What a run trains on, and what it is tested on.
 
   Attributes:
-    train: the images to train on; of them, labelled ones are kNN's bank.
-    test: labelled images for kNN; None without labels.
+    train: the images to train on.
+    bank: kNN's bank, those of them that have labels; None without labels.
+    test: labelled images that kNN classifies; None without labels.
     note: what was found, in words.
   """
 
   train: Source
+  bank: Source | None
   test: Source | None
   note: str = ''
+
+  def fingerprint(self) -> dict[str, int | str]:
+    """What must stay the same for a run to be continued on this data."""
+    digest = hashlib.sha256()
+    for index in range(len(self.train)):
+      digest.update(self.train.name(index).encode(errors='surrogateescape'))
+      digest.update(b'\0')
+    return {
+        'images': len(self.train), 'classes': self.train.num_classes,
+        'names_sha256': digest.hexdigest(),
+    }
 
 
 def channels(source: Source) -> int:

@@ -51,14 +51,17 @@ class TfdsSource:
     shape = features[self._image].shape
     self.shape = None if None in shape else tuple(shape)
     decoders = {self._image: tfds.decode.SkipDecoding()}
+    known = list(builder.info.splits)
     try:
       self._records = builder.as_data_source(split, decoders=decoders)
+      empty = not len(self._records)
     except ValueError as e:
-      known = ', '.join(builder.info.splits)
       raise UserError(
           f'data.source=tfds:{self._title}: {str(e).splitlines()[0]} Allowed: '
-          f'{known}, or a part, such as train[:10%].'
+          f'{", ".join(known)}, or a part, such as {known[0]}[:10%].'
       ) from e
+    if empty:
+      raise UserError(f'data.source=tfds:{self._title} has no images.')
 
   def __len__(self) -> int:
     return len(self._records)
@@ -75,12 +78,16 @@ class TfdsSource:
       raise Unreadable(str(e)) from e
 
   def labels(self, indices: np.ndarray) -> np.ndarray:
-    """Labels of these images; reads their records."""
+    """Labels of these images, -1 if unreadable; reads their records."""
     if self._label is None:
       return np.full(len(indices), -1, np.int32)
-    return np.array(
-        [self._records[int(i)][self._label] for i in indices], np.int32
-    )
+    labels = []
+    for index in indices:
+      try:
+        labels.append(self._records[int(index)][self._label])
+      except Exception:  # As in `read`, which will say so.
+        labels.append(-1)
+    return np.array(labels, np.int32)
 
   def name(self, index: int) -> str:
     """Set, split and number."""
@@ -109,10 +116,17 @@ def load(path: str) -> Splits:
       r'([^:]*(?::\d+\.\d+\.\d+)?)(?::(.*))?', path
   ).groups()
   builder = _open(name)
-  train = TfdsSource(builder, split or 'train')
+  split = split or 'train'
+  train = TfdsSource(builder, split)
   if not train.num_classes:
-    return Splits(train, None, f'tfds:{path}: {len(train)} images, no labels')
-  tests = [s for s in TEST_SPLITS if s in builder.info.splits]
+    note = f'tfds:{path}: {len(train)} images without labels'
+    return Splits(train, None, None, note)
+  # Not what is trained on already.
+  used = set(re.split(r'\W+', split))
+  tests = [
+      s for s in TEST_SPLITS
+      if s in builder.info.splits and not used & {s, 'all'}
+  ]
   if tests:
     test: Source = TfdsSource(builder, tests[0])
     source, held = train, tests[0]
@@ -120,7 +134,7 @@ def load(path: str) -> Splits:
     source, test = hold_out(train, np.arange(len(train)))
     held = 'every tenth, held out'
   return Splits(
-      source, test,
+      source, source, test,
       f'tfds:{path}: {len(source)} images in {train.num_classes} classes, '
       f'{len(test)} to test on ({held})',
   )

@@ -13,6 +13,7 @@ import numpy as np
 from mocov3_jax import augment, sharding
 from mocov3_jax.data import pipeline
 from mocov3_jax.data.sources import Source
+from mocov3_jax.errors import UserError
 from mocov3_jax.models import Network
 
 PyTree = Any
@@ -54,6 +55,11 @@ def extractor(
     features = jnp.concatenate(features)[: len(source)]
     unreadable = np.concatenate(jax.device_get(unreadable))[: len(source)]
     readable = np.flatnonzero(unreadable < 0)
+    if not len(readable):
+      raise UserError(
+          f'none of {len(source)} images could be read, from '
+          f'{source.name(0)} on'
+      )
     if len(readable) < len(source):
       features = features[jnp.asarray(readable)]
     return features, readable

@@ -15,6 +15,7 @@ import numpy as np
 
 from mocov3_jax.data import sources
 from mocov3_jax.data.sources import Splits
+from mocov3_jax.errors import UserError
 from mocov3_jax.evals.features import Extract
 
 PyTree = Any
@@ -78,14 +79,23 @@ def build(
   Args:
     knn: `config.knn`.
     extract: features of a source.
-    splits: the train split is the bank, the test split asks; both labelled.
+    splits: their bank and their test split, both labelled.
+
+  Raises:
+    UserError: if one of them has no label after all.
   """
   bank, bank_labels = sources.labelled(
-      sources.evenly(splits.train, knn.bank_images)
+      sources.evenly(splits.bank, knn.bank_images)
   )
   queries, query_labels = sources.labelled(
       sources.evenly(splits.test, knn.query_images)
   )
+  for name, labels in ('bank', bank_labels), ('test', query_labels):
+    if not len(labels):
+      raise UserError(
+          f'none of the {name} images for kNN has a label. Allowed: a split '
+          'with labels.'
+      )
   num_classes = splits.train.num_classes
   k = capped_k(knn.k, len(bank), num_classes)
   vote = jax.jit(

@@ -35,8 +35,11 @@ def alignment(first: jax.Array, second: jax.Array) -> jax.Array:
 def uniformity(features: jax.Array) -> jax.Array:
   """log of the mean of exp(-2 distance^2) over pairs of different rows [N, D].
 
-  0 if all are alike; the lower, the more evenly they cover the unit sphere.
+  0 if all are alike (or there is one row only); the lower, the more evenly they
+  cover the unit sphere.
   """
+  if len(features) < 2:
+    return jnp.zeros(())
   x = unit(features)
   squared = 2 - 2 * jnp.matmul(x, x.T, precision=jax.lax.Precision.HIGHEST)
   pairs = jnp.where(jnp.eye(len(x), dtype=bool), -jnp.inf, -2 * squared)

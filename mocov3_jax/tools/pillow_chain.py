@@ -6,7 +6,6 @@ The yardstick of `benchmark input`. Nothing else uses it.
 from collections.abc import Callable, Iterator
 import concurrent.futures
 import contextlib
-import functools
 import io
 import math
 import multiprocessing
@@ -16,6 +15,7 @@ from ml_collections import ConfigDict
 import numpy as np
 from PIL import Image, ImageEnhance, ImageFilter, ImageOps
 
+from mocov3_jax.data.decode import Unreadable
 from mocov3_jax.data.sources import Source
 
 
@@ -25,20 +25,27 @@ def processes(
 ) -> Iterator[Callable[[list[int]], int]]:
   """Yields f(indices) -> images made, by so many processes that stay."""
   with concurrent.futures.ProcessPoolExecutor(
-      count, multiprocessing.get_context('spawn')
+      count, multiprocessing.get_context('spawn'),
+      initializer=_remember, initargs=(source, config),
   ) as pool:
-    make = functools.partial(_make, source, config)
 
     def run(indices):
       parts = [part.tolist() for part in np.array_split(indices, 8 * count)]
-      return sum(pool.map(make, parts))
+      return sum(pool.map(_make, parts))
 
     yield run
 
 
-def _make(source: Source, config: ConfigDict, indices: list[int]) -> int:
+def _remember(source: Source, config: ConfigDict) -> None:
+  # What a worker process works on is sent to it once, not with every task.
+  _make.source, _make.config = source, config
+
+
+def _make(indices: list[int]) -> int:
+  source, config = _make.source, _make.config
   for index in indices:
-    two_views(source.read(index), config, config.data.image_size)
+    with contextlib.suppress(OSError, Unreadable):
+      two_views(source.read(index), config, config.data.image_size)
   return len(indices)
 
 

@@ -49,7 +49,13 @@ class Recorder:
     self._last_step = {}
     self._waits = collections.deque()  # Of batches not yet logged, seconds.
     self._unreadable = UnreadableImages(workdir)
-    self._unreadable_in_epoch = 0
+    epoch_start = start - start % plan.steps_per_epoch
+    # Rows that log.every_steps left out are not counted again.
+    self._unreadable_in_epoch = sum(
+        row['data/unreadable']
+        for row in metrics.read_metrics(workdir / 'metrics.jsonl')
+        if epoch_start <= row['step'] < start and 'data/unreadable' in row
+    )
     self.writer = metrics.MetricWriter(workdir, start)
     self._throughput = metrics.Throughput(config.batch_size)
     self.progress = metrics.Progress(plan.total_steps)
@@ -94,7 +100,7 @@ class Recorder:
           f'{self._unreadable_in_epoch} images of this epoch could not be read '
           f'up to step {step}, more than data.max_unreadable='
           f'{self._config.data.max_unreadable} of them. They are listed in '
-          f'{self._unreadable.path}. Step {step} is saved: mend or remove '
+          f'{self._unreadable.path}. Step {step} is saved: mend '
           'them, or allow more, and run the same line again.'
       )
 
