@@ -12,7 +12,6 @@ A table goes to stderr; the last line on stdout is one JSON object.
 from collections.abc import Callable
 import contextlib
 import functools
-import os
 import statistics
 import sys
 import time
@@ -93,7 +92,7 @@ def benchmark_input(
   """
   source = encoded_source(config)
   steps = -(-images // config.batch_size)
-  cores = len(os.sched_getaffinity(0))
+  cores = pipeline.cores()
   numbers = pipeline.epoch_order(config.seed, 0, len(source))
   numbers = np.resize(numbers, steps * config.batch_size).tolist()
 

@@ -85,6 +85,13 @@ def draw_boxes(
   ]
 
 
+def cores() -> int:
+  """How many CPU cores this process may use."""
+  if hasattr(os, 'sched_getaffinity'):  # Not on macOS.
+    return len(os.sched_getaffinity(0))
+  return os.cpu_count() or 1
+
+
 class Workers:
   """Threads that fill the rows of an array.
 
@@ -95,7 +102,7 @@ class Workers:
 
   def __init__(self, threads: int):
     """Starts them; 0 = one a core that this process may use."""
-    self._threads = threads or len(os.sched_getaffinity(0))
+    self._threads = threads or cores()
     self._pool = ThreadPoolExecutor(self._threads)
     # OpenCV's own threads would compete with these.
     cv2.setNumThreads(0)
