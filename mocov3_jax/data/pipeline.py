@@ -186,15 +186,10 @@ class BatchReader:
     Raises:
       Unreadable: if it is damaged.
     """
-    data = self.source.read(index)
-    if self.source.shape:
-      out[...] = pixels(self.source, data)
-      return
-    encoded = Encoded(data)
-    boxes = draw_boxes(
-        self.seed, place, encoded.height, encoded.width, self.augment
-    )
-    crops.cut(encoded, boxes, out)
+    def boxes(height, width):
+      return draw_boxes(self.seed, place, height, width, self.augment)
+
+    read_crops(self.source, index, boxes, out)
 
   def _replace(self, out: np.ndarray, place: int) -> None:
     words = random_words(self.seed, place, REPLACEMENTS, TRIES)
@@ -211,6 +206,29 @@ class BatchReader:
 @functools.lru_cache(maxsize=2)
 def _cached_order(seed: int, epoch: int, num_examples: int) -> np.ndarray:
   return epoch_order(seed, epoch, num_examples)
+
+
+def read_crops(
+    source: Source, index: int,
+    boxes: Callable[[int, int], list[crops.Box]], out: np.ndarray,
+) -> None:
+  """Reads one image: whole, of a source of one size, else boxes of it.
+
+  Args:
+    source: of the image.
+    index: of the image.
+    boxes: (height, width) of the image -> its boxes.
+    out: uint8; the pixels go there.
+
+  Raises:
+    Unreadable: if it is damaged.
+  """
+  data = source.read(index)
+  if source.shape:
+    out[...] = pixels(source, data)
+    return
+  encoded = Encoded(data)
+  crops.cut(encoded, boxes(encoded.height, encoded.width), out)
 
 
 def pixels(source: Source, data: bytes | np.ndarray) -> np.ndarray:
@@ -265,15 +283,7 @@ def eval_batches(
     black.
   """
   shape = source.shape or (size, size, 3)
-
-  def read_into(out, index):
-    data = source.read(index)
-    if source.shape:
-      out[...] = pixels(source, data)
-      return
-    encoded = Encoded(data)
-    box = crops.centre_box(encoded.height, encoded.width)
-    crops.cut(encoded, [box], out[None])
+  boxes = lambda height, width: [crops.centre_box(height, width)]
 
   for start in range(0, len(source), batch_size):
     indices = np.minimum(start + positions, len(source) - 1)
@@ -282,7 +292,7 @@ def eval_batches(
 
     def fill(row, indices=indices, images=images, unreadable=unreadable):
       try:
-        read_into(images[row], int(indices[row]))
+        read_crops(source, int(indices[row]), boxes, images[row:row + 1])
       except Unreadable:
         unreadable[row] = indices[row]
 

@@ -22,6 +22,11 @@ PyTree = Any
 Extract = Callable[[PyTree, PyTree, Source], tuple[jax.Array, np.ndarray]]
 
 
+def unit(x: jax.Array) -> jax.Array:
+  """Scales the rows of [N, D] to length 1."""
+  return x / jnp.linalg.norm(x, axis=1, keepdims=True)
+
+
 def extractor(
     model: Network, data: ConfigDict, mesh: Mesh, batch_size: int,
     workers: pipeline.Workers,

@@ -16,7 +16,7 @@ import numpy as np
 from mocov3_jax.data import sources
 from mocov3_jax.data.sources import Splits
 from mocov3_jax.errors import UserError
-from mocov3_jax.evals.features import Extract
+from mocov3_jax.evals.features import Extract, unit
 
 PyTree = Any
 # Queries compared with the whole bank at once: 256 x 1.28 M similarities are
@@ -41,7 +41,6 @@ def neighbour_votes(
   Returns:
     float32 [Q, num_classes], each row up to a positive factor.
   """
-  unit = lambda x: x / jnp.linalg.norm(x, axis=1, keepdims=True)
   queries, bank = unit(queries), unit(bank)
 
   def block(q):  # [QUERY_BLOCK, D]

@@ -14,14 +14,10 @@ from jax.sharding import Mesh
 
 from mocov3_jax import augment, sharding
 from mocov3_jax.data import pipeline
+from mocov3_jax.evals.features import unit
 from mocov3_jax.models import Network
 
 PyTree = Any
-
-
-def unit(x: jax.Array) -> jax.Array:
-  """Scales the rows of [N, D] to length 1."""
-  return x / jnp.linalg.norm(x, axis=1, keepdims=True)
 
 
 def alignment(first: jax.Array, second: jax.Array) -> jax.Array:
