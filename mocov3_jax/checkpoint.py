@@ -7,6 +7,7 @@ from typing import Any
 
 from etils import epath
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers
 
@@ -196,6 +197,29 @@ def find(path: str) -> tuple[epath.Path, epath.Path]:
   )
 
 
+def held(folder: epath.Path) -> set[tuple[str, str]]:
+  """What a checkpoint holds: ('params', 'backbone'), ('params', ...), ...
+
+  Raises:
+    UserError: if it cannot be read.
+  """
+  try:
+    with ocp.PyTreeCheckpointer() as checkpointer:
+      tree = checkpointer.metadata(folder / ITEM).item_metadata.tree
+  except Exception as e:  # Orbax and TensorStore raise many kinds.
+    raise _unreadable(folder, e) from e
+  return {
+      (field, part) for field, parts in tree.items()
+      if isinstance(parts, dict) for part in parts
+  }
+
+
+def _unreadable(folder: epath.Path, e: Exception) -> UserError:
+  return UserError(
+      f'checkpoint={str(folder)!r} cannot be read ({summary(e)}).'
+  )
+
+
 def restore_part(folder: epath.Path, abstract_part: PyTree) -> PyTree:
   """Restores the named part of a checkpoint alone, such as the parameters.
 
@@ -222,9 +246,34 @@ def restore_part(folder: epath.Path, abstract_part: PyTree) -> PyTree:
           ),
       )
   except Exception as e:  # Orbax and TensorStore raise many kinds.
-    raise UserError(
-        f'checkpoint={str(folder)!r} cannot be read ({summary(e)}).'
-    ) from e
+    raise _unreadable(folder, e) from e
+
+
+def restore_whole(folder: epath.Path) -> PyTree:
+  """Restores all of a checkpoint on the host, whatever it holds.
+
+  Args:
+    folder: a checkpoints/<step>.
+
+  Returns:
+    Nested dicts and lists of numpy arrays.
+
+  Raises:
+    UserError: if it cannot be read.
+  """
+  try:
+    with ocp.PyTreeCheckpointer() as checkpointer:
+      known = checkpointer.metadata(folder / ITEM).item_metadata.tree
+      return checkpointer.restore(
+          folder / ITEM,
+          args=ocp.args.PyTreeRestore(
+              restore_args=jax.tree.map(
+                  lambda _: ocp.RestoreArgs(restore_type=np.ndarray), known
+              )
+          ),
+      )
+  except Exception as e:  # Orbax and TensorStore raise many kinds.
+    raise _unreadable(folder, e) from e
 
 
 def summary(error: Exception) -> str:

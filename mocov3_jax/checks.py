@@ -47,7 +47,7 @@ def validate(config: ConfigDict, device_count: int) -> None:
   Raises:
     UserError: for a field too many or too few, or the first out of its range.
   """
-  _require_fields(config, config_lib.default_config())
+  require_fields(config, config_lib.default_config())
   for field in _AT_LEAST_ONE:
     _require(field, config, lambda v: v >= 1, 'at least 1')
   for field in _POSITIVE:
@@ -90,7 +90,7 @@ def _validate_view(view: str, config: ConfigDict) -> None:
 
 def validate_eval(config: ConfigDict, device_count: int) -> None:
   """Checks an `eval_config()`, as `validate` does a `default_config()`."""
-  _require_fields(config, config_lib.eval_config())
+  require_fields(config, config_lib.eval_config())
   for field in 'batch_size', 'knn.k':
     _require(field, config, lambda v: v >= 1, 'at least 1')
   for field in 'knn.bank_images', 'knn.query_images', 'data.threads':
@@ -99,7 +99,12 @@ def validate_eval(config: ConfigDict, device_count: int) -> None:
   _require_multiple('batch_size', config, device_count)
 
 
-def _require_fields(config: ConfigDict, schema: ConfigDict) -> None:
+def require_fields(config: ConfigDict, schema: ConfigDict) -> None:
+  """Checks that a config has the fields of `schema` and no others.
+
+  Raises:
+    UserError: with the first of them.
+  """
   given, known = _flatten(config.to_dict()), _flatten(schema.to_dict())
   for verb, fields in (
       ('has unknown', given.keys() - known.keys()),

@@ -6,22 +6,20 @@ folders checkpoints/<step>. The last line on stdout is one JSON object, which
 OUT/result.json holds as well.
 """
 
-import functools
 import json
 from typing import Any
 
 from absl import flags
 from etils import epath
 import jax
-import jax.numpy as jnp
 from ml_collections import ConfigDict, config_flags
 
-from mocov3_jax import checkpoint, checks, models, sharding
+from mocov3_jax import checks, sharding
 from mocov3_jax import workdir as workdir_lib
 from mocov3_jax.data import catalog, pipeline, sources
 from mocov3_jax.errors import UserError, unknown
 from mocov3_jax.evals import features, knn
-from mocov3_jax.tools import cli
+from mocov3_jax.tools import cli, trained
 
 PROTOCOLS = ('knn',)
 
@@ -43,23 +41,23 @@ def evaluate(config: ConfigDict, path: str) -> dict[str, Any]:
   checks.validate_eval(config, jax.device_count())
   if config.protocol not in PROTOCOLS:
     raise unknown('protocol', config.protocol, PROTOCOLS)
-  run, folder = checkpoint.find(config.checkpoint)
-  trained = workdir_lib.read_config(run)
-  splits = load_source(config, trained, workdir_lib.absolute(path).parent)
+  run = trained.find(config.checkpoint)
+  splits = load_source(
+      config, run.config, workdir_lib.absolute(path).parent
+  )
   mesh = sharding.make_mesh()
-  model = models.build(trained.model, trained.head, trained.data.image_size)
   extract = features.extractor(
-      model, trained.data, mesh, config.batch_size,
+      run.model, run.config.data, mesh, config.batch_size,
       pipeline.Workers(config.data.threads),
   )
   protocol = knn.build(config.knn, extract, splits)
-  variables = restore_network(trained, model, mesh, folder)
+  params, batch_stats = trained.restore(run, mesh)
   with workdir_lib.claimed(path, config) as workdir:
-    result = protocol(variables['params'], variables['batch_stats'])
+    result = protocol(params, batch_stats)
     result |= {
         'protocol': config.protocol,
-        'checkpoint': str(folder),
-        'step': int(folder.name),
+        'checkpoint': str(run.folder),
+        'step': run.step,
         'train_images': len(splits.train),
         'test_images': len(splits.test),
     }
@@ -69,14 +67,14 @@ def evaluate(config: ConfigDict, path: str) -> dict[str, Any]:
 
 
 def load_source(
-    config: ConfigDict, trained: ConfigDict, parent: epath.Path
+    config: ConfigDict, training: ConfigDict, parent: epath.Path
 ) -> sources.Splits:
   """Opens the data to evaluate on; lists folders into `parent`/.listings.
 
   Raises:
     UserError: if it is none, has no labels, or does not fit the network.
   """
-  data = config.data if config.data.source else trained.data
+  data = config.data if config.data.source else training.data
   splits = catalog.load(data.source, data.labels, parent / '.listings')
   if splits.test is None:
     raise UserError(
@@ -84,27 +82,8 @@ def load_source(
         'labels, which kNN needs. Allowed: a labelled source; a folder with a '
         'subfolder a class; or data.labels=FILE.csv.'
     )
-  channels = sources.channels(splits.train)
-  if channels != len(trained.data.mean):
-    raise UserError(
-        f'data.source={data.source!r} has {channels} channels, but the network '
-        f'was trained on {len(trained.data.mean)}.'
-    )
+  sources.check_channels(splits, data.source, len(training.data.mean))
   return splits
-
-
-def restore_network(
-    trained: ConfigDict, model: models.Network, mesh: jax.sharding.Mesh,
-    folder: epath.Path,
-) -> dict[str, Any]:
-  """Restores {'params', 'batch_stats'} of the online network alone."""
-  size, channels = trained.data.image_size, len(trained.data.mean)
-  views = jnp.zeros((2, 2, size, size, channels))
-  shapes = jax.eval_shape(
-      functools.partial(model.init, train=True), jax.random.key(0), views
-  )
-  abstract = checkpoint.abstract(shapes, sharding.replicated(mesh))
-  return checkpoint.restore_part(folder, dict(abstract))
 
 
 if __name__ == '__main__':

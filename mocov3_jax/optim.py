@@ -67,23 +67,29 @@ def is_matrix(params: PyTree) -> PyTree:
   return jax.tree.map(lambda p: p.ndim > 1, params)
 
 
-def is_weight(params: PyTree) -> PyTree:
-  """Marks kernels: more than one axis, and not a token such as [1, 1, D]."""
-  return jax.tree.map(lambda p: sum(n > 1 for n in p.shape) > 1, params)
+def is_kernel(params: PyTree) -> PyTree:
+  """Marks the weights of linear layers and convolutions, by their name."""
+  return jax.tree_util.tree_map_with_path(
+      lambda path, _: path[-1].key == 'kernel', params
+  )
 
 
-DECAY_MASKS = {'all': None, 'matrices': is_weight}
+DECAY_MASKS = {'all': None, 'matrices': is_kernel}
+
+
+def _decay_mask(c: ConfigDict) -> Callable[[PyTree], PyTree] | None:
+  if c.decay_mask not in DECAY_MASKS:
+    raise unknown('optimizer.decay_mask', c.decay_mask, DECAY_MASKS)
+  return DECAY_MASKS[c.decay_mask]
 
 
 def adamw(
     c: ConfigDict, learning_rate: Schedule
 ) -> optax.GradientTransformation:
   """AdamW with decoupled decay of every trainable tensor, as PyTorch's."""
-  if c.decay_mask not in DECAY_MASKS:
-    raise unknown('optimizer.decay_mask', c.decay_mask, DECAY_MASKS)
   return optax.chain(
       optax.scale_by_adam(c.b1, c.b2, c.eps),
-      optax.add_decayed_weights(c.weight_decay, DECAY_MASKS[c.decay_mask]),
+      optax.add_decayed_weights(c.weight_decay, _decay_mask(c)),
       optax.scale_by_learning_rate(learning_rate),
   )
 
@@ -108,7 +114,20 @@ def lars(
   )
 
 
-OPTIMIZERS = {'adamw': adamw, 'lars': lars}
+def lamb(
+    c: ConfigDict, learning_rate: Schedule
+) -> optax.GradientTransformation:
+  """LAMB (You et al. 2020, arXiv 1904.00962), which [P] s4.1 studies too.
+
+  AdamW's update, scaled for each tensor to the norm of that tensor.
+  """
+  return optax.lamb(
+      learning_rate, c.b1, c.b2, c.eps,
+      weight_decay=c.weight_decay, mask=_decay_mask(c),
+  )
+
+
+OPTIMIZERS = {'adamw': adamw, 'lars': lars, 'lamb': lamb}
 
 
 def patch_embed_labels(params: PyTree) -> PyTree:

@@ -11,7 +11,6 @@ import sys
 from typing import Any
 
 from absl import flags
-from clu import parameter_overview
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
@@ -33,9 +32,9 @@ from mocov3_jax import workdir as workdir_lib
 from mocov3_jax.data import catalog, pipeline, sources
 from mocov3_jax.errors import Preempted, UserError
 from mocov3_jax.evals import features, knn, label_free
-from mocov3_jax.tools import cli
+from mocov3_jax.tools import cli, summary
 from mocov3_jax.tools.recorder import Recorder
-from mocov3_jax.train_step import Method, TrainState, init_state, train_step
+from mocov3_jax.train_step import Method, init_state, train_step
 
 
 def build_method(config: ConfigDict, plan: config_lib.Plan) -> Method:
@@ -47,11 +46,13 @@ def build_method(config: ConfigDict, plan: config_lib.Plan) -> Method:
   learning_rate = optim.warmup_cosine(
       plan.peak_lr, plan.warmup_steps, plan.total_steps
   )
-  freeze = config.model.patch_embed == 'frozen'
+  model = models.build(config.model, config.head, config.data.image_size)
   return Method(
-      model=models.build(config.model, config.head, config.data.image_size),
+      model=model,
       objective=objectives.build(config.objective),
-      optimizer=optim.build(config.optimizer, learning_rate, freeze),
+      optimizer=optim.build(
+          config.optimizer, learning_rate, model.backbone.freeze_patch_embed
+      ),
       augment=augment.build(config.augment, config.data),
       learning_rate=learning_rate,
       momentum=optim.build_momentum(config.objective, plan.total_steps),
@@ -202,7 +203,7 @@ def train(config: ConfigDict, path: str) -> dict[str, Any]:
       state, start = checkpoints.restore(abstract) or (init(), 0)
       run = Recorder(config, plan, workdir, checkpoints, monitor, start)
       with contextlib.closing(run.writer):
-        _announce(run, splits, state, plan, mesh, start)
+        _announce(run, splits, config, method, plan, mesh, start)
         if start == 0:
           run.between_steps(0, state)
         run.check_readable(start)
@@ -234,8 +235,8 @@ def _where(start: int, stop: int) -> str:
 
 
 def _announce(
-    run: Recorder, splits: sources.Splits, state: TrainState,
-    plan: config_lib.Plan, mesh: Mesh, start: int,
+    run: Recorder, splits: sources.Splits, config: ConfigDict,
+    method: Method, plan: config_lib.Plan, mesh: Mesh, start: int,
 ) -> None:
   if splits.note:
     run.progress.note(splits.note)
@@ -244,10 +245,13 @@ def _announce(
         'no labels, hence no kNN: alignment, uniformity and effective rank of '
         'the features are logged instead'
     )
-  parameters = parameter_overview.count_parameters(state.params)
+  run.progress.note(f'{config.model.name}: ' + str(summary.summarise(
+      method.model,
+      (config.data.image_size, config.data.image_size, len(config.data.mean)),
+  )))
   run.progress.note(
-      f'{parameters:,} parameters on {mesh.size} {jax.default_backend()} '
-      f'device(s); {plan.total_steps} steps, {plan.steps_per_epoch} an epoch, '
+      f'{mesh.size} {jax.default_backend()} device(s); '
+      f'{plan.total_steps} steps, {plan.steps_per_epoch} an epoch, '
       f'{plan.warmup_steps} of warm-up to lr {plan.peak_lr:.3g}; '
       + _where(start, plan.total_steps)
   )

@@ -144,10 +144,10 @@ def step_metrics(
     features: jax.Array,
 ) -> dict[str, jax.Array]:
   """What a study of stability needs to see at every step ([P] s4)."""
-  backbone = grads['backbone']
-  last_block = max(
-      (name for name in backbone if name.startswith('blocks_')),
-      key=lambda name: int(name.removeprefix('blocks_')),
+  backbone = method.model.backbone
+  first, last = (
+      grads['backbone'][name]
+      for name in (backbone.first_layer, backbone.last_block)
   )
   return {
       'train/loss': loss,
@@ -155,8 +155,8 @@ def step_metrics(
       'train/momentum': method.momentum(step),
       'train/feature_std': feature_std(features[:, 0]),
       # Exactly 0 where the projection is frozen: no gradient reaches it.
-      'grad_max/patch_embed': max_abs(backbone['patch_embed']),
-      'grad_max/last_block': max_abs(backbone[last_block]),
+      'grad_max/patch_embed': max_abs(first),
+      'grad_max/last_block': max_abs(last),
       'grad_norm/global': optax.tree.norm(grads),
   }
 

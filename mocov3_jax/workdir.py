@@ -11,6 +11,7 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from mocov3_jax import checks
+from mocov3_jax import config as config_lib
 from mocov3_jax.errors import UserError
 
 # What a command writes beside config.json, and must not write over.
@@ -173,3 +174,17 @@ def read_config(workdir: epath.Path) -> ConfigDict:
     raise UserError(
         f'{path} is damaged: {e}. Allowed: the JSON object that a run wrote.'
     ) from e
+
+
+def read_training_config(workdir: epath.Path) -> ConfigDict:
+  """Reads the config of the training run in `workdir`.
+
+  Raises:
+    UserError: as `read_config`, or if it is not one of this version.
+  """
+  config = read_config(workdir)
+  try:
+    checks.require_fields(config, config_lib.default_config())
+  except UserError as e:
+    raise UserError(f'{workdir / "config.json"}: {e}') from e
+  return config

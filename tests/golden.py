@@ -2,14 +2,16 @@
 
 import json
 import pathlib
-import re
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
 from mocov3_jax import models
 from mocov3_jax.models.heads import MlpHead
+from mocov3_jax.models.resnet import ResNet
 from mocov3_jax.models.vit import ViT
+from mocov3_jax.tools import torch_names
 
 FOLDER = pathlib.Path(__file__).parent / 'golden'
 
@@ -26,51 +28,24 @@ def tiny_vit(dtype=jnp.float32, freeze=True):
   return models.Network(
       backbone=ViT(
           patch_size=8, dim=64, depth=2, num_heads=4,
-          freeze_patch_embed=freeze, dtype=dtype,
+          patch_embed='frozen' if freeze else 'learned', dtype=dtype,
       ),
       projector=MlpHead(3, 32, 16, dtype=dtype),
       predictor=MlpHead(2, 32, 16, dtype=dtype),
   )
 
 
-_LEAVES = {'weight': 'kernel', 'bias': 'bias'}
-_STATISTICS = {'running_mean': 'mean', 'running_var': 'var'}
-
-
-def place(name):
-  """('params' or 'batch_stats', path) of a name, or None to skip it."""
-  if name.endswith(('pos_embed', 'num_batches_tracked')):
-    return None
-  owner, rest = name.split('.', 1)
-  leaf = rest.rsplit('.', 1)[-1]
-  head = re.fullmatch(r'(?:head\.)?(\d+)\.(\w+)', rest)
-  if head:
-    # Every third module of the Sequential is linear, the next its BatchNorm.
-    layer, is_norm = divmod(int(head[1]), 3)
-    module = 'predictor' if owner == 'predictor' else 'projector'
-    if leaf in _STATISTICS:
-      return 'batch_stats', (module, f'bn_{layer}', _STATISTICS[leaf])
-    if is_norm:
-      leaf = {'weight': 'scale', 'bias': 'bias'}[leaf]
-      return 'params', (module, f'bn_{layer}', leaf)
-    return 'params', (module, f'linear_{layer}', 'kernel')
-  if rest == 'cls_token':
-    return 'params', ('backbone', 'cls_token')
-  path = re.sub(r'blocks\.(\d+)', r'blocks_\1', rest)
-  path = path.replace('patch_embed.proj', 'patch_embed').split('.')
-  is_norm = 'norm' in path[-2]
-  path[-1] = 'scale' if is_norm and leaf == 'weight' else _LEAVES[leaf]
-  return 'params', ('backbone', *path)
-
-
-def _axes(array, path):
-  if path[-1] != 'kernel':
-    return array
-  return array.transpose(2, 3, 1, 0) if array.ndim == 4 else array.T
+def tiny_resnet(dtype=jnp.float32):
+  """The network of the resnet_* files."""
+  return models.Network(
+      backbone=ResNet((2, 1, 1, 1), bottleneck=True, width=8, dtype=dtype),
+      projector=MlpHead(2, 32, 16, dtype=dtype),
+      predictor=MlpHead(2, 32, 16, out_bn=False, dtype=dtype),
+  )
 
 
 def tree(arrays, prefix, network, dtype=None):
-  """Builds {'params', 'batch_stats'} of one network.
+  """Builds {'params', 'batch_stats'} of one network, by the real converter.
 
   Args:
     arrays: as `load` returns them.
@@ -78,24 +53,29 @@ def tree(arrays, prefix, network, dtype=None):
     network: 'base_encoder' (with the predictor) or 'momentum_encoder'.
     dtype: to cast to, or None.
   """
-  owners = {
-      'base_encoder': ('base_encoder.', 'predictor.'),
-      'momentum_encoder': ('momentum_encoder.',),
-  }[network]
-  result = {'params': {}, 'batch_stats': {}}
-  for key, array in arrays.items():
-    name = key.removeprefix(prefix)
-    if not key.startswith(prefix) or not name.startswith(owners):
-      continue
-    where = place(name)
-    if where is None:
-      continue
-    collection, path = where
-    node = result[collection]
-    for part in path[:-1]:
-      node = node.setdefault(part, {})
-    node[path[-1]] = jnp.asarray(_axes(array, path), dtype)
-  return result
+  model = tiny_resnet() if f'{prefix}{network}.bn1.bias' in arrays else (
+      tiny_vit()
+  )
+  shapes = jax.eval_shape(
+      lambda: model.init(jax.random.key(0), jnp.zeros((2, 2, 32, 32, 3)), True)
+  )
+  head = 'fc' if isinstance(model.backbone, ResNet) else 'head'
+  result = {}
+  for path in torch_names.flatten(shapes):
+    collection, *rest = path
+    name = f'{prefix}{golden_name(rest, network, head)}'
+    if name in arrays:
+      array = torch_names.to_our_layout(arrays[name], path)
+      result[path] = jnp.asarray(array, dtype)
+  return torch_names.unflatten(result)
+
+
+def golden_name(path, network, head):
+  """The PyTorch name of one of our paths in a network."""
+  name = torch_names.torch_name(tuple(path), head)
+  if path[0] == 'predictor':
+    return name if network == 'base_encoder' else 'absent'
+  return f'{network}.{name}'
 
 
 def views(x1, x2):

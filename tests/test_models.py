@@ -11,6 +11,7 @@ import pytest
 from mocov3_jax import config as config_lib
 from mocov3_jax import models
 from mocov3_jax.models.vit import sincos_positions
+from mocov3_jax.tools import torch_names
 
 POSITIONS, _ = golden.load('pos_embed')
 INIT_STATS = json.loads((golden.FOLDER / 'init_stats.json').read_text())
@@ -37,38 +38,56 @@ def test_positions_of_an_oblong_grid_are_those_of_their_patches():
   )
 
 
-@pytest.fixture(scope='module')
-def vit_small():
+def config(**model):
+  """Defaults with a narrow head and this model."""
   c = config_lib.default_config()
+  with c.unlocked():
+    c.model.update(model)
+    c.head.update(hidden_dim=32, out_dim=8)
+  return c
+
+
+@pytest.mark.parametrize(
+    'name, model, projector_layers, predictor_out_bn',
+    [
+        ('vit_small', {'name': 'vit_s'}, 3, True),
+        ('vit_conv_small', {'name': 'vit_s', 'patch_embed': 'conv'}, 3, True),
+        ('resnet50', {'name': 'resnet50'}, 2, False),
+    ],
+)
+def test_initial_values_are_distributed_as_the_originals(
+    name, model, projector_layers, predictor_out_bn
+):
+  c = config_lib.default_config()
+  with c.unlocked():
+    c.model.update(model)
+    c.head.update(
+        projector_layers=projector_layers, predictor_out_bn=predictor_out_bn
+    )
   network = models.build(c.model, c.head, c.data.image_size)
   views = jnp.zeros((1, 2, 224, 224, 3))
-  init = jax.jit(lambda key: network.init(key, views, train=True))
-  return jax.device_get(init(jax.random.key(0)))
-
-
-def test_initial_values_are_distributed_as_the_originals(vit_small):
-  seen = 0
-  for name, (shape, _, std, low, high) in INIT_STATS['vit_small'].items():
-    place = golden.place(name)
-    if place is None or name.startswith('momentum_encoder'):
-      continue
-    collection, path = place
-    leaf = vit_small[collection]
-    for part in path:
-      leaf = leaf[part]
-    assert leaf.size == np.prod(shape), name
-    seen += 1
+  init = jax.jit(lambda key: network.init(key, views, train=True)['params'])
+  params = torch_names.flatten(jax.device_get(init(jax.random.key(0))))
+  head = 'fc' if name == 'resnet50' else 'head'
+  for path, leaf in params.items():
+    key = golden.golden_name(path, 'base_encoder', head)
+    shape, _, std, low, high = INIT_STATS[name][key]
+    assert leaf.size == np.prod(shape), key
     if std == 0:  # A constant.
-      assert np.ptp(leaf) == 0 and leaf.flat[0] == pytest.approx(low), name
+      assert np.ptp(leaf) == 0 and leaf.flat[0] == pytest.approx(low), key
       continue
     # Five standard errors of the mean, and of the standard deviation.
-    assert abs(leaf.mean()) < 5 * std / leaf.size**0.5, name
+    assert abs(leaf.mean()) < 5 * std / leaf.size**0.5, key
     tolerance = max(0.01, 5 / leaf.size**0.5)
-    assert leaf.std() == pytest.approx(std, rel=tolerance), name
-    if leaf.size > 10_000:  # Uniform: the bounds are reached.
-      assert leaf.min() == pytest.approx(low, rel=0.01), name
-      assert leaf.max() == pytest.approx(high, rel=0.01), name
-  assert seen == len(jax.tree.leaves(vit_small['params']))
+    assert leaf.std() == pytest.approx(std, rel=tolerance), key
+    # A uniform distribution reaches its bounds; a normal one is wider.
+    uniform = high < 1.8 * std
+    assert uniform == (leaf.max() < 1.8 * leaf.std()), key
+    if uniform and leaf.size > 10_000:
+      assert leaf.min() == pytest.approx(low, rel=0.01), key
+      assert leaf.max() == pytest.approx(high, rel=0.01), key
+  named = [k for k in INIT_STATS[name] if not k.startswith('momentum')]
+  assert len(params) == len([k for k in named if 'pos_embed' not in k])
 
 
 def test_bfloat16_computes_in_bfloat16_and_keeps_float32():

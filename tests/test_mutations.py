@@ -80,7 +80,7 @@ MUTATIONS = {
         'test_models.py',
     ),
     'decoupled decay of matrices only': (
-        'optim.py', "MASKS = {'all': None", "MASKS = {'all': is_weight",
+        'optim.py', "MASKS = {'all': None", "MASKS = {'all': is_kernel",
         'test_optim.py',
     ),
     'warm-up one step early': (

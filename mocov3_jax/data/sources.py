@@ -7,6 +7,8 @@ from typing import Protocol
 
 import numpy as np
 
+from mocov3_jax.errors import UserError
+
 # Without a test split, every so-manieth labelled image is held out.
 HOLD_OUT = 10
 
@@ -141,6 +143,20 @@ class Splits:
 def channels(source: Source) -> int:
   """Of the images as the model sees them."""
   return source.shape[-1] if source.shape else 3
+
+
+def check_channels(splits: Splits, spec: str, wanted: int) -> None:
+  """Checks that images have the channels that a network was trained on.
+
+  Raises:
+    UserError: if they have not.
+  """
+  found = channels(splits.train)
+  if found != wanted:
+    raise UserError(
+        f'the source {spec!r} has {found} channels, but the network was '
+        f'trained on {wanted}. Allowed: images like those.'
+    )
 
 
 def evenly(source: Source, count: int) -> Source:

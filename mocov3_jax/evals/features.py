@@ -29,9 +29,9 @@ def unit(x: jax.Array) -> jax.Array:
 
 def extractor(
     model: Network, data: ConfigDict, mesh: Mesh, batch_size: int,
-    workers: pipeline.Workers,
+    workers: pipeline.Workers, method: str = 'features',
 ) -> Extract:
-  """Returns an `Extract` of the backbone, in evaluation mode.
+  """Returns an `Extract`, in evaluation mode.
 
   Args:
     model: the network.
@@ -39,6 +39,7 @@ def extractor(
     mesh: to work on; the features end up on every device.
     batch_size: images at a time, over the whole mesh.
     workers: read and decode.
+    method: of the network, 'features' or 'project'.
   """
   positions = sharding.local_positions(mesh, batch_size)
 
@@ -46,7 +47,7 @@ def extractor(
   def forward(params, batch_stats, batch):
     variables = {'params': params, 'batch_stats': batch_stats}
     images = augment.whole_images(batch.images, data)
-    features = model.apply(variables, images, train=False, method='features')
+    features = model.apply(variables, images, train=False, method=method)
     return features, batch.unreadable
 
   def extract(params, batch_stats, source):

@@ -1,5 +1,7 @@
 """Backbone + projector + predictor, built from the config by one table."""
 
+import functools
+
 import flax.linen as nn
 import flax.struct
 import jax
@@ -8,7 +10,10 @@ from ml_collections import ConfigDict
 
 from mocov3_jax.errors import UserError, unknown
 from mocov3_jax.models.heads import MlpHead
+from mocov3_jax.models.resnet import ResNet
 from mocov3_jax.models.vit import ViT
+
+Backbone = ViT | ResNet
 
 # Blocks, width, attention heads. [P] tables 2 and 3: ViT-S has 12 heads where
 # DeiT's has 6. ViT-Ti is DeiT's (Touvron et al. 2021).
@@ -18,6 +23,13 @@ VITS = {
     'vit_b': (12, 768, 12),
     'vit_l': (24, 1024, 16),
     'vit_h': (32, 1280, 16),
+}
+# Blocks a stage, and whether they are bottlenecks (He et al. 2016, table 1).
+RESNETS = {
+    'resnet18': ((2, 2, 2, 2), False),
+    'resnet34': ((3, 4, 6, 3), False),
+    'resnet50': ((3, 4, 6, 3), True),
+    'resnet101': ((3, 4, 23, 3), True),
 }
 DTYPES = {'float32': jnp.float32, 'bfloat16': jnp.bfloat16}
 
@@ -41,7 +53,7 @@ class Embeddings:
 class Network(nn.Module):
   """The encoder (backbone and projector) and the predictor on top of it."""
 
-  backbone: nn.Module
+  backbone: Backbone
   projector: nn.Module
   predictor: nn.Module
 
@@ -53,6 +65,9 @@ class Network(nn.Module):
 
   def encode(self, views: jax.Array, train: bool) -> Embeddings:
     """The same without the predictor: all that the target network does."""
+    if self.backbone.has_batch_norm:
+      features = _per_view(self.backbone, views, train)
+      return Embeddings(features, _per_view(self.projector, features, train))
     # The views lie side by side within an example, so merging them into one
     # batch for the trunk moves nothing between devices.
     batch = views.reshape(-1, *views.shape[2:])  # [2B, H, W, C]
@@ -63,10 +78,15 @@ class Network(nn.Module):
     """Maps images [B, H, W, C] to backbone features [B, dim], float32."""
     return _at_least_float32(self.backbone(images, train))
 
+  def project(self, images: jax.Array, train: bool) -> jax.Array:
+    """Maps images [B, H, W, C] to projections [B, out_dim], float32."""
+    features = self.features(images, train)
+    return _at_least_float32(self.projector(features, train))
 
-def _per_view(head: nn.Module, x: jax.Array, train: bool) -> jax.Array:
+
+def _per_view(part: nn.Module, x: jax.Array, train: bool) -> jax.Array:
   # One call a view: BatchNorm must not mix the views ([P] App. A, option ii).
-  views = [head(x[:, v], train) for v in range(x.shape[1])]
+  views = [part(x[:, v], train) for v in range(x.shape[1])]
   return _at_least_float32(jnp.stack(views, axis=1))
 
 
@@ -78,51 +98,112 @@ def build(model: ConfigDict, head: ConfigDict, image_size: int) -> Network:
   """Builds the network that `config.model` and `config.head` describe.
 
   Raises:
-    UserError: for a name that is not in the tables, heads that do not divide
-      the width, or an image that is not a whole number of patches.
+    UserError: for a name that is not in the tables, or numbers that do not
+      fit together.
   """
-  if model.name not in VITS:
-    raise unknown('model.name', model.name, VITS)
+  backbone = build_backbone(model, image_size)
+  heads = functools.partial(
+      MlpHead,
+      hidden_dim=head.hidden_dim,
+      out_dim=head.out_dim,
+      dtype=backbone.dtype,
+  )
+  return Network(
+      backbone=backbone,
+      projector=heads(head.projector_layers),
+      predictor=heads(head.predictor_layers, out_bn=head.predictor_out_bn),
+  )
+
+
+def build_backbone(
+    model: ConfigDict, image_size: int, drop_path: float = 0.0
+) -> Backbone:
+  """Builds the backbone alone.
+
+  Args:
+    model: `config.model`.
+    image_size: side of the images, pixels.
+    drop_path: stochastic depth of a ViT, for fine-tuning.
+
+  Raises:
+    UserError: as `build`.
+  """
   if model.dtype not in DTYPES:
     raise unknown('model.dtype', model.dtype, DTYPES)
-  if model.patch_embed not in ('frozen', 'learned'):
-    raise unknown('model.patch_embed', model.patch_embed, ('frozen', 'learned'))
+  if model.name in RESNETS:
+    return _resnet(model)
+  if model.name not in VITS:
+    raise unknown('model.name', model.name, [*VITS, *RESNETS])
+  for field, given, allowed in (
+      ('patch_embed', model.patch_embed, ('frozen', 'learned', 'conv')),
+      ('positions', model.positions, ('sincos', 'learned', 'none')),
+      ('readout', model.readout, ('cls', 'norm_pool', 'pool')),
+      ('mlp_norm', model.mlp_norm, ('layer', 'batch')),
+  ):
+    if given not in allowed:
+      raise unknown(f'model.{field}', given, allowed)
   depth, dim, num_heads = VITS[model.name]
-  depth, dim = model.depth or depth, model.dim or dim
-  num_heads = model.num_heads or num_heads
-  if dim % num_heads:
+  depth -= model.patch_embed == 'conv'  # The stem costs about a block.
+  vit = ViT(
+      patch_size=model.patch_size,
+      dim=model.dim or dim,
+      depth=model.depth or depth,
+      num_heads=model.num_heads or num_heads,
+      patch_embed=model.patch_embed,
+      positions=model.positions,
+      readout=model.readout,
+      mlp_norm=model.mlp_norm,
+      drop_path=drop_path,
+      remat=model.remat,
+      scan=model.scan,
+      dtype=DTYPES[model.dtype],
+  )
+  _check_vit(vit, image_size)
+  return vit
+
+
+def _check_vit(vit: ViT, image_size: int) -> None:
+  if vit.dim % vit.num_heads:
     raise UserError(
-        f'model.num_heads={num_heads} does not divide model.dim={dim}. '
-        'Allowed: a divisor of the width.'
+        f'model.num_heads={vit.num_heads} does not divide model.dim='
+        f'{vit.dim}. Allowed: a divisor of the width.'
     )
-  if dim % 4:
+  if vit.positions == 'sincos' and vit.dim % 4:
     raise UserError(
-        f'model.dim={dim} has no sine-cosine positions. Allowed: a multiple '
-        'of 4.'
+        f'model.dim={vit.dim} has no sine-cosine positions. Allowed: a '
+        'multiple of 4.'
     )
-  if image_size % model.patch_size:
+  if image_size % vit.patch_size:
     raise UserError(
         f'data.image_size={image_size} is not a whole number of patches of '
-        f'model.patch_size={model.patch_size}. Allowed: a multiple of it.'
+        f'model.patch_size={vit.patch_size}. Allowed: a multiple of it.'
     )
-  dtype = DTYPES[model.dtype]
-  return Network(
-      backbone=ViT(
-          patch_size=model.patch_size,
-          dim=dim,
-          depth=depth,
-          num_heads=num_heads,
-          freeze_patch_embed=model.patch_embed == 'frozen',
-          dtype=dtype,
-      ),
-      projector=MlpHead(
-          head.projector_layers, head.hidden_dim, head.out_dim, dtype=dtype
-      ),
-      predictor=MlpHead(
-          head.predictor_layers,
-          head.hidden_dim,
-          head.out_dim,
-          out_bn=head.predictor_out_bn,
-          dtype=dtype,
-      ),
+  if vit.patch_embed == 'conv':
+    size = vit.patch_size
+    if size < 2 or size & (size - 1) or vit.dim % (size // 2):
+      raise UserError(
+          f'model.patch_embed=conv has no stem for model.patch_size={size} and '
+          f'model.dim={vit.dim}. Allowed: a power of 2, half of which divides '
+          'the width.'
+      )
+  if vit.scan and (vit.mlp_norm == 'batch' or vit.drop_path):
+    raise UserError(
+        'model.scan=True runs blocks that are all alike and without running '
+        'statistics. Allowed: model.mlp_norm=layer, and no stochastic depth.'
+    )
+
+
+def _resnet(model: ConfigDict) -> ResNet:
+  if model.depth or model.num_heads or model.scan or model.remat:
+    raise UserError(
+        f'model.name={model.name!r} has no model.depth, num_heads, scan or '
+        'remat. Allowed: 0 and False, their defaults.'
+    )
+  stage_sizes, bottleneck = RESNETS[model.name]
+  return ResNet(
+      stage_sizes,
+      bottleneck,
+      width=model.dim or 64,
+      small_images=model.small_images,
+      dtype=DTYPES[model.dtype],
   )

@@ -1,12 +1,10 @@
 """The projection and prediction MLPs ([P] s5)."""
 
-import math
-
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from mocov3_jax.models.layers import BatchNorm, uniform
+from mocov3_jax.models.layers import BatchNorm, torch_default
 
 
 class MlpHead(nn.Module):
@@ -37,7 +35,7 @@ class MlpHead(nn.Module):
           self.out_dim if last else self.hidden_dim,
           use_bias=False,
           dtype=self.dtype,
-          kernel_init=uniform(1 / math.sqrt(x.shape[-1])),
+          kernel_init=torch_default(x.shape[-1]),
           name=f'linear_{i}',
       )(x)
       if not last or self.out_bn:

@@ -16,6 +16,11 @@ def uniform(bound: float) -> nn.initializers.Initializer:
   return init
 
 
+def torch_default(fan_in: int) -> nn.initializers.Initializer:
+  """Returns PyTorch's default initialiser of linear and conv layers."""
+  return uniform(1 / math.sqrt(fan_in))
+
+
 def xavier(fan_in: int, fan_out: int) -> nn.initializers.Initializer:
   """Returns Glorot's uniform initialiser for explicit fans."""
   return uniform(math.sqrt(6 / (fan_in + fan_out)))
@@ -31,12 +36,14 @@ class BatchNorm(nn.Module):
 
   Attributes:
     affine: whether to learn a scale and an offset.
+    zero_scale: start the scale at 0 instead of 1 (Goyal et al. 2017).
     dtype: of the output; statistics are float32 or wider.
     momentum: share of the new batch in the running statistics.
     epsilon: added to the variance.
   """
 
   affine: bool = True
+  zero_scale: bool = False
   dtype: jnp.dtype = jnp.float32
   momentum: float = 0.1
   epsilon: float = 1e-5
@@ -64,7 +71,8 @@ class BatchNorm(nn.Module):
         var.reshape(shape) + self.epsilon
     )
     if self.affine:
-      scale = self.param('scale', nn.initializers.ones, width)
+      start = nn.initializers.constant(0.0 if self.zero_scale else 1.0)
+      scale = self.param('scale', start, width)
       bias = self.param('bias', nn.initializers.zeros, width)
       x = x * scale.reshape(shape) + bias.reshape(shape)
     return x.astype(self.dtype)

@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mocov3_jax.models.layers import xavier
+from mocov3_jax.models.layers import BatchNorm, xavier
+from mocov3_jax.models.stem import ConvStem
 
 
 def sincos_positions(height: int, width: int, dim: int) -> np.ndarray:
@@ -93,29 +94,66 @@ class Mlp(nn.Module):
 
 
 class Block(nn.Module):
-  """A pre-norm transformer block."""
+  """A pre-norm transformer block.
+
+  Attributes:
+    num_heads, mlp_dim: attention heads, hidden width of the MLP.
+    mlp_norm: before the MLP, 'layer' or 'batch' (ViT-BN, [P] s6.3).
+    drop_path: probability with which an image skips a branch in training
+      (stochastic depth, Huang et al. 2016); draws from the rng 'drop_path'.
+    dtype: of the arithmetic.
+  """
 
   num_heads: int
   mlp_dim: int
+  mlp_norm: str
+  drop_path: float
   dtype: jnp.dtype
 
   @nn.compact
-  def __call__(self, x: jax.Array, tokens: int) -> jax.Array:
+  def __call__(self, x: jax.Array, tokens: int, train: bool) -> jax.Array:
     """Maps [B * T, D] to the same, within each group of T = `tokens`."""
     y = nn.LayerNorm(epsilon=1e-6, dtype=self.dtype, name='norm1')(x)
-    x = x + Attention(self.num_heads, self.dtype, name='attn')(y, tokens)
-    y = nn.LayerNorm(epsilon=1e-6, dtype=self.dtype, name='norm2')(x)
-    return x + Mlp(self.mlp_dim, self.dtype, name='mlp')(y)
+    y = Attention(self.num_heads, self.dtype, name='attn')(y, tokens)
+    x = x + self._dropped(y, tokens, train)
+    if self.mlp_norm == 'batch':
+      y = BatchNorm(dtype=self.dtype, name='norm2')(x, train)
+    else:
+      y = nn.LayerNorm(epsilon=1e-6, dtype=self.dtype, name='norm2')(x)
+    y = Mlp(self.mlp_dim, self.dtype, name='mlp')(y)
+    return x + self._dropped(y, tokens, train)
+
+  def _dropped(self, y: jax.Array, tokens: int, train: bool) -> jax.Array:
+    if not train or self.drop_path == 0:
+      return y
+    keep = 1 - self.drop_path
+    images = jax.random.bernoulli(
+        self.make_rng('drop_path'), keep, (len(y) // tokens, 1)
+    )
+    # Scaled, so that the mean is that of evaluation.
+    return y * (jnp.repeat(images, tokens, axis=0) / keep).astype(y.dtype)
 
 
 class ViT(nn.Module):
-  """Images to the class token after the last block and LayerNorm.
+  """Images to one vector each.
 
   Attributes:
     patch_size: side of a patch, pixels; divides both sides of the image.
     dim, depth, num_heads: width, blocks and attention heads.
-    freeze_patch_embed: stop the gradient right after the patch projection, so
-      it stays random ([P] s4.2). The optimizer must leave it alone as well.
+    patch_embed: 'frozen' = a random linear projection, with the gradient
+      stopped right after it ([P] s4.2; the optimizer must leave it alone as
+      well); 'learned'; 'conv' = `ConvStem`, always learned.
+    positions: 'sincos' (fixed), 'learned' or 'none' ([P] s6.2).
+    readout: 'cls' = class token after the final LayerNorm; 'norm_pool' = mean
+      over the tokens after it; 'pool' = mean over the tokens, no final
+      LayerNorm ([P] s6.2). There is no class token in the last two.
+    mlp_norm, drop_path: of the blocks; the latter grows linearly from 0 in
+      the first block to this in the last.
+    remat: recompute each block in the backward pass instead of keeping its
+      inner activations.
+    scan: run the blocks as one compiled loop. Compiles faster by as many
+      times as there are blocks; copies their weights in every step. The tree
+      of parameters is the same.
     mlp_ratio: hidden width of a block's MLP over `dim`.
     dtype: of the arithmetic; parameters stay float32.
   """
@@ -124,46 +162,103 @@ class ViT(nn.Module):
   dim: int
   depth: int
   num_heads: int
-  freeze_patch_embed: bool
+  patch_embed: str = 'frozen'
+  positions: str = 'sincos'
+  readout: str = 'cls'
+  mlp_norm: str = 'layer'
+  drop_path: float = 0.0
+  remat: bool = False
+  scan: bool = False
   mlp_ratio: int = 4
   dtype: jnp.dtype = jnp.float32
+
+  # What the training step needs to know of a backbone.
+  first_layer = 'patch_embed'
+
+  @property
+  def last_block(self) -> str:
+    """Name of the last block's parameters."""
+    return f'blocks_{self.depth - 1}'
+
+  @property
+  def has_batch_norm(self) -> bool:
+    """Whether an image's features depend on the others of its batch."""
+    return self.patch_embed == 'conv' or self.mlp_norm == 'batch'
+
+  @property
+  def freeze_patch_embed(self) -> bool:
+    """Whether the first layer must not be updated."""
+    return self.patch_embed == 'frozen'
 
   @nn.compact
   def __call__(self, images: jax.Array, train: bool) -> jax.Array:
     """Maps images [B, H, W, C] to features [B, dim]."""
-    del train  # A trunk without BatchNorm or dropout does the same in both.
-    batch, height, width, channels = images.shape
-    patch = (self.patch_size, self.patch_size)
-    x = nn.Conv(
-        self.dim,
-        patch,
-        strides=patch,
-        padding='VALID',
-        dtype=self.dtype,
-        kernel_init=xavier(channels * self.patch_size**2, self.dim),
-        name='patch_embed',
-    )(images)
-    if self.freeze_patch_embed:
-      x = jax.lax.stop_gradient(x)
-    x = x.reshape(batch, -1, self.dim)  # [B, T, D]
-    cls = self.param(
-        'cls_token', nn.initializers.normal(1e-6), (1, 1, self.dim)
-    )
-    cls = jnp.broadcast_to(cls.astype(x.dtype), (batch, 1, self.dim))
-    x = jnp.concatenate([cls, x], axis=1)
-    rows, columns = height // self.patch_size, width // self.patch_size
-    positions = sincos_positions(rows, columns, self.dim)
-    x = x + jnp.asarray(positions, x.dtype)
+    batch = len(images)
+    x = self._embed(images, train)  # [B, T, D]
     tokens = x.shape[1]
     # Tokens as rows of one matrix: on CPU, a gradient that contracts over two
     # axes takes a third longer than over one. Elsewhere it is all the same.
-    x = x.reshape(-1, self.dim)
+    x = self._blocks(x.reshape(-1, self.dim), tokens, train)
+    x = x.reshape(batch, tokens, self.dim)
+    if self.readout == 'cls':
+      x = x[:, 0]
+    if self.readout != 'pool':
+      x = nn.LayerNorm(epsilon=1e-6, dtype=self.dtype, name='norm')(x)
+    return x if self.readout == 'cls' else jnp.mean(x, axis=1)
+
+  def _embed(self, images: jax.Array, train: bool) -> jax.Array:
+    if self.patch_embed == 'conv':
+      x = ConvStem(
+          self.patch_size, self.dim, self.dtype, name='patch_embed'
+      )(images, train)
+    else:
+      x = nn.Conv(
+          self.dim,
+          (self.patch_size, self.patch_size),
+          strides=self.patch_size,
+          padding='VALID',
+          dtype=self.dtype,
+          kernel_init=xavier(
+              images.shape[-1] * self.patch_size**2, self.dim
+          ),
+          name='patch_embed',
+      )(images)
+    if self.freeze_patch_embed:
+      x = jax.lax.stop_gradient(x)
+    batch, rows, columns, _ = x.shape
+    x = x.reshape(batch, -1, self.dim)
+    if self.readout == 'cls':
+      cls = self.param(
+          'cls_token', nn.initializers.normal(1e-6), (1, 1, self.dim)
+      )
+      cls = jnp.broadcast_to(cls.astype(x.dtype), (batch, 1, self.dim))
+      x = jnp.concatenate([cls, x], axis=1)
+    if self.positions == 'none':
+      return x
+    if self.positions == 'learned':
+      table = self.param(
+          'pos_embed', nn.initializers.normal(0.02), (1, *x.shape[1:])
+      )
+    else:
+      table = sincos_positions(rows, columns, self.dim)[:, -x.shape[1] :]
+    return x + jnp.asarray(table, x.dtype)
+
+  def _blocks(self, x: jax.Array, tokens: int, train: bool) -> jax.Array:
+    # Arguments 2 and 3 (after self and x) are Python values.
+    block = nn.remat(Block, static_argnums=(2, 3)) if self.remat else Block
+    arguments = self.num_heads, self.dim * self.mlp_ratio, self.mlp_norm
+    if self.scan and not self.is_initializing():
+      one = block(*arguments, 0.0, self.dtype, parent=None)
+      params = self.variables['params']
+      stacked = jax.tree.map(
+          lambda *leaves: jnp.stack(leaves),
+          *[params[f'blocks_{i}'] for i in range(self.depth)],
+      )
+      body = lambda x, p: (one.apply({'params': p}, x, tokens, train), None)
+      return jax.lax.scan(body, x, stacked)[0]
     for i in range(self.depth):
-      x = Block(
-          self.num_heads,
-          self.dim * self.mlp_ratio,
-          self.dtype,
-          name=f'blocks_{i}',
-      )(x, tokens)
-    x = x.reshape(batch, tokens, self.dim)[:, 0]
-    return nn.LayerNorm(epsilon=1e-6, dtype=self.dtype, name='norm')(x)
+      rate = self.drop_path * i / max(self.depth - 1, 1)
+      x = block(*arguments, rate, self.dtype, name=f'blocks_{i}')(
+          x, tokens, train
+      )
+    return x

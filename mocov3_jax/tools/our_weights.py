@@ -1,0 +1,109 @@
+"""Checkpoints of ours as `Weights`, and back."""
+
+import contextlib
+import sys
+from typing import Any
+
+import jax
+import numpy as np
+
+from mocov3_jax import checkpoint, train
+from mocov3_jax import config as config_lib
+from mocov3_jax import workdir as workdir_lib
+from mocov3_jax.tools import torch_names
+from mocov3_jax.tools.torch_names import Path
+from mocov3_jax.tools.weights import MOMENTS, Weights
+from mocov3_jax.train_step import TrainState, init_state
+
+NETWORKS = ('params', 'batch_stats', 'target_params', 'target_batch_stats')
+SLOTS = tuple(MOMENTS.values())
+
+
+def read(path: str) -> Weights:
+  """Reads all networks and moments of a checkpoint.
+
+  Args:
+    path: a workdir or one checkpoints/<step>.
+
+  Raises:
+    UserError: if it is none, or cannot be read.
+  """
+  run, folder = checkpoint.find(path)
+  config = workdir_lib.read_training_config(run)
+  flat = {}
+  for keys, array in _leaves(checkpoint.restore_whole(folder)):
+    if keys[0] in NETWORKS:
+      flat[keys] = array
+    for slot in SLOTS:
+      if keys[0] == 'opt_state' and slot in keys:
+        flat[keys[keys.index(slot) :]] = array
+  names = {keys: '/'.join(keys) for keys in flat}
+  return Weights(config, int(folder.name), flat, names)
+
+
+def _leaves(tree: Any) -> list[tuple[Path, np.ndarray]]:
+  leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
+  return [(_keys(path), leaf) for path, leaf in leaves]
+
+
+def _keys(path: tuple[Any, ...]) -> Path:
+  return tuple(
+      jax.tree_util.keystr((key,), simple=True) for key in path
+  )
+
+
+def write(path: str, weights: Weights) -> dict[Path, str]:
+  """Writes a workdir with one checkpoint.
+
+  It holds a TrainState, with which `train` can continue, if the weights are
+  complete; else what there is of the networks.
+
+  Args:
+    path: of the workdir.
+    weights: what to write.
+
+  Returns:
+    The name of each array that was written, by its path.
+
+  Raises:
+    UserError: if it cannot be written.
+  """
+  state = train_state(weights)
+  written = dict(weights.flat)
+  if state is None:
+    written = {k: x for k, x in written.items() if k[0] in NETWORKS}
+    state = torch_names.unflatten(written)
+  with workdir_lib.claimed(path, weights.config) as workdir:
+    checkpoints = checkpoint.Checkpoints(workdir, 1, 0, _warn)
+    with contextlib.closing(checkpoints):
+      checkpoints.save(weights.step, state, {})
+  return {keys: '/'.join(keys) for keys in written}
+
+
+def _warn(text: str) -> None:
+  print(text, file=sys.stderr, flush=True)
+
+
+def train_state(weights: Weights) -> TrainState | None:
+  """The state of the run, or None if something of it is not there."""
+  config = weights.config
+  size, channels = config.data.image_size, len(config.data.mean)
+  # The schedules are not part of the state; any will do.
+  method = train.build_method(config, config_lib.Plan(1, 1, 0, 1.0))
+  abstract = jax.eval_shape(
+      lambda: init_state(method, jax.random.key(0), (size, size, channels))
+  )
+
+  def value(path, leaf):
+    keys = _keys(path)
+    if keys[-1] in ('step', 'count'):
+      return np.asarray(weights.step, leaf.dtype)
+    for slot in SLOTS:
+      if keys[0] == 'opt_state' and slot in keys:
+        return weights.flat[keys[keys.index(slot) :]]
+    return weights.flat[keys]
+
+  try:
+    return jax.tree_util.tree_map_with_path(value, abstract)
+  except KeyError:
+    return None

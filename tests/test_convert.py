@@ -1,0 +1,376 @@
+"""Weights in and out: ours, the release's, and timm's."""
+
+import json
+import sys
+
+import golden
+import jax
+import numpy as np
+import pytest
+import tiny
+
+from mocov3_jax import checkpoint, convert, train
+from mocov3_jax import config as config_lib
+from mocov3_jax import workdir as workdir_lib
+from mocov3_jax.errors import UserError
+from mocov3_jax.tools import (
+  our_weights,
+  torch_names,
+  torch_weights,
+  trained,
+  weight_files,
+  weights,
+)
+
+NAMES = json.loads((golden.FOLDER / 'state_dict_names.json').read_text())
+RESNET_HEAD = {'projector_layers': 2, 'predictor_out_bn': False}
+ARCHITECTURES = {
+    'vit_small': ({'name': 'vit_s'}, {}),
+    'vit_base': ({'name': 'vit_b'}, {}),
+    'vit_conv_small': ({'name': 'vit_s', 'patch_embed': 'conv'}, {}),
+    'vit_conv_base': ({'name': 'vit_b', 'patch_embed': 'conv'}, {}),
+    'resnet50': ({'name': 'resnet50'}, RESNET_HEAD),
+}
+FULL = ('params', 'batch_stats', 'target_params', 'target_batch_stats')
+
+
+def architecture(name):
+  model, head = ARCHITECTURES[name]
+  c = config_lib.default_config()
+  with c.unlocked():
+    c.model.update(model)
+    c.head.update(head)
+  return c
+
+
+def small_config(**overrides):
+  return tiny.config(**{
+      'schedule.steps': 4, 'schedule.warmup_epochs': 0.0,
+      'knn.every_steps': 0, 'save.every_steps': 2,
+  } | overrides)
+
+
+RESNET = {
+    'model.name': 'resnet18', 'model.dim': 4, 'model.depth': 0,
+    'model.num_heads': 0, 'model.small_images': True,
+    'optimizer.name': 'lars', 'head.projector_layers': 2,
+    'head.predictor_out_bn': False,
+}
+
+
+def random_run(path, config):
+  """A checkpoint of step 4 with random numbers everywhere."""
+  rng = np.random.default_rng(0)
+  flat = {}
+  for (collection, *rest), x in weights.network_shapes(config).items():
+    fields = [collection]
+    if rest[0] != 'predictor':
+      fields.append(f'target_{collection}')
+    if collection == 'params':
+      fields.append('trace')
+    for field in fields:
+      flat[field, *rest] = rng.normal(size=x.shape).astype(np.float32)
+  our_weights.write(str(path), weights.Weights(config, 4, flat, {}))
+
+
+@pytest.fixture(scope='module')
+def runs(tmp_path_factory):
+  """A short run of a ViT, and a random ResNet: (config, workdir) by name."""
+  folder = tmp_path_factory.mktemp('runs')
+  found = {
+      'vit': (small_config(), folder / 'vit'),
+      'resnet': (small_config(**RESNET), folder / 'resnet'),
+  }
+  config, path = found['vit']
+  train.train(config, str(path))
+  config, path = found['resnet']
+  random_run(path, config)
+  return found
+
+
+def leaves(workdir, fields=FULL):
+  """All arrays of a checkpoint by path."""
+  _, folder = checkpoint.find(str(workdir))
+  tree = checkpoint.restore_whole(folder)
+  return torch_names.flatten({k: v for k, v in tree.items() if k in fields})
+
+
+def assert_same(one, other):
+  assert one.keys() == other.keys()
+  for path, array in one.items():
+    np.testing.assert_array_equal(array, other[path], err_msg=str(path))
+    assert array.dtype == other[path].dtype
+
+
+@pytest.mark.parametrize('name', ARCHITECTURES)
+def test_every_name_and_shape_of_the_release_has_its_place(name):
+  config = architecture(name)
+  places = weights.full_places(config)
+  constants = weights.constants(config, places, step=1)
+  ours = {n: list(p.shape) for n, p in places.items()}
+  ours |= {n: list(x.shape) for n, x in constants.items()}
+  theirs = {
+      n.removeprefix('module.'): shape
+      for n, (shape, _) in NAMES[name]['state_dict'].items()
+  }
+  assert ours == theirs
+  # One to one: no two tensors share a place.
+  assert len({p.path for p in places.values()}) == len(places)
+  assert torch_names.in_order(ours) == list(theirs)
+  order = weights.parameter_order(ours)
+  assert order == NAMES[name]['parameter_order']
+
+
+@pytest.mark.parametrize('name', ARCHITECTURES)
+def test_parameter_counts_are_the_originals(name):
+  config = architecture(name)
+  count = {'base_encoder': 0, 'predictor': 0}
+  for path, leaf in weights.network_shapes(config).items():
+    if path[0] == 'params':
+      owner = 'predictor' if path[1] == 'predictor' else 'base_encoder'
+      count[owner] += leaf.size
+  # The original counts its fixed positions, too.
+  if name != 'resnet50':
+    count['base_encoder'] += weights.position_table(config).size
+  wanted = NAMES[name]['n_params']
+  assert count == {k: wanted[k] for k in count}
+
+
+@pytest.mark.parametrize('name', ARCHITECTURES)
+def test_a_backbone_has_the_names_of_the_releases_export(name):
+  if name == 'resnet50':  # There the release leaves the projector in.
+    config = architecture(name)
+    places = weights.backbone_places(config, 'query')
+    assert set(places) < set(NAMES[name]['deit'])
+    return
+  config = architecture(name)
+  places = weights.backbone_places(config, 'query')
+  constants = weights.constants(config, places, step=1)
+  names = {n: list(p.shape) for n, p in places.items()}
+  names |= {n: list(x.shape) for n, x in constants.items()}
+  assert names == NAMES[name]['deit']
+
+
+@pytest.mark.parametrize('name', ARCHITECTURES)
+def test_the_architecture_is_read_off_the_tensors(name):
+  config = architecture(name)
+  places = weights.full_places(config)
+  tensors = {
+      n: np.broadcast_to(np.float32(0), p.shape) for n, p in places.items()
+  }
+  tensors |= weights.constants(config, places, step=1)
+  found = torch_weights._inferred('x.pth.tar', tensors, True, 0, frozen=True)
+  for group in 'model', 'head':
+    assert found[group] == config[group]
+  assert found.data.image_size == 224
+
+
+def test_round_trip_through_safetensors_is_exact(runs, tmp_path, capsys):
+  for name, (_, run) in runs.items():
+    file, back = tmp_path / f'{name}.safetensors', tmp_path / name
+    for encoder, fields in ('query', FULL[:2]), ('momentum', FULL[2:]):
+      file.unlink(missing_ok=True)
+      result = convert.convert(str(run), str(file), encoder)
+      there = convert.convert(str(file), str(back / encoder))
+      wanted = {
+          (FULL[:2][fields.index(path[0])], *path[1:]): array
+          for path, array in leaves(run, fields).items()
+          if path[1] == 'backbone'
+      }
+      assert_same(leaves(back / encoder), wanted)
+      assert result['tensors'] == there['tensors'] == len(wanted)
+  # The report names each tensor on both sides, and its shape.
+  lines = capsys.readouterr().out.splitlines()
+  wanted = ['blocks.0.attn.qkv.weight', '->',
+            'params/backbone/blocks_0/attn/qkv/kernel', '(16,', '48)']
+  assert wanted in [line.split() for line in lines]
+
+
+def test_a_converted_backbone_has_the_same_features(runs, tmp_path):
+  config, run = runs['vit']
+  file, back = str(tmp_path / 'a.safetensors'), str(tmp_path / 'back')
+  convert.convert(str(run), file)
+  convert.convert(file, back)
+  x = np.random.default_rng(0).normal(size=(3, 8, 8, 1)).astype(np.float32)
+  features = []
+  for folder in run, back:
+    found = trained.find(str(folder))
+    params, stats = trained.restore(found, train.sharding.make_mesh())
+    features.append(found.model.apply(
+        {'params': params, 'batch_stats': stats}, x, train=False,
+        method='features',
+    ))
+  np.testing.assert_array_equal(*features)
+
+
+def test_golden_features_after_the_real_converter(tmp_path):
+  arrays, meta = golden.load('vit_step')
+  tensors = {
+      name.removeprefix('init/base_encoder.'): array
+      for name, array in arrays.items()
+      if name.startswith('init/base_encoder.') and '.head.' not in name
+  }
+  file = tmp_path / 'tiny.safetensors'
+  weight_files.write_safetensors(file, tensors, {})
+  with pytest.raises(UserError, match='--num_heads=N'):
+    convert.convert(str(file), str(tmp_path / 'run'))
+  convert.convert(str(file), str(tmp_path / 'run'), num_heads=4)
+  found = trained.find(str(tmp_path / 'run'))
+  assert found.model.backbone.patch_size == 8
+  assert found.config.data.image_size == 32
+  params, stats = trained.restore(found, train.sharding.make_mesh())
+  for x, feature in ('x1', 'feat1'), ('x2', 'feat2'):
+    got = found.model.apply(
+        {'params': params, 'batch_stats': stats},
+        arrays[x].transpose(0, 2, 3, 1), train=False, method='features',
+    )
+    want = arrays[feature]
+    assert np.abs(got - want).max() < 1e-4 * np.abs(want).max()
+
+
+def release_tensors(config, seed=0):
+  """Random tensors of a whole checkpoint of the release."""
+  rng = np.random.default_rng(seed)
+  places = weights.full_places(config)
+  tensors = {
+      n: rng.normal(size=p.shape).astype(np.float32)
+      for n, p in places.items()
+  }
+  return tensors | weights.constants(config, places, step=3)
+
+
+def backbone_file(path, change):
+  """A safetensors file of a small ViT's backbone, after `change`."""
+  config = tiny.config()
+  places = weights.backbone_places(config, 'query')
+  tensors = {n: np.ones(p.shape, np.float32) for n, p in places.items()}
+  tensors |= weights.constants(config, places, step=0)
+  change(tensors)
+  weight_files.write_safetensors(path, tensors, {})
+
+
+@pytest.mark.parametrize(
+    'change, words',
+    [
+        (lambda t: t.pop('norm.weight'), ['missing: norm.weight']),
+        (
+            lambda t: t.update(extra=np.zeros(3, np.float32)),
+            ['left over: extra', '--ignore'],
+        ),
+        (
+            lambda t: t.update({'norm.bias': np.zeros(3, np.float32)}),
+            ['norm.bias (3,) instead of (16,)'],
+        ),
+        (
+            lambda t: [t.pop(n) for n in list(t) if 'blocks' in n],
+            ['blocks.0.norm1.weight'],
+        ),
+        (lambda t: t.pop('patch_embed.proj.weight'), ['neither a ViT nor']),
+    ],
+)
+def test_what_does_not_fit_is_listed_and_nothing_written(
+    tmp_path, change, words
+):
+  backbone_file(tmp_path / 'a.safetensors', change)
+  with pytest.raises(UserError) as error:
+    convert.convert(
+        str(tmp_path / 'a.safetensors'), str(tmp_path / 'run'), num_heads=2
+    )
+  for word in words:
+    assert word in str(error.value)
+  assert not (tmp_path / 'run').exists()
+
+
+def test_leftovers_that_are_named_are_left_out(tmp_path, capsys):
+  backbone_file(
+      tmp_path / 'a.safetensors',
+      lambda t: t.update({'x.a': np.zeros(3, np.float32),
+                          'x.b': np.zeros(3, np.float32)}),
+  )
+  result = convert.convert(
+      str(tmp_path / 'a.safetensors'), str(tmp_path / 'run'), num_heads=2,
+      ignore=('x.*',),
+  )
+  assert result['left_out'] == 3  # And the fixed positions.
+  assert 'x.a' in capsys.readouterr().out
+
+
+def test_another_architecture_than_the_configs_is_refused(tmp_path):
+  backbone_file(tmp_path / 'a.safetensors', lambda t: None)
+  with pytest.raises(UserError) as error:
+    convert.convert(
+        str(tmp_path / 'a.safetensors'), str(tmp_path / 'run'),
+        config=tiny.config(**{'model.depth': 2}),
+    )
+  assert 'missing: blocks.1.norm1.weight' in str(error.value)
+
+
+def test_learned_positions_are_kept(tmp_path):
+  table = np.random.default_rng(0).normal(size=(1, 5, 16))
+  backbone_file(
+      tmp_path / 'a.safetensors',
+      lambda t: t.update(pos_embed=table.astype(np.float32)),
+  )
+  convert.convert(
+      str(tmp_path / 'a.safetensors'), str(tmp_path / 'run'), num_heads=2
+  )
+  config = workdir_lib.read_training_config(tmp_path / 'run')
+  assert config.model.positions == 'learned'
+  found = leaves(tmp_path / 'run')
+  np.testing.assert_array_equal(
+      found['params', 'backbone', 'pos_embed'], table.astype(np.float32)
+  )
+
+
+def test_a_linear_classifier_travels_along(tmp_path):
+  head = np.random.default_rng(0).normal(size=(10, 16)).astype(np.float32)
+  backbone_file(
+      tmp_path / 'a.safetensors',
+      lambda t: t.update({'head.weight': head,
+                          'head.bias': np.ones(10, np.float32)}),
+  )
+  convert.convert(
+      str(tmp_path / 'a.safetensors'), str(tmp_path / 'run'), num_heads=2
+  )
+  convert.convert(str(tmp_path / 'run'), str(tmp_path / 'b.safetensors'))
+  one, two = (
+      weight_files.read(tmp_path / f'{name}.safetensors') for name in 'ab'
+  )
+  assert_same(one.tensors, two.tensors)
+
+
+def test_a_truncated_safetensors_file_is_refused(tmp_path):
+  backbone_file(tmp_path / 'a.safetensors', lambda t: None)
+  data = (tmp_path / 'a.safetensors').read_bytes()
+  (tmp_path / 'a.safetensors').write_bytes(data[: len(data) // 2])
+  with pytest.raises(UserError, match='cannot be read as safetensors'):
+    convert.convert(str(tmp_path / 'a.safetensors'), str(tmp_path / 'run'))
+
+
+def test_an_old_config_is_told_so(runs, tmp_path):
+  _, run = runs['vit']
+  saved = json.loads((run / 'config.json').read_text())
+  del saved['model']['readout']
+  (tmp_path / 'config.json').write_text(json.dumps(saved))
+  with pytest.raises(UserError, match='lacks fields: model.readout'):
+    workdir_lib.read_training_config(workdir_lib.absolute(str(tmp_path)))
+
+
+def test_a_complete_state_is_recognised(runs):
+  for config, run in runs.values():
+    found = our_weights.read(str(run))
+    state = our_weights.train_state(found)
+    method = train.build_method(config, config_lib.Plan(1, 1, 0, 1.0))
+    wanted = jax.tree.structure(method.optimizer.init(state.params))
+    assert jax.tree.structure(state.opt_state) == wanted
+    some = {k: v for k, v in found.flat.items() if k[0] in FULL}
+    partial = weights.Weights(config, 4, some, {})
+    assert our_weights.train_state(partial) is None
+
+
+def test_torch_is_asked_for_where_it_is_not_installed(
+    runs, tmp_path, monkeypatch
+):
+  monkeypatch.setitem(sys.modules, 'torch', None)
+  with pytest.raises(UserError, match='pip install torch'):
+    convert.convert(str(runs['vit'][1]), str(tmp_path / 'a.pth.tar'))
