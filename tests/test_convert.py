@@ -92,7 +92,9 @@ def leaves(workdir, fields=FULL):
   """All arrays of a checkpoint by path."""
   _, folder = checkpoint.find(str(workdir))
   tree = checkpoint.restore_whole(folder)
-  return torch_names.flatten({k: v for k, v in tree.items() if k in fields})
+  return {
+      path: x for path, x in our_weights.leaves(tree) if path[0] in fields
+  }
 
 
 def assert_same(one, other):

@@ -31,7 +31,7 @@ def read(path: str) -> Weights:
   run, folder = checkpoint.find(path)
   config = workdir_lib.read_training_config(run)
   flat = {}
-  for keys, array in _leaves(checkpoint.restore_whole(folder)):
+  for keys, array in leaves(checkpoint.restore_whole(folder)):
     if keys[0] in NETWORKS:
       flat[keys] = array
     for slot in SLOTS:
@@ -41,9 +41,10 @@ def read(path: str) -> Weights:
   return Weights(config, int(folder.name), flat, names)
 
 
-def _leaves(tree: Any) -> list[tuple[Path, np.ndarray]]:
-  leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
-  return [(_keys(path), leaf) for path, leaf in leaves]
+def leaves(tree: Any) -> list[tuple[Path, np.ndarray]]:
+  """The leaves of any tree with the names on their way."""
+  found, _ = jax.tree_util.tree_flatten_with_path(tree)
+  return [(_keys(path), leaf) for path, leaf in found]
 
 
 def _keys(path: tuple[Any, ...]) -> Path:

@@ -71,8 +71,9 @@ def read(
   order = weights.parameter_order(file.tensors) if moments else []
   moments = weights.moments_from_torch(source, moments, order, places)
   names = {place.path: name for name, place in places.items()}
+  theirs = {ours: slot for slot, ours in weights.MOMENTS.items()}
   for slot, *rest in moments:
-    names[slot, *rest] = f'{names["params", *rest]} ({slot})'
+    names[slot, *rest] = f'{names["params", *rest]} ({theirs[slot]})'
   left_out = dict.fromkeys(dropped, 'ignored')
   left_out |= {n: 'not a weight' for n in known if n in tensors}
   kept = {'state_dict', 'model'} | ({'optimizer'} if moments else set())

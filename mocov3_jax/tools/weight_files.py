@@ -5,6 +5,7 @@ from collections.abc import Mapping
 import dataclasses
 import pickle
 from typing import Any
+import warnings
 
 from etils import epath
 import numpy as np
@@ -67,7 +68,10 @@ def _read_torch(path: epath.Path) -> File:
   try:
     # Tensors and plain containers only; nothing in the file is executed.
     # DeiT's training saves its arguments as well, a harmless namespace.
-    with torch.serialization.safe_globals([argparse.Namespace]):
+    with warnings.catch_warnings(), torch.serialization.safe_globals(
+        [argparse.Namespace]
+    ):
+      warnings.simplefilter('ignore')  # The error says it all.
       content = torch.load(path, map_location='cpu', weights_only=True)
   except pickle.UnpicklingError as e:
     raise UserError(

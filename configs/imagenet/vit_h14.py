@@ -1,0 +1,35 @@
+"""ViT-H/14 on ImageNet: the row "ViT-H" of the paper's figure 8.
+
+The recipe of section 5: AdamW, batch 4096, learning rate 1.5e-4 per 256 images,
+weight decay 0.1, 40 epochs of warm-up, half-cycle cosine, frozen random patch
+projection, temperature 0.2. Momentum from 0.99 by a half cosine to 1, and the
+decay of 0.1, are those of the paper's PyTorch release (the paper's table has
+0.99 as the default, and does not say how it moves).
+There is no public code or checkpoint of this row: patch size and sizes are
+the paper's (tables 2 and 3), all else as ViT-B/16.
+
+Command:
+  python -m mocov3_jax.train --config=configs/imagenet/vit_h14.py \\
+      --workdir=runs/vit_h14
+  A number after a colon sets the epochs: vit_h14.py:100. TFDS has to prepare
+  imagenet2012 once (docs/data.md); for a folder with a subfolder a class:
+  --config.data.source=folder:/imagenet/train.
+Hardware and time: the paper's table 3 has 9.8 hours per 100 epochs on 512
+  TPU v3. Set --config.model.remat=True where memory is short.
+  Not run by this project.
+Expected: linear probe 78.1 % after 300 epochs in the paper.
+  Not reproduced by this project.
+"""
+
+from mocov3_jax.config import default_config
+
+
+def get_config(epochs='300'):
+  c = default_config()
+  c.data.source = 'tfds:imagenet2012'
+  c.model.name = 'vit_h'
+  c.model.patch_size = 14
+  c.model.dtype = 'bfloat16'
+  c.schedule.epochs = float(epochs)
+  c.knn.every_steps = 100
+  return c

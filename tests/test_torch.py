@@ -1,0 +1,322 @@
+"""Against PyTorch and timm, where they are installed."""
+
+import argparse
+import os
+import pickle
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import test_convert
+import tiny
+
+from mocov3_jax import config as config_lib
+from mocov3_jax import convert, models, objectives, optim, train
+from mocov3_jax.errors import UserError
+from mocov3_jax.tools import torch_names, weights
+from mocov3_jax.train_step import Method, TrainState, train_step
+
+torch = pytest.importorskip('torch')
+timm = pytest.importorskip('timm')
+torch_moco = pytest.importorskip('torch_moco')
+
+
+def random_tree(config, seed=0):
+  """Random weights near an initialisation, and plausible statistics."""
+  rng = np.random.default_rng(seed)
+  flat = {}
+  for path, x in weights.network_shapes(config).items():
+    leaf = path[-1]
+    values = rng.normal(size=x.shape).astype(np.float32)
+    if leaf == 'kernel':
+      values *= np.sqrt(2 / np.prod(x.shape[:-1]))
+    elif leaf in ('scale', 'var'):
+      values = 1 + 0.1 * np.abs(values)
+    else:
+      values *= 0.1
+    flat[path] = values
+  return flat
+
+
+@pytest.mark.parametrize(
+    'ours, theirs, arguments',
+    [
+        ('vit_s', 'vit_small_patch16_224', {'num_heads': 12}),
+        ('vit_b', 'vit_base_patch16_224', {}),
+        ('resnet50', 'resnet50', {}),
+        ('resnet18', 'resnet18', {}),
+    ],
+)
+def test_full_size_backbones_agree(tmp_path, ours, theirs, arguments):
+  config = config_lib.default_config()
+  config.model.name = ours
+  config.head.hidden_dim = config.head.out_dim = 8
+  source = weights.Weights(config, 1, random_tree(config), {})
+  places = weights.backbone_places(config, 'query')
+  state = {
+      n: torch.tensor(x) for n, x in weights.to_torch(source, places).items()
+  }
+  net = timm.create_model(theirs, num_classes=0, **arguments)
+  net.load_state_dict(state, strict=True)
+  net.eval()
+  x = np.random.default_rng(1).normal(size=(2, 224, 224, 3))
+  x = x.astype(np.float32)
+  with torch.no_grad():
+    want = net(torch.tensor(x.transpose(0, 3, 1, 2))).numpy()
+  model = models.build(config.model, config.head, 224)
+  variables = torch_names.unflatten(source.flat)
+  got = jax.jit(
+      lambda v, x: model.apply(v, x, train=False, method='features')
+  )(variables, x)
+  assert np.abs(got - want).max() < 1e-4 * np.abs(want).max()
+
+
+def test_ten_lars_steps_in_float64():
+  width, hidden, outputs, steps = 8, 32, 16, 10
+  rate = lambda step: 0.5 * min(1, step / 3)
+  momentum = lambda step: 1 - 0.1 * (1 - step / steps)
+  torch.manual_seed(0)
+  nets = torch_moco.Networks(width, hidden, outputs).double()
+  with torch.no_grad():  # Off the zeros and ones, so that all must be right.
+    for p in nets.parameters():
+      p.add_(0.05 * torch.randn_like(p))
+  nets.momentum_encoder.load_state_dict(nets.base_encoder.state_dict())
+  trained = [*nets.base_encoder.parameters(), *nets.predictor.parameters()]
+  buffers = [torch.zeros_like(p) for p in trained]
+  x = torch.randn(steps, 2, 16, 3, 32, 32, dtype=torch.float64)
+
+  with jax.enable_x64(True):
+    model = models.Network(
+        backbone=models.ResNet((1, 1, 1, 1), True, width, dtype=jnp.float64),
+        projector=models.MlpHead(2, hidden, outputs, dtype=jnp.float64),
+        predictor=models.MlpHead(
+            2, hidden, outputs, out_bn=False, dtype=jnp.float64
+        ),
+    )
+    c = config_lib.default_config().optimizer
+    c.update(name='lars', weight_decay=1e-3)
+    schedule = lambda step: jnp.array([rate(i) for i in range(steps)])[step]
+    method = Method(
+        model=model,
+        objective=lambda online, target: objectives.moco_v3(
+            online, target, temperature=1.0
+        ),
+        optimizer=optim.build(c, schedule, freeze_patch_embed=False),
+        augment=lambda images, key: images,
+        learning_rate=schedule,
+        momentum=lambda step: jnp.array(
+            [momentum(i) for i in range(steps)]
+        )[step],
+    )
+    state = our_state(method, nets)
+    step = jax.jit(train_step, static_argnums=0)
+    for i in range(steps):
+      for p in trained:
+        p.grad = None
+      loss = torch_moco.loss(nets, *x[i], momentum(i), 1.0)
+      loss.backward()
+      torch_moco.lars(trained, buffers, rate(i), 0.9, 1e-3, 1e-3)
+      views = jnp.asarray(x[i].numpy().transpose(1, 0, 3, 4, 2))
+      state, metrics = step(method, jax.random.key(0), state, views)
+      np.testing.assert_allclose(
+          metrics['train/loss'], loss.item(), rtol=1e-9, err_msg=str(i)
+      )
+    want = our_state(method, nets)
+    for field in test_convert.FULL:
+      jax.tree.map(
+          lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-8),
+          getattr(state, field), getattr(want, field),
+      )
+
+
+def our_state(method, nets):
+  """The torch networks as our state, in float64."""
+  arrays = {k: v.numpy() for k, v in nets.state_dict().items()}
+  shapes = jax.eval_shape(
+      lambda: method.model.init(
+          jax.random.key(0), jnp.zeros((2, 2, 32, 32, 3)), train=True
+      )
+  )
+  flat = {}
+  for collection, *rest in torch_names.flatten(shapes):
+    name = torch_names.torch_name(tuple(rest), 'fc')
+    for owner, fields in weights.FIELDS.items():
+      full = name if rest[0] == 'predictor' else f'{owner}.{name}'
+      if rest[0] == 'predictor' and owner == 'momentum_encoder':
+        continue
+      path = (fields[collection], *rest)
+      flat[path] = jnp.asarray(torch_names.to_our_layout(arrays[full], path))
+  tree = torch_names.unflatten(flat)
+  return TrainState(
+      step=jnp.zeros((), jnp.int32),
+      opt_state=method.optimizer.init(tree['params']),
+      **tree,
+  )
+
+
+runs = test_convert.runs
+
+
+def test_round_trip_through_the_release_is_exact(runs, tmp_path):
+  everything = (*test_convert.FULL, 'step', 'opt_state')
+  for name, (config, run) in runs.items():
+    file, back = tmp_path / f'{name}.pth.tar', tmp_path / name
+    convert.convert(str(run), str(file))
+    result = convert.convert(str(file), str(back), config=config)
+    assert result['step'] == 4
+    test_convert.assert_same(
+        test_convert.leaves(back, everything),
+        test_convert.leaves(run, everything),
+    )
+
+
+def test_a_converted_run_can_be_continued(runs, tmp_path):
+  config, run = runs['vit']
+  file, back = tmp_path / 'a.pth.tar', tmp_path / 'back'
+  # From step 2: a workdir that had only got so far.
+  convert.convert(f'{run}/checkpoints/2', str(file))
+  convert.convert(str(file), str(back), config=config)
+  train.train(config, str(back))
+  test_convert.assert_same(
+      test_convert.leaves(back), test_convert.leaves(run)
+  )
+
+
+def test_without_a_recipe_the_optimizer_is_left_out(runs, tmp_path, capsys):
+  _, run = runs['vit']
+  file, back = tmp_path / 'a.pth.tar', tmp_path / 'back'
+  convert.convert(str(run), str(file))
+  convert.convert(str(file), str(back), num_heads=2)
+  assert 'optimizer' in capsys.readouterr().out
+  test_convert.assert_same(
+      test_convert.leaves(back), test_convert.leaves(run)
+  )
+
+
+def test_a_checkpoint_has_the_keys_of_the_release(runs, tmp_path):
+  _, run = runs['vit']
+  convert.convert(str(run), str(tmp_path / 'a.pth.tar'))
+  content = torch.load(tmp_path / 'a.pth.tar', weights_only=True)
+  wanted = test_convert.NAMES['vit_small']
+  assert list(content) == wanted['checkpoint_keys']
+  group = content['optimizer']['param_groups'][0]
+  assert set(group) == set(wanted['optimizer_param_groups'])
+  assert set(content['optimizer']['state'][0]) == set(
+      wanted['optimizer_state_keys']
+  )
+  order = weights.parameter_order(
+      {n.removeprefix('module.'): x for n, x in content['state_dict'].items()}
+  )
+  frozen = {
+      order[i] for i in range(len(order))
+      if i not in content['optimizer']['state']
+  }
+  base = {n for n in frozen if not n.startswith('momentum_encoder.')}
+  assert base == {
+      'base_encoder.pos_embed', 'base_encoder.patch_embed.proj.weight',
+      'base_encoder.patch_embed.proj.bias',
+  }
+  # PyTorch's own AdamW accepts it.
+  parameters = [
+      torch.nn.Parameter(content['state_dict'][f'module.{n}']) for n in order
+  ]
+  torch.optim.AdamW(parameters).load_state_dict(content['optimizer'])
+
+
+def test_every_full_checkpoint_fills_timms_model(tmp_path):
+  # The export of a whole run: names, shapes, metadata.
+  config = tiny.config()
+  test_convert.random_run(tmp_path / 'run', config)
+  for encoder in 'query', 'momentum':
+    for suffix in '.safetensors', '.pth':
+      file = tmp_path / f'{encoder}{suffix}'
+      convert.convert(str(tmp_path / 'run'), str(file), encoder)
+    net = timm.models.VisionTransformer(
+        img_size=8, patch_size=4, in_chans=1, num_classes=0, embed_dim=16,
+        depth=1, num_heads=2,
+    )
+    state = timm.models.load_state_dict(
+        str(tmp_path / f'{encoder}.safetensors')
+    )
+    net.load_state_dict(state, strict=True)
+    pth = torch.load(tmp_path / f'{encoder}.pth', weights_only=True)['model']
+    assert {n: tuple(x.shape) for n, x in pth.items()} == {
+        n: tuple(x.shape) for n, x in state.items()
+    }
+
+
+def test_the_releases_linear_probe_and_deit_files_are_read(tmp_path):
+  def with_head(tensors):
+    tensors['head.weight'] = np.ones((10, 16), np.float32)
+    tensors['head.bias'] = np.zeros(10, np.float32)
+
+  test_convert.backbone_file(tmp_path / 'a.safetensors', with_head)
+  state = {
+      n: torch.tensor(x) for n, x in test_convert.weight_files.read(
+          tmp_path / 'a.safetensors'
+      ).tensors.items()
+  }
+  probe = {
+      'epoch': 90, 'arch': 'vit_small', 'best_acc1': torch.tensor(76.7),
+      'state_dict': {f'module.{n}': x for n, x in state.items()},
+      'optimizer': {'state': {0: {'momentum_buffer': torch.zeros(3)}},
+                    'param_groups': []},
+  }
+  torch.save(probe, tmp_path / 'probe.pth.tar')
+  torch.save(
+      {'model': state, 'args': argparse.Namespace(lr=1)}, tmp_path / 'deit.pth'
+  )
+  torch.save(
+      {n: x.bfloat16() if x.is_floating_point() else x
+       for n, x in state.items()},
+      tmp_path / 'bare.pth',
+  )
+  for name in 'probe.pth.tar', 'deit.pth', 'bare.pth':
+    back = tmp_path / name.split('.')[0]
+    result = convert.convert(
+        str(tmp_path / name), str(back), num_heads=2,
+        ignore=('pos_embed',) if name == 'bare.pth' else (),
+    )
+    assert result['tensors'] == 19
+    head = test_convert.leaves(back)['params', 'classifier', 'kernel']
+    assert head.shape == (16, 10) and head.dtype == np.float32
+
+
+class Malicious:
+  """Creates a file when it is unpickled."""
+
+  def __init__(self, path):
+    self.path = str(path)
+
+  def __reduce__(self):
+    return os.mkdir, (self.path,)
+
+
+@pytest.mark.parametrize('how', ['pickle', 'torch', 'inside'])
+def test_a_malicious_pickle_is_refused_and_creates_nothing(tmp_path, how):
+  trap, file = Malicious(tmp_path / 'created'), tmp_path / 'evil.pth.tar'
+  if how == 'pickle':
+    file.write_bytes(pickle.dumps(trap))
+  elif how == 'torch':
+    torch.save(trap, file)
+  else:
+    torch.save({'state_dict': {'a': torch.zeros(1)}, 'x': trap}, file)
+  code, out, err = tiny.run(
+      'convert', f'--from={file}', f'--to={tmp_path / "run"}'
+  )
+  assert code == 2, err
+  assert err.startswith(f'error: --from={file} is refused')
+  assert 'Traceback' not in err and not out
+  assert sorted(p.name for p in tmp_path.iterdir()) == ['evil.pth.tar']
+
+
+def test_a_truncated_file_is_refused(runs, tmp_path):
+  file = tmp_path / 'a.pth.tar'
+  convert.convert(str(runs['vit'][1]), str(file))
+  data = file.read_bytes()
+  for part in data[: len(data) // 2], data[:100], b'':
+    file.write_bytes(part)
+    with pytest.raises(UserError, match=r'a\.pth\.tar'):
+      convert.convert(str(file), str(tmp_path / 'run'))
+    assert not (tmp_path / 'run').exists()
