@@ -12,4 +12,5 @@ use_venv requirements-test.txt
 # The tests see eight devices of their own making.
 unset XLA_FLAGS
 export JAX_PLATFORMS=cpu
-exec "$python" -m pytest "$@"
+# A process a core; a file's tests stay together, since they share fixtures.
+exec "$python" -m pytest --numprocesses=auto --dist=loadfile "$@"

@@ -152,6 +152,36 @@ CASES = {
         ['--config=configs/eval_knn.py', '--config.protocol=nn'],
         ["protocol='nn'", 'knn'],
     ),
+    'a checkpoint of nothing': (
+        'extract', ['--checkpoint=docs', '--out=/nowhere/x.npz'],
+        ["checkpoint='docs'"],
+    ),
+    'an unknown layer': (
+        'extract',
+        ['--checkpoint=docs', '--out=/nowhere/x.npz', '--layer=head'],
+        ["--layer='head'", 'backbone, projector'],
+    ),
+    'features of another kind': (
+        'extract', ['--checkpoint=docs', '--out=/nowhere/x.csv'],
+        ['--out=/nowhere/x.csv', '.npz'],
+    ),
+    'nothing to convert': ('convert', [], ['--from=...', '--to=...']),
+    'two folders to convert': (
+        'convert', ['--from=docs', '--to=/nowhere/x'], ['.pth.tar']
+    ),
+    'weights that are not there': (
+        'convert', ['--from=no.safetensors', '--to=/nowhere/x'],
+        ['no.safetensors is no file'],
+    ),
+    'weights that are none': (
+        'convert', ['--from=README.safetensors', '--to=README.md'],
+        ['--to=README.md exists'],
+    ),
+    'an unknown encoder': (
+        'convert',
+        ['--from=docs', '--to=/nowhere/x.pth', '--encoder=key'],
+        ["--encoder='key'", 'momentum, query'],
+    ),
 }
 
 
@@ -163,7 +193,7 @@ def outcomes(tmp_path_factory):
   def run(name):
     command, arguments, _ = CASES[name]
     folder = root / name.replace(' ', '_')
-    if command not in ('preview', 'benchmark'):
+    if command in ('train', 'evaluate'):
       arguments = [f'--workdir={folder}', *arguments]
     return tiny.run(command, *arguments), folder
 

@@ -10,8 +10,10 @@ import pytest
 
 from mocov3_jax import config as config_lib
 from mocov3_jax import models
+from mocov3_jax.errors import UserError
+from mocov3_jax.models import vit
 from mocov3_jax.models.vit import sincos_positions
-from mocov3_jax.tools import torch_names
+from mocov3_jax.tools import summary, torch_names
 
 POSITIONS, _ = golden.load('pos_embed')
 INIT_STATS = json.loads((golden.FOLDER / 'init_stats.json').read_text())
@@ -125,3 +127,160 @@ def test_views_pass_each_batchnorm_separately():
   # The projector ends in a BatchNorm: each view has mean 0 and variance 1.
   np.testing.assert_allclose(out.projections.mean(axis=0), 0, atol=1e-5)
   np.testing.assert_allclose(out.projections.var(axis=0), 1, atol=1e-2)
+
+
+SMALL = {
+    'name': 'vit_ti', 'dim': 32, 'depth': 3, 'num_heads': 2, 'patch_size': 4
+}
+
+
+def network(**model):
+  c = config(**(SMALL | model))
+  return models.build(c.model, c.head, image_size=16)
+
+
+def outputs_and_gradients(model):
+  views = jax.random.normal(jax.random.key(0), (4, 2, 16, 16, 3))
+  variables = model.init(jax.random.key(1), views, train=True)
+
+  def loss(params):
+    online, _ = model.apply(
+        variables | {'params': params}, views, train=True,
+        mutable=['batch_stats'],
+    )
+    # Of the features: behind the BatchNorms of four rows, rounding grows.
+    return jnp.sum(jnp.sin(online.features)), online.features
+
+  (_, features), grads = jax.jit(
+      jax.value_and_grad(loss, has_aux=True)
+  )(variables['params'])
+  return features, grads
+
+
+def test_neither_remat_nor_scan_changes_a_result():
+  features, grads = outputs_and_gradients(network())
+  for change in {'remat': True}, {'scan': True}, {'remat': True, 'scan': True}:
+    other_features, other_grads = outputs_and_gradients(network(**change))
+    np.testing.assert_allclose(other_features, features, atol=1e-5)
+    # The same tree: a checkpoint of one is a checkpoint of the other.
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5),
+        other_grads, grads,
+    )
+
+
+def test_remat_keeps_less_and_scan_compiles_one_block():
+  views = jax.ShapeDtypeStruct((1, 2, 16, 16, 3), jnp.float32)
+  kept = {}
+  for remat in False, True:
+    model = network(remat=remat)
+    variables = jax.eval_shape(
+        lambda x, m=model: m.init(jax.random.key(0), x, train=True), views
+    )
+    kept[remat] = summary.kept_bytes(model, variables, views)
+  assert kept[True] < kept[False] / 2
+  model, looped = network(), network(scan=True)
+  texts = [
+      jax.jit(lambda v, x, m=m: m.apply(v, x, train=False))
+      .lower(variables, views).as_text()
+      for m in (model, looped)
+  ]
+  softmaxes = [text.count('stablehlo.exponential') for text in texts]
+  assert softmaxes == [3, 1]
+
+
+@pytest.mark.parametrize(
+    'readout, positions, tokens',
+    [('cls', 'learned', 17), ('pool', 'learned', 16), ('norm_pool', 'none', 0)],
+)
+def test_readouts_and_positions(readout, positions, tokens):
+  model = network(readout=readout, positions=positions)
+  images = jax.random.normal(jax.random.key(0), (2, 16, 16, 3))
+  variables = model.init(jax.random.key(1), images[:, None], train=True)
+  params = variables['params']['backbone']
+  assert ('cls_token' in params) == (readout == 'cls')
+  assert ('norm' in params) == (readout != 'pool')
+  assert ('pos_embed' in params) == (positions == 'learned')
+  if tokens:
+    assert params['pos_embed'].shape == (1, tokens, 32)
+
+  def features(images):
+    return model.apply(variables, images, train=False, method='features')
+
+  assert features(images).shape == (2, 32)
+  # Without positions the order of the patches does not matter; else it does.
+  patches = images.reshape(2, 4, 4, 16, 3)
+  moved = patches[:, ::-1].reshape(images.shape)
+  difference = np.abs(features(moved) - features(images)).max()
+  assert (difference < 1e-5) == (positions == 'none')
+
+
+@pytest.mark.parametrize(
+    'change',
+    [
+        {'mlp_norm': 'batch'},
+        {'patch_embed': 'conv'},
+        {'name': 'resnet18', 'dim': 4, 'depth': 0, 'num_heads': 0},
+    ],
+)
+def test_batchnorm_in_the_backbone_sees_each_view_alone(change):
+  model = network(**change)
+  assert model.backbone.has_batch_norm
+  views = jax.random.normal(jax.random.key(0), (8, 2, 16, 16, 3))
+  variables = model.init(jax.random.key(1), views, train=True)
+  encode = jax.jit(
+      lambda views: model.apply(
+          variables, views, train=True, mutable=['batch_stats'],
+          method='encode',
+      )[0].features
+  )
+  # What happens to the second view is nothing to the first.
+  changed = encode(views.at[:, 1].add(3.0))
+  same = encode(views)
+  np.testing.assert_array_equal(changed[:, 0], same[:, 0])
+  assert np.abs(changed[:, 1] - same[:, 1]).max() > 0.01
+  if 'mlp_norm' in change:
+    block = variables['batch_stats']['backbone']['blocks_0']
+    assert set(block) == {'norm2'}  # LayerNorm stays in the attention.
+
+
+def test_stochastic_depth_drops_whole_images_and_keeps_the_mean():
+  block = vit.Block(2, 64, 'layer', drop_path=0.5, dtype=jnp.float32)
+  x = jax.random.normal(jax.random.key(0), (64 * 5, 32))
+  variables = block.init(jax.random.key(1), x, 5, False)
+  branch = block.apply(variables, x, 5, False) - x
+  outs = np.stack([
+      block.apply(
+          variables, x, 5, True, rngs={'drop_path': jax.random.key(i)}
+      ) - x
+      for i in range(3)
+  ])
+  still = np.all(outs == 0, axis=-1).reshape(3, 64, 5)
+  # An image is dropped from a branch as a whole: a quarter from both.
+  np.testing.assert_array_equal(still.any(-1), still.all(-1))
+  assert 0.1 < still.mean() < 0.4
+  assert np.abs(branch).max() > 0.01
+  backbone = models.build_backbone(config(**SMALL).model, 16, drop_path=0.5)
+  images = jax.random.normal(jax.random.key(0), (2, 16, 16, 3))
+  variables = backbone.init(jax.random.key(1), images, train=False)
+  plain = models.build_backbone(config(**SMALL).model, 16)
+  np.testing.assert_array_equal(
+      backbone.apply(variables, images, train=False),
+      plain.apply(variables, images, train=False),
+  )
+
+
+@pytest.mark.parametrize(
+    'change, words',
+    [
+        ({'readout': 'cl'}, "model.readout='cl'.*Did you mean 'cls'"),
+        ({'positions': 'sine'}, 'learned, none, sincos'),
+        ({'patch_embed': 'conv', 'patch_size': 1}, 'power of 2'),
+        ({'scan': True, 'mlp_norm': 'batch'}, 'model.mlp_norm=layer'),
+        ({'name': 'resnet50', 'dim': 8}, 'has no model.depth'),
+        ({'name': 'resnet49'}, "Did you mean 'resnet"),
+    ],
+)
+def test_a_network_that_cannot_be_is_named(change, words):
+  with pytest.raises(UserError, match=words):
+    network(**change)

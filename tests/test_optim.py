@@ -71,13 +71,48 @@ def test_a_frozen_projection_is_left_alone_whatever_its_gradient(name):
     assert np.any(updates['backbone']['cls_token'])
 
 
+def test_lamb_scales_adamws_update_to_the_size_of_each_tensor():
+  c = config_lib.default_config().optimizer
+  c.name = 'lamb'
+  rates = [0.0, 0.1, 0.05]
+  optimizer = optim.build(
+      c, lambda step: jnp.asarray(rates)[step], freeze_patch_embed=False
+  )
+  rng = np.random.default_rng(0)
+  params = {
+      'kernel': rng.normal(size=(3, 4)), 'bias': rng.normal(size=4),
+      'zero': np.zeros(4),
+  }
+  ours = jax.tree.map(jnp.float32, params)
+  state = optimizer.init(ours)
+  m = jax.tree.map(np.zeros_like, params)
+  v = jax.tree.map(np.zeros_like, params)
+  for step, rate in enumerate(rates, start=1):
+    grads = {name: rng.normal(size=p.shape) for name, p in params.items()}
+    updates, state = optimizer.update(
+        jax.tree.map(jnp.float32, grads), state, ours
+    )
+    ours = optax.apply_updates(ours, updates)
+    for name, g in grads.items():
+      m[name] = c.b1 * m[name] + (1 - c.b1) * g
+      v[name] = c.b2 * v[name] + (1 - c.b2) * g * g
+      update = (m[name] / (1 - c.b1**step)) / (
+          np.sqrt(v[name] / (1 - c.b2**step)) + c.eps
+      ) + c.weight_decay * params[name]
+      size = np.linalg.norm(params[name])
+      trust = size / np.linalg.norm(update) if size else 1.0
+      params[name] = params[name] - rate * trust * update
+  for name, want in params.items():
+    np.testing.assert_allclose(ours[name], want, rtol=1e-4, atol=1e-6)
+
+
 def test_decay_mask_matrices_spares_biases_norms_and_tokens():
   c = settings('adamw')
   with c.unlocked():
     c.decay_mask = 'matrices'
   params = {
       'kernel': jnp.ones((2, 3)), 'bias': jnp.ones(3),
-      'cls_token': jnp.ones((1, 1, 3)),
+      'cls_token': jnp.ones((1, 1, 3)), 'pos_embed': jnp.ones((1, 5, 3)),
   }
   optimizer = optim.build(c, lambda step: 0.1, freeze_patch_embed=False)
   grads = jax.tree.map(jnp.zeros_like, params)
@@ -85,7 +120,8 @@ def test_decay_mask_matrices_spares_biases_norms_and_tokens():
   np.testing.assert_allclose(
       updates['kernel'], -0.1 * c.weight_decay * params['kernel'], rtol=1e-6
   )
-  assert not np.any(updates['bias']) and not np.any(updates['cls_token'])
+  for name in 'bias', 'cls_token', 'pos_embed':
+    assert not np.any(updates[name]), name
 
 
 @pytest.mark.parametrize(

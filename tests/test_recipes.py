@@ -13,9 +13,9 @@ from mocov3_jax.tools import summary, weights
 from mocov3_jax.train_step import init_state
 
 TRAINING = [p for p in RECIPES if not p.stem.startswith('eval_')]
-# One of each kind of network runs in the suite, all of them in the slow tests:
-# most of the time goes into compiling the same again.
-RUN = ('digits', 'vit_s16', 'vit_conv_s16', 'resnet50')
+# These run in the suite, the others in the slow tests: most of the time goes
+# into compiling much the same again, and a ResNet-50 takes a minute.
+RUN = ('digits', 'vit_s16', 'vit_conv_s16')
 
 
 def loaded(path):
@@ -48,10 +48,14 @@ def shrunk(c, folder):
   return c
 
 
-@pytest.mark.parametrize('path', TRAINING, ids=lambda p: p.stem)
-def test_a_recipe_runs_two_steps(path, folder, tmp_path, request):
-  if False and 'slow' not in request.config.option.markexpr:
-    pytest.skip('like one that runs; all of them with -m slow')
+@pytest.mark.parametrize(
+    'path',
+    [
+        pytest.param(p, id=p.stem, marks=[pytest.mark.slow][p.stem in RUN :])
+        for p in TRAINING
+    ],
+)
+def test_a_recipe_runs_two_steps(path, folder, tmp_path):
   result = train.train(shrunk(loaded(path), folder), str(tmp_path / 'run'))
   assert result['step'] == 2
   rows = tiny.metrics(tmp_path / 'run')

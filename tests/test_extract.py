@@ -1,0 +1,100 @@
+"""Features of a source from a checkpoint."""
+
+import numpy as np
+import photos
+import pytest
+import tiny
+
+from mocov3_jax import extract, train
+from mocov3_jax.data import catalog
+from mocov3_jax.errors import UserError
+from mocov3_jax.tools import trained
+
+
+@pytest.fixture(scope='module')
+def run(tmp_path_factory):
+  path = tmp_path_factory.mktemp('extract') / 'run'
+  config = tiny.config(**{
+      'schedule.steps': 3, 'schedule.warmup_epochs': 0.0,
+      'knn.every_steps': 0, 'augment.view1.blur_sigma': (0.1, 0.5),
+      'augment.view2.blur_sigma': (0.1, 0.5),
+  })
+  train.train(config, str(path))
+  return path
+
+
+def arrays(path):
+  with np.load(path) as file:
+    return dict(file)
+
+
+def test_features_are_the_backbones_of_each_image(run, tmp_path):
+  result = extract.extract(str(run), 'digits', str(tmp_path / 'f.npz'))
+  assert result['images'] == 1797 and result['step'] == 3
+  found = arrays(tmp_path / 'f.npz')
+  splits = catalog.digits()
+  assert (found['splits'] == 'test').sum() == len(splits.test) == 360
+  np.testing.assert_array_equal(
+      found['labels'][found['splits'] == 'test'],
+      splits.test.all_labels,
+  )
+  # Any of them, computed alone.
+  checkpoint = trained.find(str(run))
+  params, stats = trained.restore(checkpoint, train.sharding.make_mesh())
+  i = found['names'].tolist().index('digits test[7]')
+  image = splits.test.images[7].astype(np.float32) / 255
+  image = (image - checkpoint.config.data.mean) / checkpoint.config.data.std
+  want = checkpoint.model.apply(
+      {'params': params, 'batch_stats': stats}, image[None].astype(np.float32),
+      train=False, method='features',
+  )
+  np.testing.assert_allclose(found['features'][i], want[0], atol=1e-5)
+  assert found['features'].shape == (1797, 16)
+
+
+def test_layer_and_encoder_are_what_they_say(run, tmp_path):
+  for layer, dim in ('backbone', 16), ('projector', 8):
+    for encoder in 'query', 'momentum':
+      extract.extract(
+          str(run), '', str(tmp_path / f'{layer}_{encoder}.npz'),
+          layer=layer, encoder=encoder,
+      )
+    query, momentum = (
+        arrays(tmp_path / f'{layer}_{encoder}.npz')['features']
+        for encoder in ('query', 'momentum')
+    )
+    assert query.shape == momentum.shape == (1797, dim)
+    assert np.abs(query - momentum).max() > 1e-4
+
+
+def test_a_folder_of_colour_images_is_refused_by_a_gray_network(run, tmp_path):
+  photos.write_tiles(tmp_path / 'p', tile=32, each=1)
+  with pytest.raises(UserError, match='3 channels.*trained on 1'):
+    extract.extract(
+        str(run), f'folder:{tmp_path}/p', str(tmp_path / 'f.npz')
+    )
+  assert not (tmp_path / 'f.npz').exists()
+
+
+def test_a_flat_folder_has_names_and_no_labels(tmp_path):
+  photos.write_tiles(tmp_path / 'p', tile=32, each=3, nested=False)
+  (tmp_path / 'p' / 'broken.jpg').write_bytes(b'\xff\xd8')
+  config = tiny.config(**{
+      'data.source': f'folder:{tmp_path}/p', 'batch_size': 8,
+      'data.mean': (0.5,) * 3, 'data.std': (0.25,) * 3,
+      'augment.view1.blur_sigma': (0.1, 0.5),
+      'augment.view2.blur_sigma': (0.1, 0.5), 'schedule.steps': 1,
+      'schedule.warmup_epochs': 0.0, 'data.max_unreadable': 1.0,
+  })
+  train.train(config, str(tmp_path / 'run'))
+  result = extract.extract(
+      str(tmp_path / 'run'), '', str(tmp_path / 'f.npz'), batch_size=16
+  )
+  found = arrays(tmp_path / 'f.npz')
+  assert result['unreadable'] == 1 and result['images'] == 30
+  assert 'broken.jpg' not in found['names']
+  assert set(found['labels']) == {-1} and set(found['splits']) == {'train'}
+  names = {p.name for p in (tmp_path / 'p').iterdir()} - {'broken.jpg'}
+  assert set(found['names']) == names
+  with pytest.raises(UserError, match='new file'):
+    extract.extract(str(tmp_path / 'run'), '', str(tmp_path / 'f.npz'))
