@@ -9,9 +9,10 @@ from ml_collections import ConfigDict
 from mocov3_jax import config as config_lib
 from mocov3_jax.errors import UserError
 
-# Fields that steer what a training run reports and keeps, not what it
-# computes: they may change when it is continued.
+# Fields that steer what a training run reports and keeps, or how it computes
+# (but for rounding), not what: they may change when it is continued.
 FREE_ON_RESUME = (
+    'model.remat', 'model.scan',
     'data.prefetch', 'data.threads', 'data.max_unreadable', 'knn.every_steps',
     'log.', 'save.',
 )

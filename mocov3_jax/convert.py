@@ -14,13 +14,15 @@ Prints every tensor: its name in A, its name in B, its shape. The last line on
 stdout is one JSON object.
 """
 
+import sys
 from typing import Any
 
 from absl import flags
+from etils import epath
 from ml_collections import ConfigDict, config_flags
 import numpy as np
 
-from mocov3_jax import checks
+from mocov3_jax import checks, models
 from mocov3_jax.errors import UserError, unknown
 from mocov3_jax.tools import cli, our_weights, torch_weights, weight_files
 from mocov3_jax.tools.weights import ENCODERS, Weights
@@ -38,12 +40,12 @@ def convert(
     source: a folder of ours or a file.
     target: likewise; must not exist.
     encoder: 'query' or 'momentum': which of the two a backbone alone is.
-    config: the recipe of the run, for a source that has none of its own. Then
-      the optimizer's state is kept, and `train` can continue. None = the
-      architecture is read off the tensors.
-    num_heads: attention heads of a ViT, which no file but ours tells; 0 = the
-      paper's for its width.
-    ignore: tensors of the source to leave out; a final * matches the rest.
+    config: the recipe of the run, for a file. Then the optimizer's state is
+      kept, and `train` can continue. None = what a file of ours tells of
+      itself; else the architecture is read off the tensors.
+    num_heads: attention heads of a ViT, for the latter; 0 = the paper's for
+      its width.
+    ignore: names in a file to leave out; a final * matches the rest.
 
   Returns:
     The results, flat.
@@ -56,49 +58,83 @@ def convert(
     raise unknown('--encoder', encoder, ENCODERS)
   if config is not None:
     checks.validate(config, 1)
-  from_file = source.endswith(weight_files.SUFFIXES)
-  to_file = target.endswith(weight_files.SUFFIXES)
-  if not from_file and not to_file:
+  to = absolute(target, '--to')
+  one = to.name.endswith(weight_files.SUFFIXES) and (
+      not to.name.endswith(torch_weights.FULL)
+  )
+  if encoder != 'query' and not one:
+    raise UserError(
+        f'--encoder={encoder}, but --to={target} gets both encoders. Allowed: '
+        '.pth or .safetensors as --to.'
+    )
+  if to.exists():
+    raise UserError(f'--to={target} exists. Allowed: a new path.')
+  if absolute(source, '--from').is_dir():
+    return _export(source, to, encoder, config is not None or num_heads
+                   or ignore)
+  weights, left_out = torch_weights.read(
+      absolute(source, '--from'), config, num_heads, ignore
+  )
+  if target.endswith(weight_files.SUFFIXES):
+    written = torch_weights.write(to, weights, encoder)
+    return _report(source, target, weights, written, left_out)
+  written, complete = our_weights.write(target, weights)
+  result = _report(source, target, weights, written, left_out)
+  if config is not None and not complete:
+    print(
+        f'note: --from={source} has no complete state of this recipe (both '
+        'encoders, heads, optimizer); train cannot continue from --to.',
+        file=sys.stderr,
+    )
+  return result | {'can_continue': complete}
+
+
+def _export(
+    source: str, target: epath.Path, encoder: str, unused: Any
+) -> dict[str, Any]:
+  if unused:
+    raise UserError(
+        f'--from={source} is a checkpoint of ours, which tells its '
+        'architecture. Allowed: neither --config, --num_heads nor --ignore.'
+    )
+  if not target.name.endswith(weight_files.SUFFIXES):
     raise UserError(
         f'--from={source} and --to={target} are both folders. Allowed: one of '
-        f'them a file that ends with {", ".join(weight_files.SUFFIXES)}.'
+        f'them a file; as --to, ending with {", ".join(weight_files.SUFFIXES)}.'
     )
-  if absolute(target, '--to').exists():
-    raise UserError(f'--to={target} exists. Allowed: a new path.')
-  if from_file:
-    weights, left_out = torch_weights.read(
-        absolute(source, '--from'), config, num_heads, ignore
-    )
-  else:
-    weights, left_out = our_weights.read(source), {}
-  if to_file:
-    written = torch_weights.write(absolute(target, '--to'), weights, encoder)
-  else:
-    written = our_weights.write(target, weights)
-  return _report(source, target, weights, written, left_out)
+  weights = our_weights.read(source)
+  written = torch_weights.write(target, weights, encoder)
+  return _report(source, str(target), weights, written, {})
 
 
 def _report(
     source: str, target: str, weights: Weights, written: dict[Any, str],
     left_out: dict[str, str],
 ) -> dict[str, Any]:
-  names = [weights.names[path] for path in weights.flat]
-  width = max(map(len, names), default=0)
+  width = max(map(len, [*weights.names.values(), *left_out]), default=0)
   for path, array in weights.flat.items():
     to = written[path] if path in written else '(not in the target)'
     print(f'{weights.names[path]:{width}}  ->  {to}  {array.shape}')
   for name, reason in left_out.items():
     print(f'{name:{width}}  ->  (left out: {reason})')
-  done = [array for path, array in weights.flat.items() if path in written]
-  return {
+  for text in weights.assumed:
+    print(f'note: assumed {text}', file=sys.stderr)
+  config = weights.config
+  backbone = models.build_backbone(config.model, config.data.image_size)
+  result = {
       'from': source,
       'to': target,
-      'model': weights.config.model.name,
+      'model': config.model.name,
+      'image_size': config.data.image_size,
       'step': weights.step,
-      'tensors': len(done),
-      'values': int(sum(np.size(array) for array in done)),
-      'left_out': len(weights.flat) - len(done) + len(left_out),
+      'tensors': len(written),
+      'values': int(sum(np.size(weights.flat[path]) for path in written)),
+      'left_out': len(weights.flat) - len(written) + len(left_out),
   }
+  if config.model.name in models.VITS:
+    result['num_heads'] = backbone.num_heads
+    result['positions'] = backbone.positions
+  return result
 
 
 if __name__ == '__main__':

@@ -16,6 +16,7 @@ from mocov3_jax.errors import UserError
 from mocov3_jax.tools import (
   our_weights,
   torch_names,
+  torch_optimizer,
   torch_weights,
   trained,
   weight_files,
@@ -119,7 +120,7 @@ def test_every_name_and_shape_of_the_release_has_its_place(name):
   # One to one: no two tensors share a place.
   assert len({p.path for p in places.values()}) == len(places)
   assert torch_names.in_order(ours) == list(theirs)
-  order = weights.parameter_order(ours)
+  order = torch_optimizer.parameter_order(ours)
   assert order == NAMES[name]['parameter_order']
 
 
@@ -161,7 +162,8 @@ def test_the_architecture_is_read_off_the_tensors(name):
       n: np.broadcast_to(np.float32(0), p.shape) for n, p in places.items()
   }
   tensors |= weights.constants(config, places, step=1)
-  found = torch_weights._inferred('x.pth.tar', tensors, True, 0, frozen=True)
+  file = weight_files.File(tensors, {}, (), '', 0.0)
+  found, _ = torch_weights._inferred('x.pth.tar', file, True, 0)
   for group in 'model', 'head':
     assert found[group] == config[group]
   assert found.data.image_size == 224
@@ -213,7 +215,7 @@ def test_golden_features_after_the_real_converter(tmp_path):
       if name.startswith('init/base_encoder.') and '.head.' not in name
   }
   file = tmp_path / 'tiny.safetensors'
-  weight_files.write_safetensors(file, tensors, {})
+  weight_files.write_safetensors(file, tensors, '')
   with pytest.raises(UserError, match='--num_heads=N'):
     convert.convert(str(file), str(tmp_path / 'run'))
   convert.convert(str(file), str(tmp_path / 'run'), num_heads=4)
@@ -248,7 +250,7 @@ def backbone_file(path, change):
   tensors = {n: np.ones(p.shape, np.float32) for n, p in places.items()}
   tensors |= weights.constants(config, places, step=0)
   change(tensors)
-  weight_files.write_safetensors(path, tensors, {})
+  weight_files.write_safetensors(path, tensors, '')
 
 
 @pytest.mark.parametrize(
@@ -341,6 +343,104 @@ def test_a_linear_classifier_travels_along(tmp_path):
   assert_same(one.tensors, two.tensors)
 
 
+def test_positions_of_a_half_precision_file_are_still_the_fixed_ones(tmp_path):
+  def halve(tensors):
+    for name, x in tensors.items():
+      tensors[name] = x.astype(np.float16)
+
+  backbone_file(tmp_path / 'a.safetensors', halve)
+  result = convert.convert(
+      str(tmp_path / 'a.safetensors'), str(tmp_path / 'run'), num_heads=2
+  )
+  assert result['positions'] == 'sincos' and result['image_size'] == 8
+  dtypes = {x.dtype.name for x in leaves(tmp_path / 'run').values()}
+  assert dtypes == {'float32'}
+
+
+def test_ignoring_the_positions_does_not_make_a_network_without(tmp_path):
+  backbone_file(tmp_path / 'a.safetensors', lambda t: None)
+  result = convert.convert(
+      str(tmp_path / 'a.safetensors'), str(tmp_path / 'run'), num_heads=2,
+      ignore=('pos_embed',),
+  )
+  assert result['positions'] == 'sincos' and result['image_size'] == 8
+
+
+def test_a_small_vit_of_unknown_heads_is_not_guessed_at(tmp_path):
+  config = config_lib.default_config()
+  config.model.depth = 1
+  places = weights.backbone_places(config, 'query')
+  tensors = {n: np.ones(p.shape, np.float32) for n, p in places.items()}
+  tensors |= weights.constants(config, places, step=0)
+  weight_files.write_safetensors(tmp_path / 'a.safetensors', tensors, '')
+  with pytest.raises(UserError, match='--num_heads=12 or --num_heads=6'):
+    convert.convert(str(tmp_path / 'a.safetensors'), str(tmp_path / 'run'))
+  result = convert.convert(
+      str(tmp_path / 'a.safetensors'), str(tmp_path / 'run'), num_heads=6
+  )
+  assert result['num_heads'] == 6
+
+
+def test_a_file_of_ours_tells_all_of_its_config(runs, tmp_path):
+  config, run = runs['resnet']
+  convert.convert(str(run), str(tmp_path / 'a.safetensors'))
+  convert.convert(str(tmp_path / 'a.safetensors'), str(tmp_path / 'back'))
+  back = workdir_lib.read_training_config(tmp_path / 'back')
+  assert workdir_lib.to_json(back) == workdir_lib.to_json(config)
+
+
+@pytest.mark.parametrize(
+    'arguments, words',
+    [
+        ({'ignore': ('heads.*',)}, '--ignore=heads.* names nothing'),
+        ({'encoder': 'momentum'}, 'gets both encoders'),
+        ({'num_heads': -2}, '--num_heads=-2'),
+        ({'config': tiny.config(), 'num_heads': 2}, '--num_heads=2, but'),
+    ],
+)
+def test_flags_that_would_do_nothing_are_refused(tmp_path, arguments, words):
+  backbone_file(tmp_path / 'a.safetensors', lambda t: None)
+  with pytest.raises(UserError) as error:
+    convert.convert(
+        str(tmp_path / 'a.safetensors'), str(tmp_path / 'run'), **arguments
+    )
+  assert words in str(error.value)
+  assert not (tmp_path / 'run').exists()
+
+
+@pytest.mark.parametrize(
+    'change',
+    [
+        {'norm.weight': np.ones(16, np.int32)},
+        {'norm.weight': np.ones(16, np.complex64)},
+        {'blocks.0.norm1.weight': np.float32(1)},
+        {'pos_embed': np.zeros(5, np.float32)},
+        {'pos_embed': np.zeros((1, 0, 16), np.float32)},
+        {'patch_embed.proj.weight': np.zeros((16, 1, 0, 0), np.float32)},
+        {'head.weight': np.float32(1)},
+        {'dist_token': np.zeros((1, 1, 16), np.float32)},
+    ],
+    ids=lambda change: '-'.join(change),
+)
+def test_odd_tensors_are_refused(tmp_path, change):
+  def put(tensors):
+    tensors |= {n: np.asarray(x) for n, x in change.items()}
+
+  backbone_file(tmp_path / 'a.safetensors', put)
+  with pytest.raises(UserError):
+    convert.convert(
+        str(tmp_path / 'a.safetensors'), str(tmp_path / 'run'), num_heads=2
+    )
+
+
+def test_an_output_that_cannot_be_written_is_named(runs, tmp_path):
+  (tmp_path / 'file').write_text('mine')
+  with pytest.raises(UserError, match='cannot be written'):
+    convert.convert(
+        str(runs['vit'][1]), str(tmp_path / 'file' / 'a.safetensors')
+    )
+
+
 def test_a_truncated_safetensors_file_is_refused(tmp_path):
   backbone_file(tmp_path / 'a.safetensors', lambda t: None)
   data = (tmp_path / 'a.safetensors').read_bytes()
@@ -361,13 +461,14 @@ def test_an_old_config_is_told_so(runs, tmp_path):
 def test_a_complete_state_is_recognised(runs):
   for config, run in runs.values():
     found = our_weights.read(str(run))
-    state = our_weights.train_state(found)
+    state, used = our_weights.train_state(found)
+    assert used == set(found.flat)
     method = train.build_method(config, config_lib.Plan(1, 1, 0, 1.0))
     wanted = jax.tree.structure(method.optimizer.init(state.params))
     assert jax.tree.structure(state.opt_state) == wanted
     some = {k: v for k, v in found.flat.items() if k[0] in FULL}
     partial = weights.Weights(config, 4, some, {})
-    assert our_weights.train_state(partial) is None
+    assert our_weights.train_state(partial) == (None, set())
 
 
 def test_torch_is_asked_for_where_it_is_not_installed(

@@ -56,8 +56,8 @@ MUTATIONS = {
     ),
     'both views through one BatchNorm': (
         'models/__init__.py',
-        '  views = [head(x[:, v], train) for v in range(x.shape[1])]\n',
-        '  both = head(x.reshape(-1, x.shape[-1]), train)\n'
+        '  views = [part(x[:, v], train) for v in range(x.shape[1])]\n',
+        '  both = part(x.reshape(-1, x.shape[-1]), train)\n'
         '  views = list(both.reshape(*x.shape[:2], -1).swapaxes(0, 1))\n',
         'test_golden_step.py',
     ),
@@ -66,6 +66,14 @@ MUTATIONS = {
         "kernel_init=xavier(dim, dim), name='qkv'",
         "kernel_init=xavier(dim, 3 * dim), name='qkv'",
         'test_models.py',
+    ),
+    'stride in the first convolution of a bottleneck': (
+        'models/resnet.py',
+        "          (self.channels, 1, 1),\n"
+        "          (self.channels, 3, self.stride),\n",
+        "          (self.channels, 1, self.stride),\n"
+        "          (self.channels, 3, 1),\n",
+        'test_golden_step.py',
     ),
     'patch projection left to learn': (
         'models/vit.py', 'if self.freeze_patch_embed:', 'if False:',

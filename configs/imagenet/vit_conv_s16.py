@@ -1,10 +1,10 @@
 """ViT-Conv-S/16 on ImageNet: a model of the release; no row of the paper.
 
 The recipe of section 5: AdamW, batch 4096, learning rate 1.5e-4 per 256 images,
-weight decay 0.1, 40 epochs of warm-up, half-cycle cosine, frozen random patch
-projection, temperature 0.2. Momentum from 0.99 by a half cosine to 1, and the
-decay of 0.1, are those of the paper's PyTorch release (the paper's table has
-0.99 as the default, and does not say how it moves).
+weight decay 0.1, 40 epochs of warm-up, half-cycle cosine, temperature 0.2.
+Momentum from 0.99 by a half cosine to 1, and the decay of 0.1, are those of the
+paper's PyTorch release (the paper's table has 0.99 as the default, and does not
+say how it moves).
 A stem of four 3x3 convolutions with BatchNorm instead of the patch
 projection, and a block fewer. The stem is trained.
 

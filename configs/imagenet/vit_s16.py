@@ -1,4 +1,4 @@
-"""ViT-S/16 on ImageNet: the rows "ViT-S" of the paper's sections 4.3 and 6.
+"""ViT-S/16 on ImageNet: the paper's "ViT-S" (table 4, section 6.2).
 
 The recipe of section 5: AdamW, batch 4096, learning rate 1.5e-4 per 256 images,
 weight decay 0.1, 40 epochs of warm-up, half-cycle cosine, frozen random patch

@@ -130,9 +130,7 @@ def build_backbone(
   """
   if model.dtype not in DTYPES:
     raise unknown('model.dtype', model.dtype, DTYPES)
-  if model.name in RESNETS:
-    return _resnet(model)
-  if model.name not in VITS:
+  if model.name not in VITS and model.name not in RESNETS:
     raise unknown('model.name', model.name, [*VITS, *RESNETS])
   for field, given, allowed in (
       ('patch_embed', model.patch_embed, ('frozen', 'learned', 'conv')),
@@ -142,6 +140,13 @@ def build_backbone(
   ):
     if given not in allowed:
       raise unknown(f'model.{field}', given, allowed)
+  if model.name in RESNETS:
+    return _resnet(model)
+  if model.small_images:
+    raise UserError(
+        f'model.small_images=True is for ResNets, and model.name is '
+        f'{model.name!r}. Allowed: False; a small model.patch_size.'
+    )
   depth, dim, num_heads = VITS[model.name]
   depth -= model.patch_embed == 'conv'  # The stem costs about a block.
   vit = ViT(
@@ -194,11 +199,20 @@ def _check_vit(vit: ViT, image_size: int) -> None:
 
 
 def _resnet(model: ConfigDict) -> ResNet:
-  if model.depth or model.num_heads or model.scan or model.remat:
-    raise UserError(
-        f'model.name={model.name!r} has no model.depth, num_heads, scan or '
-        'remat. Allowed: 0 and False, their defaults.'
-    )
+  for field, given, default in (
+      ('depth', model.depth, 0),
+      ('num_heads', model.num_heads, 0),
+      ('positions', model.positions, 'sincos'),
+      ('readout', model.readout, 'cls'),
+      ('mlp_norm', model.mlp_norm, 'layer'),
+      ('remat', model.remat, False),
+      ('scan', model.scan, False),
+  ):
+    if given != default:
+      raise UserError(
+          f'model.{field}={given!r} is for ViTs, and model.name is '
+          f'{model.name!r}. Allowed: {default!r}, its default.'
+      )
   stage_sizes, bottleneck = RESNETS[model.name]
   return ResNet(
       stage_sizes,

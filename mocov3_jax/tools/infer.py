@@ -15,18 +15,21 @@ Tensors = Mapping[str, np.ndarray]
 
 
 def config_of(
-    source: str, backbone: Tensors, num_heads: int, frozen: bool
+    source: str, backbone: Tensors, num_heads: int, frozen: bool,
+    rounding: float,
 ) -> ConfigDict:
   """A config with the model that these tensors are of.
 
   What is in no weights comes from the paper and the arguments: images of 224
-  pixels for a ResNet, ImageNet's normalisation, attention heads by width.
+  pixels for a ResNet (32 with the stem for small images), ImageNet's
+  normalisation, attention heads by width.
 
   Args:
     source: file name, for messages.
     backbone: its tensors by their names in timm.
     num_heads: attention heads of a ViT; 0 = the paper's for its width.
     frozen: whether a patch projection is the frozen one.
+    rounding: of the file's values, relative.
 
   Raises:
     UserError: if it is neither a ViT nor a ResNet, or one that no config
@@ -52,6 +55,7 @@ def config_of(
     c.data.mean = c.data.std = (0.5,) * channels
   if first[0] == resnet:
     c.model.small_images = size == 3
+    c.data.image_size = 32 if size == 3 else 224
     _resnet(source, c, backbone)
     return c
   c.model.patch_size = size
@@ -61,49 +65,44 @@ def config_of(
     # A 3x3 convolution, its BatchNorm and a ReLU for each halving; then 1x1.
     layers = _count(backbone, r'patch_embed\.proj\.(\d+)\.weight')
     c.model.patch_size = 2 ** (layers // 3)
-  _vit(source, c, backbone, num_heads)
+  _size(source, c, backbone, num_heads)
+  if 'blocks.0.norm2.running_mean' in backbone:
+    c.model.mlp_norm = 'batch'
+  if 'cls_token' not in backbone:
+    c.model.readout = 'norm_pool' if 'norm.weight' in backbone else 'pool'
+  _positions(source, c, backbone, rounding)
   return c
 
 
 def set_heads(
-    source: str, c: ConfigDict, projector: Tensors, predictor: Tensors
+    c: ConfigDict, projector: Tensors, predictor: Tensors
 ) -> None:
   """Sets `config.head` to what these two MLPs are, by PyTorch's names.
 
-  Raises:
-    UserError: if one of them is not there.
+  One that is not there (a checkpoint that was stripped) is left at its default.
   """
-  layers = [n for n, x in projector.items() if x.ndim == 2]
-  predictor_layers = sum(x.ndim == 2 for x in predictor.values())
-  if not layers or not predictor_layers:
-    raise UserError(
-        f'{source} has no {"predictor" if layers else "projector"}. Allowed: '
-        'a whole checkpoint of MoCo v3, or a backbone alone.'
-    )
-  layers.sort(key=lambda name: int(name.split('.')[0]))
-  c.head.projector_layers = len(layers)
-  c.head.hidden_dim = len(projector[layers[0]])
-  c.head.out_dim = len(projector[layers[-1]])
-  c.head.predictor_layers = predictor_layers
-  # Layer, BatchNorm, ReLU, layer, ...
-  last = 3 * predictor_layers - 2
-  c.head.predictor_out_bn = f'{last}.running_mean' in predictor
+  layers = _linear(projector)
+  if layers:
+    c.head.projector_layers = len(layers)
+    c.head.hidden_dim, c.head.out_dim = len(layers[0]), len(layers[-1])
+  if predictor:
+    c.head.predictor_layers = len(_linear(predictor))
+    # Layer, BatchNorm, ReLU, layer, ...
+    last = 3 * c.head.predictor_layers - 2
+    c.head.predictor_out_bn = f'{last}.running_mean' in predictor
+
+
+def _linear(mlp: Tensors) -> list[np.ndarray]:
+  named = {
+      int(m[1]): x for name, x in mlp.items()
+      if (m := re.fullmatch(r'(\d+)\.weight', name)) and x.ndim == 2
+  }
+  return [named[number] for number in sorted(named)]
 
 
 def _count(names: Tensors, pattern: str) -> int:
   numbers = [int(m[1]) for n in names if (m := re.match(pattern, n))]
   return max(numbers, default=-1) + 1
-
-
-def _vit(
-    source: str, c: ConfigDict, tensors: Tensors, num_heads: int
-) -> None:
-  _size(source, c, tensors, num_heads)
-  if 'blocks.0.norm2.running_mean' in tensors:
-    c.model.mlp_norm = 'batch'
-  if 'cls_token' not in tensors:
-    c.model.readout = 'norm_pool' if 'norm.weight' in tensors else 'pool'
-  _positions(source, c, tensors)
 
 
 def _size(
@@ -133,7 +132,9 @@ def _size(
   c.model.num_heads = num_heads
 
 
-def _positions(source: str, c: ConfigDict, tensors: Tensors) -> None:
+def _positions(
+    source: str, c: ConfigDict, tensors: Tensors, rounding: float
+) -> None:
   if 'pos_embed' not in tensors:
     c.model.positions = 'none'
     return
@@ -145,7 +146,7 @@ def _positions(source: str, c: ConfigDict, tensors: Tensors) -> None:
     )
   c.data.image_size = side * c.model.patch_size
   table = weights_lib.position_table(c)
-  if not weights_lib.is_table(tensors['pos_embed'], table):
+  if not weights_lib.is_table(tensors['pos_embed'], table, rounding):
     c.model.positions = 'learned'
 
 

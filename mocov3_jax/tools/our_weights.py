@@ -12,7 +12,8 @@ from mocov3_jax import config as config_lib
 from mocov3_jax import workdir as workdir_lib
 from mocov3_jax.tools import torch_names
 from mocov3_jax.tools.torch_names import Path
-from mocov3_jax.tools.weights import MOMENTS, Weights
+from mocov3_jax.tools.torch_optimizer import MOMENTS
+from mocov3_jax.tools.weights import Weights
 from mocov3_jax.train_step import TrainState, init_state
 
 NETWORKS = ('params', 'batch_stats', 'target_params', 'target_batch_stats')
@@ -53,7 +54,7 @@ def _keys(path: tuple[Any, ...]) -> Path:
   )
 
 
-def write(path: str, weights: Weights) -> dict[Path, str]:
+def write(path: str, weights: Weights) -> tuple[dict[Path, str], bool]:
   """Writes a workdir with one checkpoint.
 
   It holds a TrainState, with which `train` can continue, if the weights are
@@ -64,29 +65,33 @@ def write(path: str, weights: Weights) -> dict[Path, str]:
     weights: what to write.
 
   Returns:
-    The name of each array that was written, by its path.
+    The name of each array that was written, by its path; and whether `train`
+    can continue.
 
   Raises:
     UserError: if it cannot be written.
   """
-  state = train_state(weights)
-  written = dict(weights.flat)
-  if state is None:
-    written = {k: x for k, x in written.items() if k[0] in NETWORKS}
-    state = torch_names.unflatten(written)
+  state, written = train_state(weights)
+  complete = state is not None
+  if not complete:
+    written = {k for k in weights.flat if k[0] in NETWORKS}
+    state = torch_names.unflatten({k: weights.flat[k] for k in written})
   with workdir_lib.claimed(path, weights.config) as workdir:
     checkpoints = checkpoint.Checkpoints(workdir, 1, 0, _warn)
     with contextlib.closing(checkpoints):
       checkpoints.save(weights.step, state, {})
-  return {keys: '/'.join(keys) for keys in written}
+  return {keys: '/'.join(keys) for keys in written}, complete
 
 
 def _warn(text: str) -> None:
   print(text, file=sys.stderr, flush=True)
 
 
-def train_state(weights: Weights) -> TrainState | None:
-  """The state of the run, or None if something of it is not there."""
+def train_state(weights: Weights) -> tuple[TrainState | None, set[Path]]:
+  """The state of the run, and the paths of what is in it.
+
+  The state is None if something of it is not there.
+  """
   config = weights.config
   size, channels = config.data.image_size, len(config.data.mean)
   # The schedules are not part of the state; any will do.
@@ -94,6 +99,7 @@ def train_state(weights: Weights) -> TrainState | None:
   abstract = jax.eval_shape(
       lambda: init_state(method, jax.random.key(0), (size, size, channels))
   )
+  used = set()
 
   def value(path, leaf):
     keys = _keys(path)
@@ -101,10 +107,11 @@ def train_state(weights: Weights) -> TrainState | None:
       return np.asarray(weights.step, leaf.dtype)
     for slot in SLOTS:
       if keys[0] == 'opt_state' and slot in keys:
-        return weights.flat[keys[keys.index(slot) :]]
+        keys = keys[keys.index(slot) :]
+    used.add(keys)
     return weights.flat[keys]
 
   try:
-    return jax.tree_util.tree_map_with_path(value, abstract)
+    return jax.tree_util.tree_map_with_path(value, abstract), used
   except KeyError:
-    return None
+    return None, set()

@@ -87,7 +87,11 @@ def _module(name: str) -> str:
 
 
 def in_order(names: Iterable[str]) -> list[str]:
-  """Sorts names as PyTorch would, by the order of the modules."""
+  """Sorts names as PyTorch would, by the order of the modules.
+
+  Raises:
+    ValueError: for a name of another network.
+  """
   def rank(name):
     return [
         int(part) if part.isdigit() else _ORDER.index(part)

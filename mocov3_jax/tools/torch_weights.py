@@ -9,16 +9,15 @@ from etils import epath
 from ml_collections import ConfigDict
 import numpy as np
 
+from mocov3_jax import checks, models
 from mocov3_jax import config as config_lib
 from mocov3_jax.errors import UserError
-from mocov3_jax.tools import infer, torch_names, weight_files, weights
+from mocov3_jax.tools import infer, torch_optimizer, weight_files, weights
 from mocov3_jax.tools.torch_names import COUNTER, Path
 from mocov3_jax.tools.weights import Place, Weights
 from mocov3_jax.workdir import to_json
 
 FULL = '.pth.tar'
-# Under which a safetensors file of ours tells its architecture.
-METADATA = 'mocov3_jax'
 # The release's names of its architectures, by ours and the patch embedding.
 ARCHITECTURES = {
     ('vit_s', False): 'vit_small', ('vit_s', True): 'vit_conv_small',
@@ -36,10 +35,10 @@ def read(
 
   Args:
     path: of the file.
-    config: of the run; None = read off the tensors.
-    num_heads: attention heads of a ViT; 0 = as the file says, or else the
-      paper's.
-    ignore: tensors to leave out; a final * matches the rest.
+    config: of the run; None = as a file of ours tells, or else read off the
+      tensors.
+    num_heads: attention heads of a ViT, for the latter; 0 = the paper's.
+    ignore: names to leave out; a final * matches the rest.
 
   Returns:
     The weights, and the names of what was left out with the reasons.
@@ -47,89 +46,176 @@ def read(
   Raises:
     UserError: if it cannot be read, or does not fit the architecture.
   """
-  file = weight_files.read(path)
-  dropped = [
-      name for name in file.tensors
-      if any(fnmatch.fnmatchcase(name, pattern) for pattern in ignore)
-  ]
-  tensors = {n: x for n, x in file.tensors.items() if n not in dropped}
-  full = any(name.startswith('base_encoder.') for name in tensors)
+  file = weight_files.read(path, ignore)
   source = f'--from={path}'
-  # What the optimizer's state means, only a recipe can tell.
-  moments = {} if config is None else file.optimizer
+  dropped = _dropped(source, file, ignore)
+  full = any(name.startswith('base_encoder.') for name in file.tensors)
+  assumed = ()
   if config is None:
-    frozen = not _has_moments(file, 'base_encoder.patch_embed.proj.weight')
-    config = _saved_config(source, file) or _inferred(
-        source, tensors, full, num_heads, frozen
+    config = _described(source, file)
+  # What the optimizer's state means, only a recipe can tell.
+  moments = file.optimizer if full and config is not None else {}
+  if config is None:
+    config, assumed = _inferred(source, file, full, num_heads)
+  elif num_heads:
+    raise UserError(
+        f'--num_heads={num_heads}, but the architecture of {source} is known. '
+        'Allowed: model.num_heads in the config.'
     )
+  checks.validate(config, 1)
+  tensors = {n: x for n, x in file.tensors.items() if n not in dropped}
   step = _step(tensors)
-  places = weights.full_places(config) if full else weights.backbone_places(
+  places = _present(config, tensors) if full else weights.backbone_places(
       config, 'query', _classes(config, tensors)
   )
   known = weights.constants(config, places, step)
-  flat = weights.from_torch(source, tensors, places, known)
-  order = weights.parameter_order(file.tensors) if moments else []
-  moments = weights.moments_from_torch(source, moments, order, places)
+  flat = weights.from_torch(source, tensors, places, known, file.rounding)
   names = {place.path: name for name, place in places.items()}
-  theirs = {ours: slot for slot, ours in weights.MOMENTS.items()}
-  for slot, *rest in moments:
-    names[slot, *rest] = f'{names["params", *rest]} ({theirs[slot]})'
+  if moments:
+    moments, moment_names = _moments(source, config, moments)
+    names |= moment_names
   left_out = dict.fromkeys(dropped, 'ignored')
   left_out |= {n: 'not a weight' for n in known if n in tensors}
-  kept = {'state_dict', 'model'} | ({'optimizer'} if moments else set())
-  left_out |= {n: 'not a weight' for n in file.extra if n not in kept}
-  if 'optimizer' in left_out:
+  kept = {*weight_files.STATES} | ({'optimizer'} if moments else set())
+  left_out |= {
+      n: 'not a weight' for n in file.extra if n not in kept | {*dropped}
+  }
+  if 'optimizer' in left_out and full:
     left_out['optimizer'] = 'kept only with --config, the recipe of the run'
-  return Weights(config, step, flat | moments, names), left_out
+  return Weights(config, step, flat | moments, names, assumed), left_out
 
 
-def _has_moments(file: weight_files.File, name: str) -> bool:
-  order = weights.parameter_order(file.tensors) if file.optimizer else []
-  return name in order and order.index(name) in file.optimizer
+def _moments(
+    source: str, config: ConfigDict, state: dict[int, dict[str, Any]]
+) -> tuple[dict[Path, np.ndarray], dict[Path, str]]:
+  # Numbered over the whole model, even if parts of that are not in the file.
+  places = weights.full_places(config)
+  known = weights.constants(config, places, 0)
+  order = torch_optimizer.parameter_order([*places, *known])
+  moments = torch_optimizer.read(source, state, order, places)
+  owners = {place.path: name for name, place in places.items()}
+  theirs = {ours: slot for slot, ours in torch_optimizer.MOMENTS.items()}
+  return moments, {
+      (slot, *rest): f'{owners["params", *rest]} ({theirs[slot]})'
+      for slot, *rest in moments
+  }
 
 
-def _inferred(
-    source: str, tensors: Mapping[str, np.ndarray], full: bool,
-    num_heads: int, frozen: bool,
-) -> ConfigDict:
-  def under(prefix):
-    return {
-        name.removeprefix(prefix): x for name, x in tensors.items()
-        if name.startswith(prefix)
-    }
-
-  backbone = under('base_encoder.') if full else dict(tensors)
-  config = infer.config_of(source, backbone, num_heads, frozen)
-  if full:
-    head = f'base_encoder.{weights.head_name(config)}.'
-    infer.set_heads(source, config, under(head), under('predictor.'))
-  return config
+def _dropped(
+    source: str, file: weight_files.File, ignore: tuple[str, ...]
+) -> list[str]:
+  names = [*file.tensors, *file.extra]
+  dropped = set()
+  for pattern in ignore:
+    found = fnmatch.filter(names, pattern)
+    if not found:
+      raise UserError(
+          f'--ignore={pattern} names nothing in {source}. Allowed: names of '
+          'its tensors, or their beginning and a *.'
+      )
+    dropped.update(found)
+  return sorted(dropped)
 
 
-def _saved_config(source: str, file: weight_files.File) -> ConfigDict | None:
-  if METADATA not in file.metadata:
+def _present(
+    config: ConfigDict, tensors: Mapping[str, np.ndarray]
+) -> dict[str, Place]:
+  # Some checkpoints are stripped of what only training needs; of a part that
+  # is there, nothing may be missing.
+  parts = (
+      'momentum_encoder.', 'predictor.',
+      f'base_encoder.{weights.head_name(config)}.',
+  )
+  absent = tuple(
+      part for part in parts if not any(n.startswith(part) for n in tensors)
+  )
+  return {
+      name: place for name, place in weights.full_places(config).items()
+      if not name.startswith(absent)
+  }
+
+
+def _described(source: str, file: weight_files.File) -> ConfigDict | None:
+  if not file.description:
     return None
-  config = config_lib.default_config()
   try:
-    saved = json.loads(file.metadata[METADATA])
-    for field in 'mean', 'std':
-      saved['data'][field] = tuple(saved['data'][field])
-    config.update(saved)
-  except (ValueError, KeyError, TypeError, AttributeError) as e:
+    config = ConfigDict(json.loads(file.description))
+    checks.require_fields(config, config_lib.default_config())
+  except (ValueError, TypeError, AttributeError, UserError) as e:
     raise UserError(
-        f'{source}: its description of the architecture is damaged: {e}'
+        f'{source}: its description of the architecture is not one of this '
+        f'version: {e} Allowed: --config, the recipe of the run.'
     ) from e
   return config
 
 
+def _inferred(
+    source: str, file: weight_files.File, full: bool, num_heads: int
+) -> tuple[ConfigDict, tuple[str, ...]]:
+  def under(prefix):
+    return {
+        name.removeprefix(prefix): x for name, x in file.tensors.items()
+        if name.startswith(prefix)
+    }
+
+  if num_heads < 0:
+    raise UserError(f'--num_heads={num_heads}. Allowed: 0 or more.')
+  backbone = under('base_encoder.') if full else file.tensors
+  try:
+    frozen = not full or not _has_moments(
+        file, 'base_encoder.patch_embed.proj.weight'
+    )
+    config = infer.config_of(
+        source, backbone, num_heads, frozen, file.rounding
+    )
+    if full:
+      head = f'base_encoder.{weights.head_name(config)}.'
+      infer.set_heads(config, under(head), under('predictor.'))
+  except (ValueError, TypeError, IndexError, ZeroDivisionError) as e:
+    raise UserError(
+        f'{source}: its tensors have shapes of no ViT or ResNet ({e}). '
+        'Allowed: checkpoints of MoCo v3, and backbones with the names of timm '
+        'or torchvision.'
+    ) from e
+  return config, _assumed(source, config, full, num_heads)
+
+
+def _assumed(
+    source: str, config: ConfigDict, full: bool, num_heads: int
+) -> tuple[str, ...]:
+  """What no tensor tells, in words."""
+  assumed = [f'normalisation: mean {config.data.mean}, std {config.data.std}']
+  if config.model.name in models.RESNETS:
+    return (f'image size: {config.data.image_size}', *assumed)
+  if num_heads:
+    return tuple(assumed)
+  _, width, heads = models.VITS[config.model.name]
+  if not full and config.model.name == 'vit_s':
+    raise UserError(
+        f'{source}: the number of attention heads is in no weights, and ViTs '
+        f'of width {width} come with 12 (MoCo v3) and with 6 (DeiT, timm). '
+        'Allowed: --num_heads=12 or --num_heads=6.'
+    )
+  return (f'attention heads: {heads}', *assumed)
+
+
+def _has_moments(file: weight_files.File, name: str) -> bool:
+  if not file.optimizer:
+    return False
+  order = torch_optimizer.parameter_order(file.tensors)
+  return name in order and order.index(name) in file.optimizer
+
+
 def _classes(config: ConfigDict, tensors: Mapping[str, np.ndarray]) -> int:
   name = f'{weights.head_name(config)}.weight'
-  return len(tensors[name]) if name in tensors else 0
+  return len(tensors[name]) if name in tensors and tensors[name].ndim else 0
 
 
 def _step(tensors: Mapping[str, np.ndarray]) -> int:
   # Both views of a step pass each BatchNorm of the query encoder.
-  counts = [int(x) for n, x in tensors.items() if n.endswith(COUNTER)]
+  counts = [
+      int(x) for n, x in tensors.items() if n.endswith(COUNTER) and not x.ndim
+  ]
   return max(counts, default=0) // 2
 
 
@@ -160,21 +246,15 @@ def write(
   )
   tensors = weights.to_torch(source, places)
   written = {place.path: name for name, place in places.items()}
+  description = json.dumps(to_json(config))
   if full:
     content, moments = _release(source, tensors, places)
-    weight_files.write_torch(path, content)
+    weight_files.write_torch(path, content, description)
     return written | moments
   if path.name.endswith(weight_files.SAFETENSORS):
-    saved = to_json(config)
-    description = {
-        'model': saved['model'],
-        'data': {k: saved['data'][k] for k in ('image_size', 'mean', 'std')},
-    }
-    weight_files.write_safetensors(
-        path, tensors, {'format': 'pt', METADATA: json.dumps(description)}
-    )
+    weight_files.write_safetensors(path, tensors, description)
   else:
-    weight_files.write_torch(path, {'model': tensors})
+    weight_files.write_torch(path, {'model': tensors}, description)
   return written
 
 
@@ -185,56 +265,18 @@ def _release(
   """The dict that the release saves, and the names of the moments in it."""
   model = source.config.model
   key = model.name, model.patch_embed == 'conv'
-  optimizer, names = _optimizer(source, tensors, places)
-  epoch = source.step * source.config.batch_size // IMAGENET_IMAGES
-  return {
-      'epoch': epoch,
+  optimizer, names = torch_optimizer.write(source, tensors, places)
+  steps_per_epoch = max(1, IMAGENET_IMAGES // source.config.batch_size)
+  content = {
+      'epoch': source.step // steps_per_epoch,
       'arch': ARCHITECTURES[key] if key in ARCHITECTURES else model.name,
       'state_dict': {f'module.{n}': x for n, x in tensors.items()},
-      'optimizer': optimizer,
-      # PyTorch's defaults; bfloat16 needs no loss scaling.
-      'scaler': {
-          'scale': 65536.0, 'growth_factor': 2.0, 'backoff_factor': 0.5,
-          'growth_interval': 2000, '_growth_tracker': 0,
-      },
-  }, names
-
-
-def _optimizer(
-    source: Weights, tensors: Mapping[str, np.ndarray],
-    places: Mapping[str, Place],
-) -> tuple[dict[str, Any], dict[Path, str]]:
-  c = source.config.optimizer
-  peak_lr = c.lr_per_256 * source.config.batch_size / 256
-  group = {'lr': peak_lr, 'weight_decay': c.weight_decay}
-  slots = {}  # PyTorch's name by optax's.
-  if c.name == 'adamw':
-    slots = {'mu': 'exp_avg', 'nu': 'exp_avg_sq'}
-    group |= {
-        'betas': (c.b1, c.b2), 'eps': c.eps, 'amsgrad': False,
-        'maximize': False, 'foreach': None, 'capturable': False,
-        'differentiable': False, 'fused': None,
-        'decoupled_weight_decay': True,
+  }
+  if names:
+    content['optimizer'] = optimizer
+    # PyTorch's defaults; bfloat16 needs no loss scaling.
+    content['scaler'] = {
+        'scale': 65536.0, 'growth_factor': 2.0, 'backoff_factor': 0.5,
+        'growth_interval': 2000, '_growth_tracker': 0,
     }
-  elif c.name == 'lars':
-    slots = {'trace': 'mu'}
-    group |= {
-        'momentum': c.momentum, 'trust_coefficient': c.trust_coefficient
-    }
-  order = weights.parameter_order(tensors)
-  state, names = {}, {}
-  for index, name in enumerate(order):
-    if name not in places or places[name].path[0] != 'params':
-      continue
-    for slot, theirs in slots.items():
-      path = (slot, *places[name].path[1:])
-      if path in source.flat:
-        names[path] = f'{name} ({theirs})'
-        entry = state.setdefault(index, {})
-        entry[theirs] = torch_names.to_torch_layout(
-            source.flat[path], path
-        )
-    if index in state and c.name == 'adamw':
-      state[index]['step'] = np.asarray(source.step, np.float32)
-  group['params'] = list(range(len(order)))
-  return {'state': state, 'param_groups': [group]}, names
+  return content, names

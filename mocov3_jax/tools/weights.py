@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping
 import dataclasses
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -24,9 +23,6 @@ FIELDS = {
     },
 }
 ENCODERS = {'query': 'base_encoder', 'momentum': 'momentum_encoder'}
-# Optimizer slots of PyTorch (AdamW's, and those of the release's LARS) and of
-# optax.
-MOMENTS = {'exp_avg': 'mu', 'exp_avg_sq': 'nu', 'mu': 'trace'}
 SHOWN = 5
 
 
@@ -41,12 +37,14 @@ class Weights:
     flat: arrays in our layout by path. A path begins with a field of
       TrainState, or with an optax slot: 'mu', 'nu' or 'trace'.
     names: what the source calls each of them.
+    assumed: what the source does not tell, in words.
   """
 
   config: ConfigDict
   step: int
   flat: dict[Path, np.ndarray]
   names: dict[Path, str]
+  assumed: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -166,6 +164,7 @@ def from_torch(
     tensors: Mapping[str, np.ndarray],
     places: Mapping[str, Place],
     known: Mapping[str, np.ndarray],
+    rounding: float,
 ) -> dict[Path, np.ndarray]:
   """Puts tensors in their places; each must have one, and each place one.
 
@@ -174,9 +173,10 @@ def from_torch(
     tensors: a state_dict.
     places: what it should hold.
     known: tensors that may be there and are not needed.
+    rounding: of the file's values, relative.
 
   Returns:
-    Arrays in our layout by our paths.
+    Arrays in our layout by our paths, float32.
 
   Raises:
     UserError: for tensors that are missing, left over, of another shape, or
@@ -194,7 +194,11 @@ def from_torch(
   problems += _listed('not the fixed sine-cosine table', [
       n for n, table in known.items()
       if n in tensors and n.endswith('pos_embed')
-      and not is_table(tensors[n], table)
+      and not is_table(tensors[n], table, rounding)
+  ])
+  problems += _listed('of no real numbers', [
+      f'{n} ({tensors[n].dtype})' for n in places
+      if n in tensors and tensors[n].dtype.kind != 'f'
   ])
   if problems:
     raise UserError(
@@ -203,14 +207,20 @@ def from_torch(
         'leave out in --ignore, and the architecture by --config.'
     )
   return {
-      place.path: torch_names.to_our_layout(tensors[name], place.path)
+      place.path: torch_names.to_our_layout(
+          tensors[name].astype(np.float32), place.path
+      )
       for name, place in places.items()
   }
 
 
-def is_table(array: np.ndarray, table: np.ndarray) -> bool:
+def is_table(
+    array: np.ndarray, table: np.ndarray, rounding: float
+) -> bool:
   """Whether a position embedding is the fixed table, but for rounding."""
-  return array.shape == table.shape and np.allclose(array, table, atol=1e-5)
+  return array.shape == table.shape and np.allclose(
+      array, table, atol=max(1e-5, rounding)
+  )
 
 
 def _listed(problem: str, names: list[str]) -> list[str]:
@@ -245,47 +255,3 @@ def to_torch(
         weights.flat[place.path], place.path
     )
   return {name: tensors[name] for name in torch_names.in_order(tensors)}
-
-
-def parameter_order(names: Mapping[str, Any]) -> list[str]:
-  """Those names of a state_dict that PyTorch's optimizers count."""
-  buffers = ('running_mean', 'running_var', COUNTER)
-  return [n for n in torch_names.in_order(names) if not n.endswith(buffers)]
-
-
-def moments_from_torch(
-    source: str, state: Mapping[int, Mapping[str, Any]],
-    order: list[str], places: Mapping[str, Place],
-) -> dict[Path, np.ndarray]:
-  """The optimizer's state in our layout, under 'mu', 'nu' or 'trace'.
-
-  Args:
-    source: file name, for messages.
-    state: optimizer['state'], with numpy arrays; numbered as `order`.
-    order: all parameters of the model.
-    places: of its tensors.
-
-  Raises:
-    UserError: for a number, slot or shape that does not fit.
-  """
-  flat = {}
-  for index, slots in state.items():
-    if not 0 <= index < len(order) or order[index] not in places:
-      raise UserError(
-          f'{source}: the optimizer has a state for parameter {index}, which '
-          f'is none of the {len(order)} of this architecture'
-      )
-    name = order[index]
-    for slot, value in slots.items():
-      if slot == 'step':
-        continue
-      if slot not in MOMENTS or value.shape != places[name].shape:
-        raise UserError(
-            f'{source}: the optimizer slot {slot!r} of {name} has shape '
-            f'{value.shape}. Allowed: {", ".join(MOMENTS)} with shape '
-            f'{places[name].shape}.'
-        )
-      _, *rest = places[name].path
-      path = (MOMENTS[slot], *rest)
-      flat[path] = torch_names.to_our_layout(value, path)
-  return flat
