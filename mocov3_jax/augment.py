@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from mocov3_jax import image_ops
+from mocov3_jax.passes import Passes
 
 Augment = Callable[[jax.Array, jax.Array], jax.Array]
 
@@ -189,19 +190,32 @@ def example_keys(key: jax.Array, count: int) -> jax.Array:
   return jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(count))
 
 
-def build(augment: ConfigDict, data: ConfigDict) -> Augment:
-  """Returns f(images uint8, key) -> views float [B, 2, S, S, C].
+def build(
+    augment: ConfigDict, data: ConfigDict, dtype: jnp.dtype = jnp.float32,
+    passes: Passes = Passes(),  # noqa: B008 (frozen)
+) -> Augment:
+  """Returns f(images uint8, key) -> views [B, 2, S, S, C].
 
   S is `data.image_size`; B the global batch. The images are whole,
   [B, H, W, C], or crops, [B, 2, S, S, C].
+
+  Args:
+    augment: `config.augment`.
+    data: `config.data`.
+    dtype: of the views; the arithmetic is float32.
+    passes: in which they are made.
   """
   def example(image, key):
     drawn = draw_views(key, augment, *image.shape[-3:-1])
     return apply_views(image, drawn, augment, data.image_size)
 
+  def augment_part(part):
+    images, keys = part
+    made = jax.vmap(example)(image_ops.to_float(images), keys)
+    return image_ops.normalise(made, data).astype(dtype)
+
   def augment_batch(images, key):
     keys = example_keys(key, len(images))
-    made = jax.vmap(example)(image_ops.to_float(images), keys)
-    return image_ops.normalise(made, data)
+    return passes.map(augment_part, (images, keys))
 
   return augment_batch

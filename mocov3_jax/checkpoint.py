@@ -154,15 +154,19 @@ class Checkpoints:
     self._manager.close()
 
 
-def abstract(state: PyTree, sharding: jax.sharding.Sharding) -> PyTree:
-  """Shapes, dtypes and one sharding for all leaves, to restore into.
+def abstract(state: PyTree, shardings: PyTree) -> PyTree:
+  """Shapes, dtypes and shardings of all leaves, to restore into.
 
   Args:
     state: of arrays or ShapeDtypeStructs.
-    sharding: of the restored arrays.
+    shardings: of the restored arrays: the same tree, or one for all.
   """
+  if isinstance(shardings, jax.sharding.Sharding):
+    one = shardings
+    shardings = jax.tree.map(lambda _: one, state)
   return jax.tree.map(
-      lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), state
+      lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+      state, shardings,
   )
 
 

@@ -12,20 +12,21 @@ from mocov3_jax.errors import UserError
 # Fields that steer what a training run reports and keeps, or how it computes
 # (but for rounding), not what: they may change when it is continued.
 FREE_ON_RESUME = (
-    'model.remat', 'model.scan',
+    'micro_batch', 'fsdp_devices', 'model.remat', 'model.scan',
     'data.prefetch', 'data.threads', 'data.max_unreadable', 'knn.every_steps',
     'log.', 'save.',
 )
 
 _VIEWS = ('augment.view1', 'augment.view2')
 _AT_LEAST_ONE = (
-    'batch_size data.image_size data.prefetch model.patch_size '
+    'batch_size fsdp_devices data.image_size data.prefetch model.patch_size '
     'head.projector_layers head.predictor_layers head.hidden_dim head.out_dim '
     'knn.k log.every_steps save.every_steps save.keep_latest'
 ).split()
 _NOT_NEGATIVE = (
-    'seed model.depth model.dim model.num_heads optimizer.lr_per_256 '
-    'optimizer.weight_decay optimizer.trust_coefficient schedule.epochs '
+    'seed micro_batch model.depth model.dim model.num_heads '
+    'optimizer.lr_per_256 optimizer.weight_decay '
+    'optimizer.trust_coefficient schedule.epochs '
     'schedule.steps schedule.warmup_epochs knn.every_steps knn.bank_images '
     'knn.query_images data.threads save.keep_best'
 ).split()
@@ -69,6 +70,15 @@ def validate(config: ConfigDict, device_count: int) -> None:
       'as many numbers as data.mean, each above 0',
   )
   _require_multiple('batch_size', config, device_count)
+  _require(
+      'fsdp_devices', config, lambda v: device_count % v == 0,
+      f'a divisor of the {device_count} devices',
+  )
+  share = config.batch_size // device_count
+  _require(
+      'micro_batch', config, lambda v: v == 0 or share % v == 0,
+      f'0, or a divisor of the {share} images of each device',
+  )
 
 
 def _validate_view(view: str, config: ConfigDict) -> None:

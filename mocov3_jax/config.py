@@ -19,6 +19,13 @@ def default_config() -> ConfigDict:
   c.seed = 0
   # Images per optimizer step over all devices. [P] s5: 4096.
   c.batch_size = 4096
+  # Images per device and pass through the trunk: bounds the memory of its
+  # activations, for a second forward pass. The result is the same. 0 = all
+  # images of the device at once.
+  c.micro_batch = 0
+  # Devices over which parameters, target, statistics and optimizer state are
+  # split (FSDP); 1 = each device holds all of them. The result is the same.
+  c.fsdp_devices = 1
   c.data = _data()
   c.augment = ConfigDict({
       'view1': _view(blur_prob=1.0, solarize_prob=0.0),

@@ -1,6 +1,7 @@
 """The mesh, where batch and state live on it, and host arrays onto it."""
 
 from collections.abc import Sequence
+import math
 from typing import Any
 
 import jax
@@ -10,21 +11,60 @@ import numpy as np
 PyTree = Any
 
 
-def make_mesh(devices: Sequence[jax.Device] | None = None) -> Mesh:
-  """Returns a mesh with the axis 'data' over `devices` (default: all).
+# Over which the batch is split.
+BATCH_AXES = ('data', 'fsdp')
+# Smaller tensors are not worth splitting: elements.
+SMALL = 2**14
 
-  The axis is `Auto`: the partitioner finds the collectives, so a matrix
+
+def make_mesh(
+    devices: Sequence[jax.Device] | None = None, fsdp: int = 1
+) -> Mesh:
+  """Returns a mesh with the axes 'data' and 'fsdp'.
+
+  The axes are `Auto`: the partitioner finds the collectives, so a matrix
   product of a sharded batch with itself (queries @ keys.T) just works.
+
+  Args:
+    devices: default: all.
+    fsdp: over how many of them a state is split; divides their number.
   """
   devices = jax.devices() if devices is None else devices
   return jax.make_mesh(
-      (len(devices),), ('data',), (AxisType.Auto,), devices=devices
+      (len(devices) // fsdp, fsdp), BATCH_AXES, (AxisType.Auto,) * 2,
+      devices=devices,
   )
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
   """Splits the first axis over the devices."""
-  return NamedSharding(mesh, PartitionSpec('data'))
+  return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
+
+
+def state_sharding(mesh: Mesh, state: PyTree) -> PyTree:
+  """The one rule for parameters, target, statistics and optimizer state.
+
+  Each tensor is split over 'fsdp' along its largest axis that this divides;
+  small ones, and those without such an axis, are whole everywhere.
+
+  Args:
+    mesh: of `make_mesh`.
+    state: of arrays or ShapeDtypeStructs.
+
+  Returns:
+    The same tree of NamedSharding.
+  """
+  parts = mesh.shape['fsdp']
+
+  def rule(x):
+    axes = [i for i, n in enumerate(x.shape) if n % parts == 0]
+    if parts == 1 or math.prod(x.shape) < SMALL or not axes:
+      return replicated(mesh)
+    split = max(axes, key=lambda i: x.shape[i])
+    spec = ['fsdp' if i == split else None for i in range(x.ndim)]
+    return NamedSharding(mesh, PartitionSpec(*spec))
+
+  return jax.tree.map(rule, state)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

@@ -32,13 +32,21 @@ from mocov3_jax import workdir as workdir_lib
 from mocov3_jax.data import catalog, pipeline, sources
 from mocov3_jax.errors import Preempted, UserError
 from mocov3_jax.evals import features, knn, label_free
+from mocov3_jax.passes import Passes
 from mocov3_jax.tools import cli, summary
 from mocov3_jax.tools.recorder import Recorder
 from mocov3_jax.train_step import Method, init_state, train_step
 
 
-def build_method(config: ConfigDict, plan: config_lib.Plan) -> Method:
+def build_method(
+    config: ConfigDict, plan: config_lib.Plan, devices: int = 1
+) -> Method:
   """Assembles what the config names into the parts of a step.
+
+  Args:
+    config: of the run.
+    plan: of the run.
+    devices: over which the batch will lie.
 
   Raises:
     UserError: for an unknown name or numbers that do not fit together.
@@ -46,14 +54,23 @@ def build_method(config: ConfigDict, plan: config_lib.Plan) -> Method:
   learning_rate = optim.warmup_cosine(
       plan.peak_lr, plan.warmup_steps, plan.total_steps
   )
-  model = models.build(config.model, config.head, config.data.image_size)
+  passes = Passes()
+  if config.micro_batch:
+    count = config.batch_size // (devices * config.micro_batch)
+    passes = Passes(count, devices)
+  model = models.build(
+      config.model, config.head, config.data.image_size, passes
+  )
   return Method(
       model=model,
       objective=objectives.build(config.objective),
       optimizer=optim.build(
           config.optimizer, learning_rate, model.backbone.freeze_patch_embed
       ),
-      augment=augment.build(config.augment, config.data),
+      augment=augment.build(
+          config.augment, config.data, models.DTYPES[config.model.dtype],
+          passes,
+      ),
       learning_rate=learning_rate,
       momentum=optim.build_momentum(config.objective, plan.total_steps),
   )
@@ -68,23 +85,21 @@ def run_keys(seed: int) -> tuple[jax.Array, jax.Array]:
 def compile_functions(config: ConfigDict, method: Method, mesh: Mesh):
   """Returns jitted (init, step): () -> state, (state, Batch) -> both.
 
-  The whole state is replicated, batches are split over the mesh, and the
-  state given to a step is donated.
+  The state lies on the mesh as `sharding.state_sharding` says, batches are
+  split over it, and the state given to a step is donated.
   """
   init_key, augment_key = run_keys(config.seed)
   size, channels = config.data.image_size, len(config.data.mean)
-  whole = sharding.replicated(mesh)
-  init = jax.jit(
-      functools.partial(
-          init_state, method, init_key, (size, size, channels)
-      ),
-      out_shardings=whole,
+  make = functools.partial(
+      init_state, method, init_key, (size, size, channels)
   )
+  placed = sharding.state_sharding(mesh, jax.eval_shape(make))
+  init = jax.jit(make, out_shardings=placed)
 
   @functools.partial(
       jax.jit,
-      in_shardings=(whole, sharding.batch_sharding(mesh)),
-      out_shardings=whole,
+      in_shardings=(placed, sharding.batch_sharding(mesh)),
+      out_shardings=(placed, sharding.replicated(mesh)),
       donate_argnums=0,
   )
   def step(state, batch):
@@ -180,8 +195,8 @@ def train(config: ConfigDict, path: str) -> dict[str, Any]:
   checks.validate(config, jax.device_count())
   splits = load_source(config, workdir_lib.absolute(path).parent / '.listings')
   plan = config_lib.plan(config, len(splits.train))
-  method = build_method(config, plan)
-  mesh = sharding.make_mesh()
+  mesh = sharding.make_mesh(fsdp=config.fsdp_devices)
+  method = build_method(config, plan, mesh.size)
   reader = make_reader(
       config, splits.train, sharding.local_positions(mesh, config.batch_size)
   )
@@ -197,8 +212,9 @@ def train(config: ConfigDict, path: str) -> dict[str, Any]:
     with contextlib.closing(checkpoints):
       # Precedence of the initial state: 1. the newest intact checkpoint of
       # this workdir; 2. a fresh initialisation from the seed.
+      shapes = jax.eval_shape(init)
       abstract = checkpoint.abstract(
-          jax.eval_shape(init), sharding.replicated(mesh)
+          shapes, sharding.state_sharding(mesh, shapes)
       )
       state, start = checkpoints.restore(abstract) or (init(), 0)
       run = Recorder(config, plan, workdir, checkpoints, monitor, start)

@@ -16,7 +16,7 @@ PACKAGE = ROOT / 'mocov3_jax'
 FILES = sorted(PACKAGE.rglob('*.py'))
 RECIPES = sorted((ROOT / 'configs').rglob('*.py'))
 LAYERS = {
-    'errors': 0, 'config': 0, 'checks': 0,
+    'errors': 0, 'config': 0, 'checks': 0, 'passes': 0,
     'models': 1, 'objectives': 1, 'image_ops': 1, 'augment': 1,
     'optim': 2, 'sharding': 2, 'train_step': 2,
     'data': 3, 'checkpoint': 3, 'metrics': 3, 'workdir': 3,

@@ -12,6 +12,7 @@ from mocov3_jax.errors import UserError, unknown
 from mocov3_jax.models.heads import MlpHead
 from mocov3_jax.models.resnet import ResNet
 from mocov3_jax.models.vit import ViT
+from mocov3_jax.passes import Passes
 
 Backbone = ViT | ResNet
 
@@ -51,11 +52,17 @@ class Embeddings:
 
 
 class Network(nn.Module):
-  """The encoder (backbone and projector) and the predictor on top of it."""
+  """The encoder (backbone and projector) and the predictor on top of it.
+
+  Attributes:
+    backbone, projector, predictor: its parts.
+    passes: in which the two views go through the backbone.
+  """
 
   backbone: Backbone
   projector: nn.Module
   predictor: nn.Module
+  passes: Passes = Passes()
 
   def __call__(self, views: jax.Array, train: bool) -> Embeddings:
     """Maps two views [B, 2, H, W, C] to all embeddings."""
@@ -67,12 +74,21 @@ class Network(nn.Module):
     """The same without the predictor: all that the target network does."""
     if self.backbone.has_batch_norm:
       features = _per_view(self.backbone, views, train)
-      return Embeddings(features, _per_view(self.projector, features, train))
-    # The views lie side by side within an example, so merging them into one
-    # batch for the trunk moves nothing between devices.
-    batch = views.reshape(-1, *views.shape[2:])  # [2B, H, W, C]
-    features = self.features(batch, train).reshape(*views.shape[:2], -1)
+    elif self.is_initializing():
+      features = self._trunk(views, train)
+    else:
+      # Inside a loop only pure functions can be called, not bound modules.
+      module, variables = self.unbind()
+      features = self.passes.map(
+          lambda v: module.apply(variables, v, train, method='_trunk'), views
+      )
     return Embeddings(features, _per_view(self.projector, features, train))
+
+  def _trunk(self, views: jax.Array, train: bool) -> jax.Array:
+    # The views lie side by side within an example, so merging them into one
+    # batch moves nothing between devices.
+    batch = views.reshape(-1, *views.shape[2:])  # [2B, H, W, C]
+    return self.features(batch, train).reshape(*views.shape[:2], -1)
 
   def features(self, images: jax.Array, train: bool) -> jax.Array:
     """Maps images [B, H, W, C] to backbone features [B, dim], float32."""
@@ -94,7 +110,10 @@ def _at_least_float32(x: jax.Array) -> jax.Array:
   return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
-def build(model: ConfigDict, head: ConfigDict, image_size: int) -> Network:
+def build(
+    model: ConfigDict, head: ConfigDict, image_size: int,
+    passes: Passes = Passes(),  # noqa: B008 (frozen)
+) -> Network:
   """Builds the network that `config.model` and `config.head` describe.
 
   Raises:
@@ -102,6 +121,13 @@ def build(model: ConfigDict, head: ConfigDict, image_size: int) -> Network:
       fit together.
   """
   backbone = build_backbone(model, image_size)
+  if passes.count > 1 and backbone.has_batch_norm:
+    raise UserError(
+        f'micro_batch cannot be used with model.name={model.name!r}, '
+        f'model.patch_embed={model.patch_embed!r}, model.mlp_norm='
+        f'{model.mlp_norm!r}: its BatchNorms need the statistics of the whole '
+        'batch. Allowed: micro_batch=0, or a ViT with LayerNorm and patches.'
+    )
   heads = functools.partial(
       MlpHead,
       hidden_dim=head.hidden_dim,
@@ -112,6 +138,7 @@ def build(model: ConfigDict, head: ConfigDict, image_size: int) -> Network:
       backbone=backbone,
       projector=heads(head.projector_layers),
       predictor=heads(head.predictor_layers, out_bn=head.predictor_out_bn),
+      passes=passes,
   )
 
 
