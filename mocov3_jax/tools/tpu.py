@@ -1,0 +1,128 @@
+"""TPU slices that are not there: their topology and their published figures."""
+
+import contextlib
+import dataclasses
+import math
+import os
+import re
+from typing import Any
+
+import jax
+
+from mocov3_jax.errors import UserError, unknown
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+  """One chip's published figures (cloud.google.com/tpu/docs).
+
+  Attributes:
+    flops: peak bfloat16 operations per second.
+    memory: HBM, bytes.
+    bandwidth: of the HBM, bytes per second.
+    interconnect: all links of a chip together, one way, bytes per second.
+    dimensions: of the torus of chips.
+    shape: of the chips of one host, as the compiler wants to know it.
+  """
+
+  flops: float
+  memory: int
+  bandwidth: float
+  interconnect: float
+  dimensions: int
+  host: tuple[int, int, int]
+
+
+GIB = 2**30
+CHIPS = {
+    'v4': Chip(275e12, 32 * GIB, 1228e9, 2400e9 / 8, 3, (2, 2, 1)),
+    'v5e': Chip(197e12, 16 * GIB, 819e9, 1600e9 / 8, 2, (2, 2, 1)),
+    'v5p': Chip(459e12, 95 * GIB, 2765e9, 4800e9 / 8, 3, (2, 2, 1)),
+    'v6e': Chip(918e12, 32 * GIB, 1640e9, 3584e9 / 8, 2, (2, 2, 1)),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Slice:
+  """Chips of one kind, connected.
+
+  Attributes:
+    name: such as 'v5e:16x16'.
+    chip: figures of each.
+    devices: for the compiler; they cannot run anything.
+  """
+
+  name: str
+  chip: Chip
+  devices: list[Any]
+
+
+def parse(topology: str) -> tuple[Chip, tuple[int, ...]]:
+  """Splits 'v5e:16x16' into the chip and the sides of the torus.
+
+  Raises:
+    UserError: for an unknown chip or a shape that it does not come in.
+  """
+  kind, _, shape = topology.partition(':')
+  if kind not in CHIPS:
+    raise unknown('--topology', kind, CHIPS)
+  chip = CHIPS[kind]
+  sides = 'x'.join(['N'] * chip.dimensions)
+  if not re.fullmatch('x'.join([r'[1-9]\d*'] * chip.dimensions), shape):
+    raise UserError(
+        f'--topology={topology!r}. Allowed: {kind}:{sides}, such as '
+        f'{kind}:{"x".join(["4"] * chip.dimensions)}.'
+    )
+  return chip, tuple(map(int, shape.split('x')))
+
+
+def get_slice(topology: str) -> Slice:
+  """Describes a slice to the TPU compiler, which runs on any machine.
+
+  Args:
+    topology: chip and shape, such as 'v5e:16x16' or 'v4:4x4x4'.
+
+  Raises:
+    UserError: for what is not known, or without the compiler (libtpu).
+  """
+  chip, sides = parse(topology)
+  # Slices smaller than a host's share have to say so.
+  host = tuple(
+      math.gcd(a, b) for a, b in zip((*sides, 1), chip.host, strict=False)
+  )
+  with _pretending(topology.split(':')[0]):
+    try:
+      from jax.experimental import topologies
+
+      found = topologies.get_topology_desc(
+          topology, platform='tpu', chips_per_host_bounds=host
+      )
+    except Exception as e:  # Several kinds, and none says what to do.
+      text = (str(e).splitlines() or [''])[0]
+      raise UserError(
+          f'--topology={topology}: the TPU compiler gives no such slice '
+          f'({type(e).__name__}: {text}). Allowed: a shape that Cloud TPU '
+          'offers; the compiler comes with: pip install -r '
+          'requirements-tpu-plan.txt.'
+      ) from e
+  return Slice(topology, chip, list(found.devices))
+
+
+@contextlib.contextmanager
+def _pretending(kind: str):
+  # libtpu would look for a TPU, and wait for the answer of a metadata server.
+  wanted = {
+      'TPU_SKIP_MDS_QUERY': '1', 'TPU_WORKER_ID': '0',
+      'TPU_WORKER_HOSTNAMES': 'localhost',
+      'TPU_ACCELERATOR_TYPE': f'{kind}-8',
+  }
+  before = {name: os.environ[name] for name in wanted if name in os.environ}
+  os.environ.update(wanted)
+  # Everything that runs does so on the CPU.
+  jax.config.update('jax_platforms', 'cpu')
+  try:
+    yield
+  finally:
+    for name in wanted:
+      del os.environ[name]
+    os.environ.update(before)
