@@ -23,7 +23,7 @@ LAYERS = {
     'loop': 4,
     'evals': 5,
     'tools': 6, 'train': 6, 'evaluate': 6, 'preview': 6, 'benchmark': 6,
-    'extract': 6, 'convert': 6,
+    'extract': 6, 'convert': 6, 'plan': 6,
 }
 
 

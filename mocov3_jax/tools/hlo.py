@@ -42,7 +42,7 @@ def collectives(text: str) -> dict[str, Collectives]:
     text: the optimised HLO, `compiled.as_text()`.
   """
   computations = _computations(text)
-  times = _times(text, computations)
+  times = _times(computations)
   found = collections.defaultdict(list)
   seen = set()
   for name, lines in computations.items():
@@ -83,9 +83,7 @@ def _computations(text: str) -> dict[str, list[str]]:
   return found
 
 
-def _times(
-    text: str, computations: dict[str, list[str]]
-) -> dict[str, int]:
+def _times(computations: dict[str, list[str]]) -> dict[str, int]:
   """How often each computation runs; loops by their bounds."""
   times = dict.fromkeys(computations, 0)
 
@@ -101,7 +99,7 @@ def _times(
           visit(called, inner)
 
   if 'ENTRY' not in computations:
-    raise ValueError(f'no program in a text of {len(text)} characters')
+    raise ValueError('the text holds no program')
   visit('ENTRY', 1)
   return times
 
@@ -111,5 +109,11 @@ def _trips(line: str, condition: list[str]) -> int:
   if known:
     return int(known[1])
   # Loops of lax.map and lax.scan count from 0 to a constant.
-  bounds = [int(n) for n in re.findall(r'constant\((\d+)\)', '\n'.join(condition))]
-  return max(bounds, default=1)
+  bounds = re.findall(r'constant\((\d+)\)', '\n'.join(condition))
+  return max(map(int, bounds), default=1)
+
+
+def has_loops(text: str) -> bool:
+  """Whether a part of the program runs more than once."""
+  computations = _computations(text)
+  return any(n > 1 for n in _times(computations).values())

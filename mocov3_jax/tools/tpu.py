@@ -22,7 +22,8 @@ class Chip:
     bandwidth: of the HBM, bytes per second.
     interconnect: all links of a chip together, one way, bytes per second.
     dimensions: of the torus of chips.
-    shape: of the chips of one host, as the compiler wants to know it.
+    host: the chips of one host, as the compiler wants to know them.
+    config: the compiler's name for a chip that is one device.
   """
 
   flops: float
@@ -30,15 +31,16 @@ class Chip:
   bandwidth: float
   interconnect: float
   dimensions: int
-  host: tuple[int, int, int]
+  host: tuple[int, int, int] = (2, 2, 1)
+  config: str = 'default'
 
 
 GIB = 2**30
 CHIPS = {
-    'v4': Chip(275e12, 32 * GIB, 1228e9, 2400e9 / 8, 3, (2, 2, 1)),
-    'v5e': Chip(197e12, 16 * GIB, 819e9, 1600e9 / 8, 2, (2, 2, 1)),
-    'v5p': Chip(459e12, 95 * GIB, 2765e9, 4800e9 / 8, 3, (2, 2, 1)),
-    'v6e': Chip(918e12, 32 * GIB, 1640e9, 3584e9 / 8, 2, (2, 2, 1)),
+    'v4': Chip(275e12, 32 * GIB, 1228e9, 2400e9 / 8, 3, config='megacore'),
+    'v5e': Chip(197e12, 16 * GIB, 819e9, 1600e9 / 8, 2),
+    'v5p': Chip(459e12, 95 * GIB, 2765e9, 4800e9 / 8, 3),
+    'v6e': Chip(918e12, 32 * GIB, 1640e9, 3584e9 / 8, 2),
 }
 
 
@@ -95,7 +97,8 @@ def get_slice(topology: str) -> Slice:
       from jax.experimental import topologies
 
       found = topologies.get_topology_desc(
-          topology, platform='tpu', chips_per_host_bounds=host
+          topology, platform='tpu', chips_per_host_bounds=host,
+          chip_config_name=chip.config,
       )
     except Exception as e:  # Several kinds, and none says what to do.
       text = (str(e).splitlines() or [''])[0]

@@ -1,0 +1,188 @@
+"""Plans a run on TPUs that are not there: python -m mocov3_jax.plan \\
+    --config=FILE --topology=v5e:16x16
+
+Compiles the real step of a recipe at full size with the real TPU compiler, on
+any machine, and tells whether it fits, what it computes, moves and sends, and
+bounds on its time. A bound is not a measurement: what runs is slower. Needs
+the compiler: pip install -r requirements-tpu-plan.txt. Takes minutes.
+
+A table goes to stderr; the last line on stdout is one JSON object.
+"""
+
+from collections.abc import Iterator
+import dataclasses
+import sys
+from typing import Any
+
+from absl import flags
+from ml_collections import ConfigDict, config_flags
+
+from mocov3_jax import checks, models
+from mocov3_jax import config as config_lib
+from mocov3_jax.errors import UserError
+from mocov3_jax.tools import cli, roofline, tpu
+
+GIB = 2**30
+# Images of ImageNet's training set.
+IMAGENET = 1_281_167
+
+
+def plan(
+    config: ConfigDict, topology: str, images: int = IMAGENET,
+    price: float = 0.0, propose: bool = True,
+) -> dict[str, Any]:
+  """Compiles for a slice, and for changes of the config until one fits.
+
+  Args:
+    config: as `default_config()`, after overrides.
+    topology: chip and shape, such as 'v5e:16x16'.
+    images: in the training set.
+    price: of a chip for an hour; 0 = unknown.
+    propose: whether to try changes if it does not fit.
+
+  Returns:
+    The report, flat, for JSON; of the config, or of the first change of it
+    that fits, which 'changes' names.
+
+  Raises:
+    UserError: for bad input, or without the compiler.
+  """
+  if images < 1 or price < 0:
+    raise UserError(
+        f'--images={images} --price={price}. Allowed: at least 1, and 0 or '
+        'more.'
+    )
+  chips = tpu.get_slice(topology)
+  checks.validate(config, len(chips.devices))
+  schedule = config_lib.plan(config, images)
+  report = measured(config, schedule, chips, price)
+  show(report)
+  if report['fits'] or not propose:
+    return report
+  for changes in proposals(config, len(chips.devices)):
+    changed = config.copy_and_resolve_references().unlock()
+    changed.update_from_flattened_dict(changes)
+    other = measured(changed, schedule, chips, price) | {'changes': changes}
+    show(other)
+    if other['fits']:
+      return other
+  return report
+
+
+def proposals(config: ConfigDict, devices: int) -> Iterator[dict[str, Any]]:
+  """Changes that need less memory, those that cost the least time first."""
+  if config.model.name in models.VITS and not config.model.remat:
+    yield {'model.remat': True}
+  split = {'fsdp_devices': devices} if devices > 1 else {}
+  if split and config.fsdp_devices < devices:
+    yield split
+  backbone = models.build_backbone(config.model, config.data.image_size)
+  if backbone.has_batch_norm:
+    return
+  share = config.micro_batch or config.batch_size // devices
+  for parts in (2, 4, 8, 16, 32, 64, 128):
+    if share % parts == 0:
+      yield {'micro_batch': share // parts} | split
+
+
+def measured(
+    config: ConfigDict, schedule: config_lib.Plan, chips: tpu.Slice,
+    price: float,
+) -> dict[str, Any]:
+  """Compiles one config, and reports."""
+  cost = roofline.measure(config, schedule, chips)
+  count = len(chips.devices)
+  report = {
+      'topology': chips.name, 'chips': count, 'model': config.model.name,
+      'batch_size': config.batch_size,
+      'images_per_chip': config.batch_size // count,
+      'micro_batch': config.micro_batch, 'remat': config.model.remat,
+      'fsdp_devices': config.fsdp_devices,
+      'hbm_gib': chips.chip.memory / GIB,
+  }
+  for field in dataclasses.fields(cost):
+    if field.name != 'collectives':
+      report[field.name] = dataclasses.asdict(cost)[field.name]
+  report['collectives'] = {
+      kind: dataclasses.asdict(c) for kind, c in cost.collectives.items()
+  }
+  if not cost.fits:
+    return report
+  bounds = roofline.seconds(cost, chips)
+  limit = max(bounds, key=bounds.__getitem__)
+  step = bounds[limit]
+  hours = step * schedule.total_steps / 3600
+  report |= {f'seconds_{name}': value for name, value in bounds.items()}
+  report |= {
+      'bound_by': limit, 'seconds_per_step': step,
+      'images_per_second': config.batch_size / step,
+      'mfu_bound': cost.model_flops / step / chips.chip.flops,
+      'steps': schedule.total_steps, 'hours': hours,
+      'chip_hours': hours * count,
+  }
+  if price:
+    report['cost'] = hours * count * price
+  return report
+
+
+def show(report: dict[str, Any]) -> None:
+  """Prints the report for people."""
+  gib = lambda field: (
+      '?' if report[field] is None else f'{report[field] / GIB:.2f} GiB'
+  )
+  tera = lambda field: (
+      'not counted (loops)' if report[field] is None
+      else f'{report[field] / 1e12:.3f} T'
+  )
+  lines = [
+      f'{report["model"]}, batch {report["batch_size"]}, on '
+      f'{report["topology"]}: {report["chips"]} chips, '
+      f'{report["images_per_chip"]} images each; micro_batch '
+      f'{report["micro_batch"]}, remat {report["remat"]}, fsdp_devices '
+      f'{report["fsdp_devices"]}',
+      f'  memory per chip    {gib("total")} of {report["hbm_gib"]:.0f} GiB: '
+      + ('fits' if report['fits'] else 'DOES NOT FIT'),
+      f'    state            {gib("state")}',
+      f'    state and batch  {gib("arguments")}',
+      f'    temporary        {gib("temporary")}',
+      f'  FLOPs per chip     model {tera("model_flops")}, traced '
+      f'{tera("traced_flops")}, compiled {tera("compiled_flops")}',
+      f'  memory traffic     {tera("hbm_bytes")}B per chip',
+  ]
+  for kind, c in report['collectives'].items():
+    lines.append(
+        f'  {kind:18} {c["count"]} of {c["bytes"] / 2**20:.2f} MiB in all'
+    )
+  if report['fits']:
+    lines += [
+        '  bounds, not measurements:',
+        '    a step           '
+        + ', '.join(
+            f'{name} {1e3 * report[f"seconds_{name}"]:.1f} ms'
+            for name in ('compute', 'memory', 'interconnect')
+        ) + f': {report["bound_by"]}',
+        f'    at most          {report["images_per_second"]:,.0f} img/s, MFU '
+        f'{report["mfu_bound"]:.0%}',
+        f'    {report["steps"]} steps     at least {report["hours"]:.1f} '
+        f'hours, {report["chip_hours"]:.0f} chip-hours'
+        + (f', costing {report["cost"]:.0f}' if 'cost' in report else ''),
+    ]
+  print('\n'.join(lines), file=sys.stderr, flush=True)
+
+
+if __name__ == '__main__':
+  CONFIG = config_flags.DEFINE_config_file(
+      'config', help_string='Recipe, such as configs/imagenet/vit_b16.py.'
+  )
+  TOPOLOGY = flags.DEFINE_string(
+      'topology', None, 'Chip and shape, such as v5e:16x16.', required=True
+  )
+  IMAGES = flags.DEFINE_integer('images', IMAGENET, 'In the training set.')
+  PRICE = flags.DEFINE_float('price', 0.0, 'Of a chip for an hour.')
+  PROPOSE = flags.DEFINE_bool('propose', True, 'Try what fits, if it does not.')
+  flags.mark_flag_as_required('config')
+  cli.run(
+      lambda: plan(
+          CONFIG.value, TOPOLOGY.value, IMAGES.value, PRICE.value, PROPOSE.value
+      )
+  )

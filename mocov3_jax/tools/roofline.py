@@ -1,0 +1,161 @@
+"""What one step costs on a slice, from the program that the compiler made."""
+
+import dataclasses
+import math
+import re
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from ml_collections import ConfigDict
+
+from mocov3_jax import config as config_lib
+from mocov3_jax import sharding, train
+from mocov3_jax.data.pipeline import Batch
+from mocov3_jax.tools import hlo, summary, tpu
+from mocov3_jax.train_step import Method, init_state, train_step
+
+PyTree = Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Cost:
+  """Of a compiled step, per chip. None = could not be told.
+
+  Attributes:
+    fits: whether it fits the chip's memory.
+    state: bytes of parameters, target, statistics and optimizer state.
+    arguments: bytes of the state and the batch.
+    temporary: bytes beside them while the step runs.
+    total: bytes in all, the program included.
+    model_flops: that the model needs: each product once forward and twice
+      backward, no recomputation, no augmentation.
+    traced_flops: of all matrix products of the program as traced, with what
+      is computed twice.
+    compiled_flops: as the compiler counts them, everything included; None if
+      there are loops, whose bodies it counts once.
+    hbm_bytes: read and written, as the compiler counts them; likewise.
+    collectives: by kind.
+  """
+
+  fits: bool
+  state: int
+  total: int
+  model_flops: float
+  traced_flops: float
+  arguments: int | None = None
+  temporary: int | None = None
+  compiled_flops: float | None = None
+  hbm_bytes: float | None = None
+  collectives: dict[str, hlo.Collectives] = dataclasses.field(
+      default_factory=dict
+  )
+
+
+def abstract_batch(config: ConfigDict) -> Batch:
+  """A batch of crops that the host made, without data."""
+  size, channels = config.data.image_size, len(config.data.mean)
+  return Batch(
+      jax.ShapeDtypeStruct(
+          (config.batch_size, 2, size, size, channels), jnp.uint8
+      ),
+      jax.ShapeDtypeStruct((config.batch_size,), jnp.int32),
+  )
+
+
+def model_flops(config: ConfigDict, plan: config_lib.Plan) -> float:
+  """Of one step, all devices together; see `Cost`."""
+  plain = config.copy_and_resolve_references().unlock()
+  plain.micro_batch, plain.model.remat = 0, False
+  method = train.build_method(plain, plan)
+  # The views come in whole.
+  method = method.replace(augment=lambda images, key: images)
+  return _flops(plain, method, jnp.float32)
+
+
+def _flops(config: ConfigDict, method: Method, dtype: jnp.dtype) -> float:
+  images = abstract_batch(config).images
+  images = jax.ShapeDtypeStruct(images.shape, dtype)
+  state = abstract_state(config, method)
+  key = jax.eval_shape(lambda: jax.random.key(0))
+  step = lambda key, state, images: train_step(method, key, state, images)
+  jaxpr = jax.make_jaxpr(step)(key, state, images)
+  return 2.0 * summary.macs(jaxpr.jaxpr)
+
+
+def abstract_state(config: ConfigDict, method: Method) -> PyTree:
+  """Shapes of the state, nothing computed."""
+  size, channels = config.data.image_size, len(config.data.mean)
+  return jax.eval_shape(
+      lambda: init_state(method, jax.random.key(0), (size, size, channels))
+  )
+
+
+def measure(
+    config: ConfigDict, plan: config_lib.Plan, chips: tpu.Slice
+) -> Cost:
+  """Compiles the real step for a slice and reads what it costs."""
+  mesh = sharding.make_mesh(chips.devices, config.fsdp_devices)
+  method = train.build_method(config, plan, mesh.size)
+  _, step = train.compile_functions(config, method, mesh)
+  state = abstract_state(config, method)
+  placed = sharding.state_sharding(mesh, state)
+  known = {
+      'state': sum(
+          math.prod(s.shard_shape(x.shape)) * x.dtype.itemsize
+          for x, s in zip(
+              jax.tree.leaves(state), jax.tree.leaves(placed), strict=True
+          )
+      ),
+      'model_flops': model_flops(config, plan) / mesh.size,
+      'traced_flops': _flops(config, method, jnp.uint8) / mesh.size,
+  }
+  try:
+    compiled = step.lower(state, abstract_batch(config)).compile()
+  except jax.errors.JaxRuntimeError as e:
+    used = re.search(r'Used ([\d.]+)([KMG])\w* of', str(e))
+    if not used:
+      raise
+    scale = {'K': 2**10, 'M': 2**20, 'G': 2**30}[used[2]]
+    return Cost(fits=False, total=int(float(used[1]) * scale), **known)
+  memory = compiled.memory_analysis()
+  total = (
+      memory.argument_size_in_bytes + memory.temp_size_in_bytes
+      + memory.output_size_in_bytes - memory.alias_size_in_bytes
+      + memory.generated_code_size_in_bytes
+  )
+  text = compiled.as_text()
+  counted = {}
+  if not hlo.has_loops(text):
+    cost = compiled.cost_analysis()
+    counted = {
+        'compiled_flops': cost['flops'], 'hbm_bytes': cost['bytes accessed']
+    }
+  return Cost(
+      fits=total <= chips.chip.memory, total=total,
+      arguments=memory.argument_size_in_bytes,
+      temporary=memory.temp_size_in_bytes,
+      collectives=hlo.collectives(text), **counted, **known,
+  )
+
+
+def seconds(cost: Cost, chips: tpu.Slice) -> dict[str, float]:
+  """Lower bounds of the time of a step, by what limits it.
+
+  Matrix products at the chip's peak, memory traffic at its bandwidth, each
+  collective as over a ring with all links of a chip in use; all three at the
+  same time.
+  """
+  chip, count = chips.chip, len(chips.devices)
+  share = (count - 1) / count
+  moved = sum(
+      # An all-reduce is a reduce-scatter and an all-gather.
+      (2 if kind == 'all-reduce' else 1) * share * c.bytes
+      for kind, c in cost.collectives.items()
+  )
+  flops = cost.compiled_flops or cost.traced_flops
+  return {
+      'compute': flops / chip.flops,
+      'memory': (cost.hbm_bytes or 0.0) / chip.bandwidth,
+      'interconnect': moved / chip.interconnect,
+  }
