@@ -7,12 +7,11 @@ from typing import Any
 
 from etils import epath
 import jax
-import numpy as np
+from jax.experimental import multihost_utils
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers
 
 from mocov3_jax.errors import UserError
-from mocov3_jax.workdir import absolute
 
 PyTree = Any
 # By which a checkpoint is called the best.
@@ -52,8 +51,10 @@ class Checkpoints:
         best_fn=best,
         cleanup_tmp_directories=True,
     )
-    self._folder.mkdir(exist_ok=True)
-    self._check_metrics()
+    if jax.process_index() == 0:
+      self._folder.mkdir(exist_ok=True)
+      self._check_metrics()
+    _all_arrive('checkpoints opened')
     self._manager = ocp.CheckpointManager(
         self._folder, options=options, item_names=(ITEM,)
     )
@@ -111,6 +112,13 @@ class Checkpoints:
         failures[step] = summary(e)
         continue
       for damaged, reason in failures.items():
+        if jax.process_count() > 1:
+          # Another process may have read it; they must not part here.
+          raise UserError(
+              f'checkpoint {self._folder / str(damaged)} is damaged '
+              f'({reason}). Allowed: to move it away, and to start all '
+              'processes again.'
+          )
         self._set_aside(damaged, reason)
       if failures:
         self._manager.reload()
@@ -129,8 +137,10 @@ class Checkpoints:
     For a run whose state was found broken at `step`.
     """
     self.wait()
-    for later in [s for s in self._manager.all_steps() if s >= step]:
-      self._set_aside(later, f'the training diverged at step {step}')
+    if jax.process_index() == 0:
+      for later in [s for s in self._manager.all_steps() if s >= step]:
+        self._set_aside(later, f'the training diverged at step {step}')
+    _all_arrive('diverged checkpoints set aside')
     self._manager.reload()
     return self._manager.latest_step()
 
@@ -154,6 +164,12 @@ class Checkpoints:
     self._manager.close()
 
 
+def _all_arrive(where: str) -> None:
+  # All processes of a run see the same folder.
+  if jax.process_count() > 1:
+    multihost_utils.sync_global_devices(where)
+
+
 def abstract(state: PyTree, shardings: PyTree) -> PyTree:
   """Shapes, dtypes and shardings of all leaves, to restore into.
 
@@ -168,116 +184,6 @@ def abstract(state: PyTree, shardings: PyTree) -> PyTree:
       lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
       state, shardings,
   )
-
-
-def find(path: str) -> tuple[epath.Path, epath.Path]:
-  """Finds the run and the checkpoint that `path` names.
-
-  Args:
-    path: a workdir (then its newest checkpoint) or one checkpoints/<step>.
-
-  Returns:
-    The workdir of the run, and the folder of the checkpoint.
-
-  Raises:
-    UserError: if `path` is neither.
-  """
-  if path:
-    folder = absolute(path)
-    if (folder / 'checkpoints').is_dir():
-      steps = [
-          int(p.name) for p in (folder / 'checkpoints').iterdir()
-          if p.name.isdigit()
-      ]
-      if steps:
-        return folder, folder / 'checkpoints' / str(max(steps))
-    run = folder.parent.parent
-    if folder.name.isdigit() and folder.is_dir():
-      if (run / 'config.json').exists():
-        return run, folder
-  raise UserError(
-      f'checkpoint={path!r} is not a checkpoint. Allowed: the workdir of a '
-      'run that has saved one, or one of its folders checkpoints/<step>.'
-  )
-
-
-def held(folder: epath.Path) -> set[tuple[str, str]]:
-  """What a checkpoint holds: ('params', 'backbone'), ('params', ...), ...
-
-  Raises:
-    UserError: if it cannot be read.
-  """
-  try:
-    with ocp.PyTreeCheckpointer() as checkpointer:
-      tree = checkpointer.metadata(folder / ITEM).item_metadata.tree
-  except Exception as e:  # Orbax and TensorStore raise many kinds.
-    raise _unreadable(folder, e) from e
-  return {
-      (field, part) for field, parts in tree.items()
-      if isinstance(parts, dict) for part in parts
-  }
-
-
-def _unreadable(folder: epath.Path, e: Exception) -> UserError:
-  return UserError(
-      f'checkpoint={str(folder)!r} cannot be read ({summary(e)}).'
-  )
-
-
-def restore_part(folder: epath.Path, abstract_part: PyTree) -> PyTree:
-  """Restores the named part of a checkpoint alone, such as the parameters.
-
-  Args:
-    folder: a checkpoints/<step>.
-    abstract_part: nested dicts of ShapeDtypeStructs, a subtree of the state.
-
-  Raises:
-    UserError: if it cannot be read, or does not fit.
-  """
-  restore_args = jax.tree.map(
-      lambda x: ocp.ArrayRestoreArgs(
-          sharding=x.sharding, global_shape=x.shape, dtype=x.dtype
-      ),
-      abstract_part,
-  )
-  try:
-    with ocp.PyTreeCheckpointer() as checkpointer:
-      return checkpointer.restore(
-          folder / ITEM,
-          args=ocp.args.PyTreeRestore(
-              item=abstract_part, restore_args=restore_args,
-              partial_restore=True,
-          ),
-      )
-  except Exception as e:  # Orbax and TensorStore raise many kinds.
-    raise _unreadable(folder, e) from e
-
-
-def restore_whole(folder: epath.Path) -> PyTree:
-  """Restores all of a checkpoint on the host, whatever it holds.
-
-  Args:
-    folder: a checkpoints/<step>.
-
-  Returns:
-    Nested dicts and lists of numpy arrays.
-
-  Raises:
-    UserError: if it cannot be read.
-  """
-  try:
-    with ocp.PyTreeCheckpointer() as checkpointer:
-      known = checkpointer.metadata(folder / ITEM).item_metadata.tree
-      return checkpointer.restore(
-          folder / ITEM,
-          args=ocp.args.PyTreeRestore(
-              restore_args=jax.tree.map(
-                  lambda _: ocp.RestoreArgs(restore_type=np.ndarray), known
-              )
-          ),
-      )
-  except Exception as e:  # Orbax and TensorStore raise many kinds.
-    raise _unreadable(folder, e) from e
 
 
 def summary(error: Exception) -> str:

@@ -39,12 +39,13 @@ class MetricWriter:
   next update, and what evaluators say of it.
   """
 
-  def __init__(self, workdir: epath.Path, step: int):
+  def __init__(self, workdir: epath.Path, step: int, active: bool = True):
     """Opens the files, dropping what a continued run will write again.
 
     Args:
       workdir: of the run; exists.
       step: updates done in the state that training starts from.
+      active: whether to write at all; only one process of a run does.
     """
     self._path = workdir / 'metrics.jsonl'
     rows = [
@@ -57,6 +58,9 @@ class MetricWriter:
     self.latest: Values = {}
     for row in rows:
       self._remember(row)
+    self._active = active
+    if not active:
+      return
     text = ''.join(json.dumps(row) + '\n' for row in rows)
     workdir_lib.write_whole(self._path, text)
     self._file = self._path.open('a')
@@ -76,6 +80,8 @@ class MetricWriter:
     """Writes one row."""
     row = {'step': step, **values}
     self._remember(row)
+    if not self._active:
+      return
     self._file.write(json.dumps(row) + '\n')
     self._file.flush()  # A killed run loses nothing it has logged.
     self._draw(row)
@@ -87,12 +93,14 @@ class MetricWriter:
 
   def flush(self) -> None:
     """Puts on disk what a continuation from here will not write again."""
-    self._board.flush()
+    if self._active:
+      self._board.flush()
 
   def close(self) -> None:
     """Flushes and closes the files."""
-    self._file.close()
-    self._board.close()
+    if self._active:
+      self._file.close()
+      self._board.close()
 
 
 class Throughput:
@@ -131,8 +139,11 @@ class Throughput:
 class Progress:
   """One line of status: rewritten on a terminal, every 10 s when piped."""
 
-  def __init__(self, total_steps: int, stream: TextIO = sys.stderr):
+  def __init__(
+      self, total_steps: int, stream: TextIO = sys.stderr, active: bool = True
+  ):
     self._total = total_steps
+    self._active = active
     self._stream = stream
     self._live = stream.isatty()
     self._next = 0.0
@@ -170,6 +181,8 @@ class Progress:
     self._show(text, end='\n')
 
   def _show(self, text: str, end: str) -> None:
+    if not self._active:
+      return
     # Return to the start of the line and erase it, on a terminal.
     start = '\r\x1b[K' if self._live else ''
     print(start + text, end=end, file=self._stream, flush=True)

@@ -33,7 +33,7 @@ from mocov3_jax.data import catalog, pipeline, sources
 from mocov3_jax.errors import Preempted, UserError
 from mocov3_jax.evals import features, knn, label_free
 from mocov3_jax.passes import Passes
-from mocov3_jax.tools import cli, summary
+from mocov3_jax.tools import cli, distributed
 from mocov3_jax.tools.recorder import Recorder
 from mocov3_jax.train_step import Method, init_state, train_step
 
@@ -106,6 +106,7 @@ def compile_functions(config: ConfigDict, method: Method, mesh: Mesh):
     state, values = train_step(method, augment_key, state, batch.images)
     # Over all hosts, since the batch is global.
     values['data/unreadable'] = jnp.sum(batch.unreadable >= 0)
+    values['train/stop'] = jnp.max(batch.stop)
     return state, values
 
   return init, step
@@ -203,8 +204,11 @@ def train(config: ConfigDict, path: str) -> dict[str, Any]:
   monitor = build_monitor(config, method, splits, mesh, reader)
   init, step_fn = compile_functions(config, method, mesh)
   # Signals are noted before anything is written, and until all is saved.
-  with cli.stop_noted() as stop, workdir_lib.claimed(
+  claim = workdir_lib.claimed(
       path, config, checks.FREE_ON_RESUME, splits.fingerprint()
+  )
+  with distributed.peers_watched(), cli.stop_noted() as stop, distributed.led(
+      claim, workdir_lib.absolute(path)
   ) as workdir:
     checkpoints = checkpoint.Checkpoints(
         workdir, config.save.keep_latest, config.save.keep_best, _warn
@@ -219,18 +223,18 @@ def train(config: ConfigDict, path: str) -> dict[str, Any]:
       state, start = checkpoints.restore(abstract) or (init(), 0)
       run = Recorder(config, plan, workdir, checkpoints, monitor, start)
       with contextlib.closing(run.writer):
-        _announce(run, splits, config, method, plan, mesh, start)
+        run.announce(splits, method, mesh, start)
         if start == 0:
           run.between_steps(0, state)
         run.check_readable(start)
-        batches = run.watch(reader, start)
+        batches = run.watch(reader, start, stop)
         with divergence_explained(run, checkpoints):
           state, done = loop.run(
               state, step_fn,
               (sharding.to_global(batch, mesh) for batch in batches),
               start=start, stop=plan.total_steps, log=run.log,
               hooks=[loop.Hook(run.is_due, run.between_steps)],
-              should_stop=lambda: stop() or run.too_many_unreadable,
+              should_stop=lambda: run.stopping or run.too_many_unreadable,
           )
         if done < plan.total_steps:
           checkpoints.save(done, state, {})
@@ -240,37 +244,18 @@ def train(config: ConfigDict, path: str) -> dict[str, Any]:
         return run.results() | {'step': done, 'workdir': str(workdir)}
 
 
+def main(
+    config: ConfigDict, path: str, coordinator: str | None,
+    num_processes: int | None, process_id: int | None,
+) -> dict[str, Any] | None:
+  """Trains as one of the processes of a run; the first one has the results."""
+  distributed.start(coordinator, num_processes, process_id)
+  results = train(config, path)
+  return results if distributed.is_primary() else None
+
+
 def _warn(text: str) -> None:
   print(text, file=sys.stderr, flush=True)
-
-
-def _where(start: int, stop: int) -> str:
-  if start == stop:
-    return 'already complete'
-  return f'continuing at step {start}' if start else 'from a fresh start'
-
-
-def _announce(
-    run: Recorder, splits: sources.Splits, config: ConfigDict,
-    method: Method, plan: config_lib.Plan, mesh: Mesh, start: int,
-) -> None:
-  if splits.note:
-    run.progress.note(splits.note)
-  if splits.test is None:
-    run.progress.note(
-        'no labels, hence no kNN: alignment, uniformity and effective rank of '
-        'the features are logged instead'
-    )
-  run.progress.note(f'{config.model.name}: ' + str(summary.summarise(
-      method.model,
-      (config.data.image_size, config.data.image_size, len(config.data.mean)),
-  )))
-  run.progress.note(
-      f'{mesh.size} {jax.default_backend()} device(s); '
-      f'{plan.total_steps} steps, {plan.steps_per_epoch} an epoch, '
-      f'{plan.warmup_steps} of warm-up to lr {plan.peak_lr:.3g}; '
-      + _where(start, plan.total_steps)
-  )
 
 
 if __name__ == '__main__':
@@ -280,5 +265,19 @@ if __name__ == '__main__':
   WORKDIR = flags.DEFINE_string(
       'workdir', None, 'Folder of the run.', required=True
   )
+  COORDINATOR = flags.DEFINE_string(
+      'coordinator', None, 'Of several processes: host:port of the first.'
+  )
+  NUM_PROCESSES = flags.DEFINE_integer(
+      'num_processes', None, 'How many there are.'
+  )
+  PROCESS_ID = flags.DEFINE_integer(
+      'process_id', None, 'Which one this is, from 0.'
+  )
   flags.mark_flag_as_required('config')
-  cli.run(lambda: train(CONFIG.value, WORKDIR.value))
+  cli.run(
+      lambda: main(
+          CONFIG.value, WORKDIR.value, COORDINATOR.value, NUM_PROCESSES.value,
+          PROCESS_ID.value,
+      )
+  )

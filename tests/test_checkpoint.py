@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mocov3_jax import checkpoint, sharding
+from mocov3_jax import checkpoint, saved, sharding
 from mocov3_jax.errors import UserError
 
 # TensorStore leaves coroutines and an event loop behind when a checkpoint
@@ -148,7 +148,7 @@ def test_what_was_saved_after_a_divergence_is_set_aside(tmp_path, whole):
 def test_a_part_restores_alone(tmp_path, whole):
   save(tmp_path, whole, {3: 0.5})
   part = checkpoint.abstract({'params': state(0, whole)['params']}, whole)
-  restored = checkpoint.restore_part(
+  restored = saved.restore_part(
       epath.Path(tmp_path) / 'checkpoints' / '3', part
   )
   assert restored.keys() == {'params'}
@@ -158,12 +158,12 @@ def test_a_part_restores_alone(tmp_path, whole):
 def test_a_workdir_or_a_step_names_a_checkpoint(tmp_path, whole):
   save(tmp_path, whole, {3: 0.5, 20: 0.4})
   (tmp_path / 'config.json').write_text('{}')
-  assert checkpoint.find(str(tmp_path))[1].name == '20'
-  run, folder = checkpoint.find(str(tmp_path / 'checkpoints' / '3'))
+  assert saved.find(str(tmp_path))[1].name == '20'
+  run, folder = saved.find(str(tmp_path / 'checkpoints' / '3'))
   assert (run, folder.name) == (epath.Path(tmp_path), '3')
 
 
 @pytest.mark.parametrize('name', ['absent', '', 'checkpoints'])
 def test_what_is_no_checkpoint_is_refused(tmp_path, name):
   with pytest.raises(UserError, match='is not a checkpoint. Allowed'):
-    checkpoint.find(str(tmp_path / name))
+    saved.find(str(tmp_path / name))

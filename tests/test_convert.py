@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import tiny
 
-from mocov3_jax import checkpoint, convert, train
 from mocov3_jax import config as config_lib
+from mocov3_jax import convert, saved, train
 from mocov3_jax import workdir as workdir_lib
 from mocov3_jax.errors import UserError
 from mocov3_jax.tools import (
@@ -91,8 +91,8 @@ def runs(tmp_path_factory):
 
 def leaves(workdir, fields=FULL):
   """All arrays of a checkpoint by path."""
-  _, folder = checkpoint.find(str(workdir))
-  tree = checkpoint.restore_whole(folder)
+  _, folder = saved.find(str(workdir))
+  tree = saved.restore_whole(folder)
   return {
       path: x for path, x in our_weights.leaves(tree) if path[0] in fields
   }

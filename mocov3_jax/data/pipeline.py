@@ -37,10 +37,14 @@ class Batch(NamedTuple):
       both views, [B, 2, S, S, C].
     unreadable: int32 [B], the example that could not be read and was replaced
       by another one; -1 where nothing was wrong.
+    stop: int32 [B] in training: 1 if the process that read it has been asked
+      to end. It travels with the batch, so that all processes learn of it at
+      the same step.
   """
 
   images: np.ndarray
   unreadable: np.ndarray
+  stop: np.ndarray | None = None
 
 
 def epoch_order(seed: int, epoch: int, num_examples: int) -> np.ndarray:

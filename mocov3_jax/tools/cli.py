@@ -14,11 +14,12 @@ from typing import Any
 from absl import flags, logging
 
 from mocov3_jax.errors import Preempted, UserError, unknown
+from mocov3_jax.tools import distributed
 
 BAD_INPUT, INTERRUPTED, PREEMPTED = 2, 130, 143
 
 
-Main = Callable[[], dict[str, Any]]
+Main = Callable[[], dict[str, Any] | None]
 
 
 def run(main: Main | dict[str, Main]) -> None:
@@ -46,10 +47,12 @@ def run(main: Main | dict[str, Main]) -> None:
       raise UserError(
           f'unexpected argument {words[0]!r}. Allowed: flags, as --name=value.'
       )
-    print(json.dumps(main()), flush=True)
+    result = main()
+    if result is not None:  # One process of several speaks for all.
+      print(json.dumps(result), flush=True)
   except UserError as e:
     print(f'error: {e}', file=sys.stderr)
-    sys.exit(BAD_INPUT)
+    distributed.leave(BAD_INPUT)
   except Preempted as e:
     print(e, file=sys.stderr)
     sys.exit(PREEMPTED)

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from mocov3_jax import checkpoint, train
+from mocov3_jax import checkpoint, saved, train
 from mocov3_jax import config as config_lib
 from mocov3_jax import workdir as workdir_lib
 from mocov3_jax.tools import torch_names
@@ -29,10 +29,10 @@ def read(path: str) -> Weights:
   Raises:
     UserError: if it is none, or cannot be read.
   """
-  run, folder = checkpoint.find(path)
+  run, folder = saved.find(path)
   config = workdir_lib.read_training_config(run)
   flat = {}
-  for keys, array in leaves(checkpoint.restore_whole(folder)):
+  for keys, array in leaves(saved.restore_whole(folder)):
     if keys[0] in NETWORKS:
       flat[keys] = array
     for slot in SLOTS:

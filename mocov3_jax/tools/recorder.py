@@ -8,6 +8,8 @@ import time
 from typing import Any
 
 from etils import epath
+import jax
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 import numpy as np
 
@@ -15,8 +17,11 @@ from mocov3_jax import checkpoint, metrics
 from mocov3_jax.config import Plan
 from mocov3_jax.data.decode import Unreadable
 from mocov3_jax.data.pipeline import Batch, BatchReader, train_batches
+from mocov3_jax.data.sources import Splits
 from mocov3_jax.errors import UserError
-from mocov3_jax.train_step import TrainState
+from mocov3_jax.tools import summary
+from mocov3_jax.tools.distributed import is_primary
+from mocov3_jax.train_step import Method, TrainState
 
 Evaluate = Callable[[Any, Any], dict[str, float]]
 
@@ -25,7 +30,8 @@ class Recorder:
   """A run in its workdir: what happens at each step, and between steps.
 
   Attributes:
-    writer, progress: of the metrics.
+    writer, progress: of the metrics; silent in all processes but the first.
+    stopping: whether a process of the run has been asked to end.
   """
 
   def __init__(
@@ -56,12 +62,48 @@ class Recorder:
         for row in metrics.read_metrics(workdir / 'metrics.jsonl')
         if epoch_start <= row['step'] < start and 'data/unreadable' in row
     )
-    self.writer = metrics.MetricWriter(workdir, start)
+    self.writer = metrics.MetricWriter(workdir, start, is_primary())
     self._throughput = metrics.Throughput(config.batch_size)
-    self.progress = metrics.Progress(plan.total_steps)
+    self.progress = metrics.Progress(
+        plan.total_steps, active=is_primary()
+    )
+    self.stopping = False
 
-  def watch(self, reader: BatchReader, start: int) -> Iterator[Batch]:
-    """The batches from step `start` on; notes the waiting, and bad images."""
+  def announce(
+      self, splits: Splits, method: Method, mesh: Mesh, start: int
+  ) -> None:
+    """Says what is about to happen."""
+    data, plan = self._config.data, self._plan
+    if splits.note:
+      self.progress.note(splits.note)
+    if splits.test is None:
+      self.progress.note(
+          'no labels, hence no kNN: alignment, uniformity and effective rank '
+          'of the features are logged instead'
+      )
+    cost = summary.summarise(
+        method.model, (data.image_size, data.image_size, len(data.mean))
+    )
+    self.progress.note(f'{self._config.model.name}: {cost}')
+    where = f'continuing at step {start}' if start else 'from a fresh start'
+    if start == plan.total_steps:
+      where = 'already complete'
+    self.progress.note(
+        f'{mesh.size} {jax.default_backend()} device(s); {plan.total_steps} '
+        f'steps, {plan.steps_per_epoch} an epoch, {plan.warmup_steps} of '
+        f'warm-up to lr {plan.peak_lr:.3g}; {where}'
+    )
+
+  def watch(
+      self, reader: BatchReader, start: int, stop: Callable[[], bool]
+  ) -> Iterator[Batch]:
+    """The batches from step `start` on; notes the waiting, and bad images.
+
+    Args:
+      reader: of the run.
+      start: updates done.
+      stop: whether this process has been asked to end.
+    """
     batches = train_batches(
         reader, start, self._plan.total_steps, self._config.data.prefetch
     )
@@ -72,13 +114,15 @@ class Recorder:
         return
       self._waits.append(time.perf_counter() - before)
       self._unreadable.add(batch, reader)
-      yield batch
+      asked = np.full(len(batch.unreadable), stop(), np.int32)
+      yield batch._replace(stop=asked)
 
   def log(self, step: int, values: dict[str, float]) -> None:
     """Records the metrics of one step."""
     if step % self._plan.steps_per_epoch == 0:
       self._unreadable_in_epoch = 0
     self._unreadable_in_epoch += int(values['data/unreadable'])
+    self.stopping |= values.pop('train/stop') > 0
     values['data/wait_seconds'] = self._waits.popleft()
     values['train/images_per_second'] = self._throughput.tick()
     if step % self._config.log.every_steps == 0:
@@ -153,7 +197,11 @@ class UnreadableImages:
 
   def __init__(self, workdir: epath.Path):
     """Reads what an earlier part of the run has listed."""
-    self.path = workdir / 'bad_images.txt'
+    number = jax.process_index()
+    # Each process reads other images.
+    self.path = workdir / (
+        f'bad_images.{number}.txt' if number else 'bad_images.txt'
+    )
     self._known = set()
     if self.path.exists():
       with open(self.path, errors='surrogateescape') as file:

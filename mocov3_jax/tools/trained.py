@@ -6,7 +6,7 @@ from etils import epath
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from mocov3_jax import checkpoint, models, sharding
+from mocov3_jax import checkpoint, models, saved, sharding
 from mocov3_jax import workdir as workdir_lib
 from mocov3_jax.checkpoint import PyTree
 from mocov3_jax.errors import UserError
@@ -42,7 +42,7 @@ def find(path: str) -> Trained:
   Raises:
     UserError: if there is none, or its config is not one of this version.
   """
-  run, folder = checkpoint.find(path)
+  run, folder = saved.find(path)
   config = workdir_lib.read_training_config(run)
   model = models.build(config.model, config.head, config.data.image_size)
   return Trained(config, folder, model)
@@ -72,7 +72,7 @@ def restore(
       for path, shape in weights.network_shapes(trained.config).items()
       if path[1] in parts
   }
-  missing = {path[:2] for path in shapes} - checkpoint.held(trained.folder)
+  missing = {path[:2] for path in shapes} - saved.held(trained.folder)
   if missing:
     raise UserError(
         f'{trained.folder} has no {", ".join(sorted(map("/".join, missing)))}. '
@@ -82,7 +82,7 @@ def restore(
   abstract = checkpoint.abstract(
       torch_names.unflatten(shapes), sharding.replicated(mesh)
   )
-  restored = checkpoint.restore_part(trained.folder, abstract)
+  restored = saved.restore_part(trained.folder, abstract)
   batch_stats = fields['batch_stats']
   return restored[fields['params']], (
       restored[batch_stats] if batch_stats in restored else {}

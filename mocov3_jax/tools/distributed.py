@@ -1,0 +1,134 @@
+"""Several processes, on one or many machines, as one run."""
+
+from collections.abc import Iterator
+import contextlib
+import os
+import re
+import sys
+from typing import Any
+
+import jax
+from jax.experimental import multihost_utils
+import numpy as np
+
+from mocov3_jax.errors import UserError
+
+# After so many seconds without a sign of life a process counts as dead.
+HEARTBEAT = 60
+LOST_PEER = 1
+# What the errors of communication say.
+LOST = '(?i)gloo|nccl|connection|peer|unavailable|deadline|coordination|abort'
+
+
+def start(
+    coordinator: str | None, num_processes: int | None, process_id: int | None
+) -> None:
+  """Joins the other processes of the run, if there are others.
+
+  On TPU pods and under Slurm everything is found out; elsewhere all three are
+  given. Must come before any other use of JAX.
+
+  Args:
+    coordinator: address of process 0, host:port.
+    num_processes: in all.
+    process_id: of this one, from 0.
+
+  Raises:
+    UserError: if only some of them are given, or they do not meet.
+  """
+  given = coordinator, num_processes, process_id
+  if all(x is None for x in given) and not _in_cluster():
+    return
+  if any(x is None for x in given) and not all(x is None for x in given):
+    raise UserError(
+        f'--coordinator={coordinator} --num_processes={num_processes} '
+        f'--process_id={process_id}. Allowed: all three of them, or none on a '
+        'TPU pod and under Slurm.'
+    )
+  if num_processes is not None and not 0 <= process_id < num_processes:
+    raise UserError(
+        f'--process_id={process_id}. Allowed: from 0 to --num_processes='
+        f'{num_processes} minus 1.'
+    )
+  # Between CPUs; on accelerators it is not used.
+  jax.config.update('jax_cpu_collectives_implementation', 'gloo')
+  try:
+    jax.distributed.initialize(
+        coordinator, num_processes, process_id,
+        heartbeat_timeout_seconds=HEARTBEAT,
+    )
+  except (RuntimeError, ValueError) as e:
+    raise UserError(
+        f'the {num_processes or ""} processes of this run did not meet at '
+        f'{coordinator or "the coordinator"}: {str(e).splitlines()[0]}'
+    ) from e
+
+
+def _in_cluster() -> bool:
+  # A single task of Slurm, or a single TPU host, is on its own.
+  tasks = os.getenv('SLURM_STEP_NUM_TASKS', '1')
+  hosts = os.getenv('TPU_WORKER_HOSTNAMES', '')
+  return int(tasks) > 1 or len(hosts.split(',')) > 1
+
+
+def is_primary() -> bool:
+  """Whether this process speaks and writes for the run."""
+  return jax.process_index() == 0
+
+
+@contextlib.contextmanager
+def led(
+    context: contextlib.AbstractContextManager[Any], otherwise: Any
+) -> Iterator[Any]:
+  """Enters a context in the first process; the others hear how that went.
+
+  Args:
+    context: what only one process can hold, such as a lock.
+    otherwise: what it would yield, for the others.
+
+  Raises:
+    UserError: in all processes, if the first could not enter it.
+  """
+  with contextlib.ExitStack() as stack:
+    value, failure = otherwise, None
+    if is_primary():
+      try:
+        value = stack.enter_context(context)
+      except UserError as e:
+        failure = e
+    if jax.process_count() > 1:
+      refused = multihost_utils.broadcast_one_to_all(
+          np.asarray(failure is not None)
+      )
+      if refused and failure is None:
+        failure = UserError('process 0 refused; see its message')
+    if failure is not None:
+      raise failure
+    yield value
+
+
+@contextlib.contextmanager
+def peers_watched() -> Iterator[None]:
+  """Ends this process, with a message, when another one is lost."""
+  try:
+    yield
+  except jax.errors.JaxRuntimeError as e:
+    if jax.process_count() == 1 or not re.search(LOST, str(e)):
+      raise
+    lines = str(e).splitlines()
+    print(
+        f'error: process {jax.process_index()} lost another process of this '
+        f'run ({lines[0][:200]}). Start all of them again with the same line: '
+        'they continue from the last checkpoint.',
+        file=sys.stderr, flush=True,
+    )
+    leave(LOST_PEER)
+
+
+def leave(code: int) -> None:
+  """Exits; at once where others might never answer the farewell."""
+  sys.stdout.flush()
+  sys.stderr.flush()
+  if jax.process_count() > 1:
+    os._exit(code)
+  sys.exit(code)

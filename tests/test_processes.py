@@ -1,0 +1,162 @@
+"""Training by several processes, for real, on forced CPU devices."""
+
+import json
+import os
+import pathlib
+import signal
+import socket
+import time
+
+import numpy as np
+import pytest
+import tiny
+
+CALM = {
+    'model.dim': 32, 'head.hidden_dim': 128, 'head.out_dim': 32,
+    'optimizer.lr_per_256': 1e-3, 'schedule.steps': 10,
+    'schedule.warmup_epochs': 0.1, 'knn.every_steps': 5,
+    'save.every_steps': 5,
+}
+
+
+def start(workdir, processes, devices=8, **overrides):
+  """Starts all processes of a run; returns them."""
+  with socket.socket() as s:
+    s.bind(('127.0.0.1', 0))
+    address = f'127.0.0.1:{s.getsockname()[1]}'
+  flags = tiny.flags(**(CALM | overrides))
+  force = f'--xla_force_host_platform_device_count={devices // processes}'
+  several = [] if processes == 1 else [
+      f'--coordinator={address}', f'--num_processes={processes}'
+  ]
+  return [
+      tiny.start(
+          'train', f'--workdir={workdir}', *flags, *several,
+          *[f'--process_id={i}'] * (processes > 1),
+          env_add={'XLA_FLAGS': force},
+      )
+      for i in range(processes)
+  ]
+
+
+def finish(processes):
+  return [tiny.finish(p) for p in processes]
+
+
+def rows(workdir):
+  return {
+      r['step']: r for r in tiny.metrics(workdir) if 'train/loss' in r
+  }
+
+
+def losses(workdir):
+  found = rows(workdir)
+  return [found[step]['train/loss'] for step in sorted(found)]
+
+
+@pytest.fixture(scope='module')
+def one(tmp_path_factory):
+  """A run of one process and eight devices."""
+  workdir = tmp_path_factory.mktemp('one') / 'run'
+  (result,) = finish(start(workdir, 1))
+  assert result[0] == 0, result[2]
+  return workdir
+
+
+@pytest.fixture(scope='module')
+def two(tmp_path_factory):
+  """The same run of two processes of four devices each."""
+  workdir = tmp_path_factory.mktemp('two') / 'run'
+  return workdir, finish(start(workdir, 2))
+
+
+def test_two_processes_have_the_losses_of_one(one, two):
+  workdir, results = two
+  for code, _, err in results:
+    assert code == 0, err
+  np.testing.assert_allclose(losses(workdir), losses(one), rtol=1e-5)
+
+
+def test_the_first_process_alone_speaks_and_writes(two):
+  workdir, results = two
+  (_, out, err), (_, other_out, other_err) = results
+  assert json.loads(out.splitlines()[-1])['step'] == 10
+  assert 'kNN' in err and '{' not in other_out  # Gloo says something.
+  assert 'step' not in other_err
+  steps = [r['step'] for r in tiny.metrics(workdir) if 'train/loss' in r]
+  assert steps == list(range(10))
+
+
+@pytest.mark.parametrize('processes, devices', [(1, 1), (4, 8)])
+def test_a_checkpoint_of_two_processes_continues_on_others(
+    one, two, tmp_path, processes, devices
+):
+  # The first half, as two processes of four devices saved it.
+  workdir = tmp_path / 'run'
+  copy_of(two[0], workdir, step=5)
+  for code, _, err in finish(start(workdir, processes, devices)):
+    assert code == 0, err
+  np.testing.assert_allclose(losses(workdir), losses(one), rtol=1e-5)
+
+
+def copy_of(source, target, step):
+  """A copy of a workdir that has only got to `step`."""
+  import shutil
+
+  shutil.copytree(source, target)
+  for folder in (target / 'checkpoints').iterdir():
+    if folder.name.isdigit() and int(folder.name) > step:
+      shutil.rmtree(folder)
+
+
+def wait_for(workdir, step, seconds=120):
+  """Waits until a run has logged a step."""
+  end = time.monotonic() + seconds
+  while time.monotonic() < end:
+    file = pathlib.Path(workdir) / 'metrics.jsonl'
+    if file.exists() and f'"step": {step}' in file.read_text():
+      return
+    time.sleep(0.1)
+  raise TimeoutError(f'no step {step} in {workdir}')
+
+
+LONG = {'schedule.steps': 3000, 'save.every_steps': 1000,
+        'knn.every_steps': 1000}
+
+
+def test_sigterm_to_one_saves_the_same_step_in_all(tmp_path):
+  processes = start(tmp_path / 'run', 2, **LONG)
+  wait_for(tmp_path / 'run', 3)
+  processes[1].send_signal(signal.SIGTERM)
+  results = finish(processes)
+  assert [code for code, _, _ in results] == [143, 143], results
+  said = {err.splitlines()[-1] for _, _, err in results}
+  assert len(said) == 1 and 'stopped: saved step' in said.pop()
+
+
+def test_a_killed_process_ends_the_others_with_a_message(tmp_path):
+  processes = start(tmp_path / 'run', 2, **LONG)
+  wait_for(tmp_path / 'run', 3)
+  os.kill(processes[1].pid, signal.SIGKILL)
+  before = time.monotonic()
+  code, _, err = tiny.finish(processes[0], timeout=150)
+  assert time.monotonic() - before < 120
+  assert code not in (0, 2, 143), err
+  assert 'lost another process' in err or 'heartbeat' in err, err
+  tiny.finish(processes[1])
+
+
+def test_bad_input_ends_all_processes_alike(tmp_path):
+  (tmp_path / 'file').write_text('mine')
+  results = finish(start(tmp_path / 'file' / 'run', 2))
+  assert [code for code, _, _ in results] == [2, 2], results
+  assert 'cannot be written' in results[0][2]
+  assert 'Traceback' not in results[0][2] + results[1][2]
+
+
+def test_half_of_the_flags_is_refused(tmp_path):
+  code, _, err = tiny.run(
+      'train', f'--workdir={tmp_path / "run"}', *tiny.flags(),
+      '--num_processes=2',
+  )
+  assert code == 2 and '--process_id=None' in err
