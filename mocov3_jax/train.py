@@ -106,7 +106,8 @@ def compile_functions(config: ConfigDict, method: Method, mesh: Mesh):
     state, values = train_step(method, augment_key, state, batch.images)
     # Over all hosts, since the batch is global.
     values['data/unreadable'] = jnp.sum(batch.unreadable >= 0)
-    values['train/stop'] = jnp.max(batch.stop)
+    if batch.stop is not None:
+      values['train/stop'] = jnp.max(batch.stop)
     return state, values
 
   return init, step
