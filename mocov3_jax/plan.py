@@ -3,7 +3,7 @@
 
 Compiles the real step of a recipe at full size with the real TPU compiler, on
 any machine, and tells whether it fits, what it computes, moves and sends, and
-bounds on its time. A bound is not a measurement: what runs is slower. Needs
+what time that takes by the chip's published peaks. Nothing is measured. Needs
 the compiler: pip install -r requirements-tpu-plan.txt. Takes minutes.
 
 A table goes to stderr; the last line on stdout is one JSON object.
@@ -109,19 +109,24 @@ def measured(
   if not cost.fits:
     return report
   bounds = roofline.seconds(cost, chips)
-  limit = max(bounds, key=bounds.__getitem__)
-  step = bounds[limit]
-  hours = step * schedule.total_steps / 3600
+  least = max(bounds['compute'], bounds['interconnect'])
+  most = max(bounds.values())
+  hours = schedule.total_steps / 3600
   report |= {f'seconds_{name}': value for name, value in bounds.items()}
   report |= {
-      'bound_by': limit, 'seconds_per_step': step,
-      'images_per_second': config.batch_size / step,
-      'mfu_bound': cost.model_flops / step / chips.chip.flops,
-      'steps': schedule.total_steps, 'hours': hours,
-      'chip_hours': hours * count,
+      'bound_by': max(bounds, key=bounds.__getitem__),
+      'images_per_second': [
+          config.batch_size / most, config.batch_size / least
+      ],
+      'mfu': [
+          cost.model_flops / x / chips.chip.flops for x in (most, least)
+      ],
+      'steps': schedule.total_steps,
+      'hours': [least * hours, most * hours],
+      'chip_hours': [least * hours * count, most * hours * count],
   }
   if price:
-    report['cost'] = hours * count * price
+    report['cost'] = [x * price for x in report['chip_hours']]
   return report
 
 
@@ -154,18 +159,22 @@ def show(report: dict[str, Any]) -> None:
         f'  {kind:18} {c["count"]} of {c["bytes"] / 2**20:.2f} MiB in all'
     )
   if report['fits']:
+    between = lambda field, form: ' to '.join(
+        format(x, form) for x in report[field]
+    )
     lines += [
-        '  bounds, not measurements:',
+        '  by the roofline, not measured; the first is a bound, the second '
+        'has all of the memory traffic:',
         '    a step           '
         + ', '.join(
             f'{name} {1e3 * report[f"seconds_{name}"]:.1f} ms'
-            for name in ('compute', 'memory', 'interconnect')
-        ) + f': {report["bound_by"]}',
-        f'    at most          {report["images_per_second"]:,.0f} img/s, MFU '
-        f'{report["mfu_bound"]:.0%}',
-        f'    {report["steps"]} steps     at least {report["hours"]:.1f} '
-        f'hours, {report["chip_hours"]:.0f} chip-hours'
-        + (f', costing {report["cost"]:.0f}' if 'cost' in report else ''),
+            for name in ('compute', 'interconnect', 'memory')
+        ),
+        f'    {report["steps"]} steps     {between("hours", ".1f")} hours, '
+        f'{between("chip_hours", ".0f")} chip-hours'
+        + (f', costing {between("cost", ".0f")}' if 'cost' in report else ''),
+        f'    img/s            {between("images_per_second", ",.0f")}, MFU '
+        f'{between("mfu", ".0%")} (the bound last)',
     ]
   print('\n'.join(lines), file=sys.stderr, flush=True)
 

@@ -131,3 +131,4 @@ def test_a_small_network_is_planned_for_real():
   )
   assert set(report['collectives']) == {'all-gather', 'all-reduce'}
   assert report['cost'] == pytest.approx(report['chip_hours'])
+  assert report['hours'][0] <= report['hours'][1]

@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import shutil
 import signal
 import socket
 import time
@@ -87,7 +88,10 @@ def test_the_first_process_alone_speaks_and_writes(two):
   assert steps == list(range(10))
 
 
-@pytest.mark.parametrize('processes, devices', [(1, 1), (4, 8)])
+@pytest.mark.parametrize(
+    'processes, devices',
+    [(1, 1), pytest.param(4, 8, marks=pytest.mark.slow)],
+)
 def test_a_checkpoint_of_two_processes_continues_on_others(
     one, two, tmp_path, processes, devices
 ):
@@ -101,8 +105,6 @@ def test_a_checkpoint_of_two_processes_continues_on_others(
 
 def copy_of(source, target, step):
   """A copy of a workdir that has only got to `step`."""
-  import shutil
-
   shutil.copytree(source, target)
   for folder in (target / 'checkpoints').iterdir():
     if folder.name.isdigit() and int(folder.name) > step:
@@ -134,6 +136,7 @@ def test_sigterm_to_one_saves_the_same_step_in_all(tmp_path):
   assert len(said) == 1 and 'stopped: saved step' in said.pop()
 
 
+@pytest.mark.slow
 def test_a_killed_process_ends_the_others_with_a_message(tmp_path):
   processes = start(tmp_path / 'run', 2, **LONG)
   wait_for(tmp_path / 'run', 3)

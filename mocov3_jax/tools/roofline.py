@@ -34,7 +34,8 @@ class Cost:
       is computed twice.
     compiled_flops: as the compiler counts them, everything included; None if
       there are loops, whose bodies it counts once.
-    hbm_bytes: read and written, as the compiler counts them; likewise.
+    hbm_bytes: of all operands and results of all operations, as the compiler
+      counts them; likewise. More than what moves: some stay on the chip.
     collectives: by kind.
   """
 
@@ -140,11 +141,11 @@ def measure(
 
 
 def seconds(cost: Cost, chips: tpu.Slice) -> dict[str, float]:
-  """Lower bounds of the time of a step, by what limits it.
+  """What a step takes at the least, by what limits it.
 
-  Matrix products at the chip's peak, memory traffic at its bandwidth, each
-  collective as over a ring with all links of a chip in use; all three at the
-  same time.
+  Matrix products at the chip's peak, each collective as over a ring with all
+  links of a chip in use: lower bounds. Memory traffic at its bandwidth: none,
+  since the compiler counts more than what moves. All three at the same time.
   """
   chip, count = chips.chip, len(chips.devices)
   share = (count - 1) / count
