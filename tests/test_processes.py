@@ -103,6 +103,14 @@ def test_a_checkpoint_of_two_processes_continues_on_others(
   np.testing.assert_allclose(losses(workdir), losses(one), rtol=1e-5)
 
 
+def test_passes_and_a_split_state_have_the_losses_of_neither(one, tmp_path):
+  (result,) = finish(
+      start(tmp_path / 'run', 1, micro_batch=4, fsdp_devices=2)
+  )
+  assert result[0] == 0, result[2]
+  np.testing.assert_allclose(losses(tmp_path / 'run'), losses(one), rtol=1e-5)
+
+
 def copy_of(source, target, step):
   """A copy of a workdir that has only got to `step`."""
   shutil.copytree(source, target)

@@ -11,6 +11,7 @@ from jax.extend import core
 import jax.numpy as jnp
 
 from mocov3_jax.models import Network
+from mocov3_jax.passes import Passes
 
 PyTree = Any
 
@@ -24,6 +25,7 @@ class Summary:
     macs: multiply-adds of the backbone for one image (one crop).
     activations: bytes that the backward pass needs of one image's two views,
       in the online network: what autodiff keeps, before XLA fuses or shares.
+      Passes (`micro_batch`) keep those of one pass at a time.
   """
 
   backbone: int
@@ -42,6 +44,8 @@ class Summary:
 
 def summarise(model: Network, image_shape: tuple[int, int, int]) -> Summary:
   """Counts for images [H, W, C]."""
+  model = model.clone(passes=Passes())  # A single image cannot be parted.
+
   def views(count):
     return jax.ShapeDtypeStruct((count, 2, *image_shape), jnp.float32)
 
