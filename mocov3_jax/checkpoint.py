@@ -127,7 +127,9 @@ class Checkpoints:
       raise UserError(
           f'no checkpoint in {self._folder} can be read:\n  '
           + '\n  '.join(f'{step}: {why}' for step, why in failures.items())
-          + '\nAllowed: another workdir, to start anew.'
+          + '\nAllowed: another workdir, to start anew. (Weights alone, as '
+          'convert writes them without a recipe, can be evaluated and '
+          'extracted, not trained on.)'
       )
     return None
 

@@ -99,8 +99,9 @@ def _export(
     )
   if not target.name.endswith(weight_files.SUFFIXES):
     raise UserError(
-        f'--from={source} and --to={target} are both folders. Allowed: one of '
-        f'them a file; as --to, ending with {", ".join(weight_files.SUFFIXES)}.'
+        f'--to={target} is no kind of file that is known, and --from={source} '
+        f'is a folder. Allowed: as --to, a file that ends with '
+        f'{", ".join(weight_files.SUFFIXES)}.'
     )
   weights = our_weights.read(source)
   written = torch_weights.write(target, weights, encoder)
@@ -147,7 +148,7 @@ if __name__ == '__main__':
       'config', help_string='Recipe of the run, for files of PyTorch.'
   )
   NUM_HEADS = flags.DEFINE_integer(
-      'num_heads', 0, 'Attention heads; 0 = those of the paper.'
+      'num_heads', 0, 'Attention heads; 0 = as the file or the paper says.'
   )
   IGNORE = flags.DEFINE_list(
       'ignore', [], 'Tensors to leave out; a final * matches the rest.'

@@ -10,6 +10,7 @@ checkpoints/<step>. FILE.npz holds, for each image that could be read,
 The last line on stdout is one JSON object.
 """
 
+import sys
 from typing import Any
 
 from absl import flags
@@ -58,7 +59,10 @@ def extract(
   _check(layer, encoder, batch_size, threads)
   path = workdir_lib.absolute(out, '--out')
   if path.suffix != '.npz' or path.exists():
-    raise UserError(f'--out={out}. Allowed: a new file that ends with .npz.')
+    what = 'exists' if path.exists() else 'does not end with .npz'
+    raise UserError(
+        f'--out={out} {what}. Allowed: a new file that ends with .npz.'
+    )
   run = trained.find(checkpoint)
   data = run.config.data
   splits = catalog.load(
@@ -104,6 +108,9 @@ def _rows(
     images: sources.Source,
 ) -> dict[str, np.ndarray]:
   values, readable = forward(params, batch_stats, images)
+  lost = np.setdiff1d(np.arange(len(images)), readable)
+  for index in lost.tolist():
+    print(f'unreadable: {images.name(index)}', file=sys.stderr, flush=True)
   return {
       'features': np.asarray(jax.device_get(values)),
       'names': np.array([images.name(i) for i in readable.tolist()]),

@@ -4,7 +4,7 @@ Run the same line again to continue, exactly. The last line on stdout is one
 JSON object with the results.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 import contextlib
 import functools
 import sys
@@ -35,7 +35,7 @@ from mocov3_jax.evals import features, knn, label_free
 from mocov3_jax.passes import Passes
 from mocov3_jax.tools import cli, distributed
 from mocov3_jax.tools.recorder import Recorder
-from mocov3_jax.train_step import Method, init_state, train_step
+from mocov3_jax.train_step import Method, TrainState, init_state, train_step
 
 
 def build_method(
@@ -104,7 +104,8 @@ def compile_functions(config: ConfigDict, method: Method, mesh: Mesh):
   )
   def step(state, batch):
     state, values = train_step(method, augment_key, state, batch.images)
-    # Over all hosts, since the batch is global.
+    # Over all processes, since the batch is global: they all learn of it at
+    # the same step.
     values['data/unreadable'] = jnp.sum(batch.unreadable >= 0)
     if batch.stop is not None:
       values['train/stop'] = jnp.max(batch.stop)
@@ -179,6 +180,23 @@ def divergence_explained(
     ) from e
 
 
+def initial_state(
+    init: Callable[[], TrainState], checkpoints: checkpoint.Checkpoints,
+    mesh: Mesh,
+) -> tuple[TrainState, int]:
+  """The newest intact checkpoint of the workdir, or else a fresh start.
+
+  Returns:
+    The state on the mesh, and the updates done.
+
+  Raises:
+    UserError: if there are checkpoints, and none can be read.
+  """
+  shapes = jax.eval_shape(init)
+  abstract = checkpoint.abstract(shapes, sharding.state_sharding(mesh, shapes))
+  return checkpoints.restore(abstract) or (init(), 0)
+
+
 def train(config: ConfigDict, path: str) -> dict[str, Any]:
   """Trains to the end, from the newest checkpoint in `path` if there is one.
 
@@ -215,13 +233,7 @@ def train(config: ConfigDict, path: str) -> dict[str, Any]:
         workdir, config.save.keep_latest, config.save.keep_best, _warn
     )
     with contextlib.closing(checkpoints):
-      # Precedence of the initial state: 1. the newest intact checkpoint of
-      # this workdir; 2. a fresh initialisation from the seed.
-      shapes = jax.eval_shape(init)
-      abstract = checkpoint.abstract(
-          shapes, sharding.state_sharding(mesh, shapes)
-      )
-      state, start = checkpoints.restore(abstract) or (init(), 0)
+      state, start = initial_state(init, checkpoints, mesh)
       run = Recorder(config, plan, workdir, checkpoints, monitor, start)
       with contextlib.closing(run.writer):
         run.announce(splits, method, mesh, start)

@@ -165,13 +165,17 @@ CASES = {
         'extract', ['--checkpoint=docs', '--out=/nowhere/x.csv'],
         ['--out=/nowhere/x.csv', '.npz'],
     ),
+    'a slice of no known chip': (
+        'plan', [CONFIG, '--topology=v5f:2x2'],
+        ["--topology='v5f'", 'v4, v5e, v5p, v6e'],
+    ),
     'nothing to convert': ('convert', [], ['--from=...', '--to=...']),
     'two folders to convert': (
         'convert', ['--from=docs', '--to=/nowhere/x'], ['.pth.tar']
     ),
     'weights that are not there': (
         'convert', ['--from=no.safetensors', '--to=/nowhere/x'],
-        ['no.safetensors is no file'],
+        ['no.safetensors does not exist'],
     ),
     'weights that are none': (
         'convert', ['--from=README.safetensors', '--to=README.md'],

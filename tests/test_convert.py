@@ -385,6 +385,7 @@ def test_a_file_of_ours_tells_all_of_its_config(runs, tmp_path):
   config, run = runs['resnet']
   convert.convert(str(run), str(tmp_path / 'a.safetensors'))
   convert.convert(str(tmp_path / 'a.safetensors'), str(tmp_path / 'back'))
+  assert (tmp_path / 'back' / 'checkpoints' / '4').is_dir()  # The step, too.
   back = workdir_lib.read_training_config(tmp_path / 'back')
   assert workdir_lib.to_json(back) == workdir_lib.to_json(config)
 

@@ -76,7 +76,7 @@ def test_a_folder_of_colour_images_is_refused_by_a_gray_network(run, tmp_path):
   assert not (tmp_path / 'f.npz').exists()
 
 
-def test_a_flat_folder_has_names_and_no_labels(tmp_path):
+def test_a_flat_folder_has_names_and_no_labels(tmp_path, capsys):
   photos.write_tiles(tmp_path / 'p', tile=32, each=3, nested=False)
   (tmp_path / 'p' / 'broken.jpg').write_bytes(b'\xff\xd8')
   config = tiny.config(**{
@@ -90,6 +90,7 @@ def test_a_flat_folder_has_names_and_no_labels(tmp_path):
   result = extract.extract(
       str(tmp_path / 'run'), '', str(tmp_path / 'f.npz'), batch_size=16
   )
+  assert 'unreadable: broken.jpg' in capsys.readouterr().err
   found = arrays(tmp_path / 'f.npz')
   assert result['unreadable'] == 1 and result['images'] == 30
   assert 'broken.jpg' not in found['names']

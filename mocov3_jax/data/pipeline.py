@@ -37,9 +37,7 @@ class Batch(NamedTuple):
       both views, [B, 2, S, S, C].
     unreadable: int32 [B], the example that could not be read and was replaced
       by another one; -1 where nothing was wrong.
-    stop: int32 [B] in training: 1 if the process that read it has been asked
-      to end. It travels with the batch, so that all processes learn of it at
-      the same step.
+    stop: int32 [B], in training: 1 if this process has been asked to end.
   """
 
   images: np.ndarray

@@ -1,6 +1,7 @@
 """Files of PyTorch and safetensors as `Weights`, and back."""
 
 from collections.abc import Mapping
+import contextlib
 import fnmatch
 import json
 from typing import Any
@@ -64,7 +65,7 @@ def read(
     )
   checks.validate(config, 1)
   tensors = {n: x for n, x in file.tensors.items() if n not in dropped}
-  step = _step(tensors)
+  step = _step(tensors, file.description)
   places = _present(config, tensors) if full else weights.backbone_places(
       config, 'query', _classes(config, tensors)
   )
@@ -139,9 +140,11 @@ def _described(source: str, file: weight_files.File) -> ConfigDict | None:
   if not file.description:
     return None
   try:
-    config = ConfigDict(json.loads(file.description))
+    config = ConfigDict(json.loads(file.description)['config'])
     checks.require_fields(config, config_lib.default_config())
-  except (ValueError, TypeError, AttributeError, UserError) as e:
+  except (
+      ValueError, TypeError, KeyError, AttributeError, UserError
+  ) as e:
     raise UserError(
         f'{source}: its description of the architecture is not one of this '
         f'version: {e} Allowed: --config, the recipe of the run.'
@@ -184,7 +187,11 @@ def _assumed(
     source: str, config: ConfigDict, full: bool, num_heads: int
 ) -> tuple[str, ...]:
   """What no tensor tells, in words."""
-  assumed = [f'normalisation: mean {config.data.mean}, std {config.data.std}']
+  assumed = [
+      f'normalisation: mean {config.data.mean}, std {config.data.std}',
+      f'data.source: {config.data.source} (name another one to evaluate and '
+      'extract)',
+  ]
   if config.model.name in models.RESNETS:
     return (f'image size: {config.data.image_size}', *assumed)
   if num_heads:
@@ -211,7 +218,10 @@ def _classes(config: ConfigDict, tensors: Mapping[str, np.ndarray]) -> int:
   return len(tensors[name]) if name in tensors and tensors[name].ndim else 0
 
 
-def _step(tensors: Mapping[str, np.ndarray]) -> int:
+def _step(tensors: Mapping[str, np.ndarray], description: str) -> int:
+  if description:
+    with contextlib.suppress(ValueError, KeyError, TypeError):
+      return int(json.loads(description)['step'])
   # Both views of a step pass each BatchNorm of the query encoder.
   counts = [
       int(x) for n, x in tensors.items() if n.endswith(COUNTER) and not x.ndim
@@ -246,7 +256,7 @@ def write(
   )
   tensors = weights.to_torch(source, places)
   written = {place.path: name for name, place in places.items()}
-  description = json.dumps(to_json(config))
+  description = json.dumps({'config': to_json(config), 'step': source.step})
   if full:
     content, moments = _release(source, tensors, places)
     weight_files.write_torch(path, content, description)

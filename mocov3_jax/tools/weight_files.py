@@ -56,7 +56,10 @@ def read(path: epath.Path, ignore: tuple[str, ...] = ()) -> File:
     UserError: if it is none, is damaged, or wants to run code.
   """
   if not path.is_file():
-    raise UserError(f'--from={path} is no file. Allowed: a file or a run.')
+    raise UserError(
+        f'--from={path} does not exist. Allowed: a file of weights, or the '
+        'workdir of a run.'
+    )
   try:
     if path.name.endswith(SAFETENSORS):
       return _read_safetensors(path)
@@ -77,7 +80,8 @@ def read(path: epath.Path, ignore: tuple[str, ...] = ()) -> File:
         'safetensors' if path.name.endswith(SAFETENSORS) else 'a PyTorch file'
     )
     raise UserError(
-        f'--from={path} cannot be read as {kind}: {type(e).__name__}: {text}'
+        f'--from={path} cannot be read as {kind} ({type(e).__name__}: {text}). '
+        f'Allowed: an undamaged file of weights.'
     ) from e
 
 
