@@ -134,6 +134,7 @@ LONG = {'schedule.steps': 3000, 'save.every_steps': 1000,
         'knn.every_steps': 1000}
 
 
+@pytest.mark.slow
 def test_sigterm_to_one_saves_the_same_step_in_all(tmp_path):
   processes = start(tmp_path / 'run', 2, **LONG)
   wait_for(tmp_path / 'run', 3)

@@ -35,8 +35,7 @@ class Batch(NamedTuple):
   Attributes:
     images: uint8 [B, H, W, C] if the source has one size; else the crops of
       both views, [B, 2, S, S, C].
-    unreadable: int32 [B], the example that could not be read and was replaced
-      by another one; -1 where nothing was wrong.
+    unreadable: int32 [B], an example that had to be replaced; -1 where none.
     stop: int32 [B], in training: 1 if this process has been asked to end.
   """
 
@@ -97,9 +96,8 @@ def cores() -> int:
 class Workers:
   """Threads that fill the rows of an array.
 
-  Threads, not processes: OpenCV and file reads let go of the interpreter, so
-  two threads on two cores read 1.75 times as fast as one (two processes
-  1.6), and nothing is copied between processes.
+  Threads, not processes: OpenCV and file reads let go of the interpreter (two
+  threads on two cores read 1.75 times as fast as one, two processes 1.6).
   """
 
   def __init__(self, threads: int):
