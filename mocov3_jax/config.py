@@ -11,6 +11,9 @@ from ml_collections import ConfigDict
 
 from mocov3_jax.errors import UserError
 
+# Images of ImageNet's training set.
+IMAGENET_IMAGES = 1_281_167
+
 
 def default_config() -> ConfigDict:
   """Returns the defaults, locked: ViT-S/16, 224 px, batch 4096, 300 epochs."""

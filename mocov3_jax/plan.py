@@ -22,13 +22,9 @@ from mocov3_jax import config as config_lib
 from mocov3_jax.errors import UserError
 from mocov3_jax.tools import cli, roofline, tpu
 
-GIB = 2**30
-# Images of ImageNet's training set.
-IMAGENET = 1_281_167
-
 
 def plan(
-    config: ConfigDict, topology: str, images: int = IMAGENET,
+    config: ConfigDict, topology: str, images: int = config_lib.IMAGENET_IMAGES,
     price: float = 0.0, propose: bool = True,
 ) -> dict[str, Any]:
   """Compiles for a slice, and for changes of the config until one fits.
@@ -98,7 +94,7 @@ def measured(
       'images_per_chip': config.batch_size // count,
       'micro_batch': config.micro_batch, 'remat': config.model.remat,
       'fsdp_devices': config.fsdp_devices,
-      'hbm_gib': chips.chip.memory / GIB,
+      'hbm_gib': chips.chip.memory / tpu.GIB,
   }
   for field in dataclasses.fields(cost):
     if field.name != 'collectives':
@@ -133,7 +129,7 @@ def measured(
 def show(report: dict[str, Any]) -> None:
   """Prints the report for people."""
   gib = lambda field: (
-      '?' if report[field] is None else f'{report[field] / GIB:.2f} GiB'
+      '?' if report[field] is None else f'{report[field] / tpu.GIB:.2f} GiB'
   )
   tera = lambda field: (
       'not counted (loops)' if report[field] is None
@@ -186,7 +182,9 @@ if __name__ == '__main__':
   TOPOLOGY = flags.DEFINE_string(
       'topology', None, 'Chip and shape, such as v5e:16x16.', required=True
   )
-  IMAGES = flags.DEFINE_integer('images', IMAGENET, 'In the training set.')
+  IMAGES = flags.DEFINE_integer(
+      'images', config_lib.IMAGENET_IMAGES, 'In the training set.'
+  )
   PRICE = flags.DEFINE_float('price', 0.0, 'Of a chip for an hour.')
   PROPOSE = flags.DEFINE_bool('propose', True, 'Try what fits, if it does not.')
   flags.mark_flag_as_required('config')

@@ -80,6 +80,15 @@ def init_state(
   )
 
 
+def abstract_state(
+    method: Method, image_shape: tuple[int, int, int]
+) -> TrainState:
+  """Shapes and dtypes of what `init_state` makes; nothing is computed."""
+  return jax.eval_shape(
+      lambda: init_state(method, jax.random.key(0), image_shape)
+  )
+
+
 def encoder(tree: PyTree) -> PyTree:
   """The part of the parameters or statistics that the target shares."""
   return {name: sub for name, sub in tree.items() if name != 'predictor'}

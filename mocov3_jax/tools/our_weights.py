@@ -14,7 +14,7 @@ from mocov3_jax.tools import torch_names
 from mocov3_jax.tools.torch_names import Path
 from mocov3_jax.tools.torch_optimizer import MOMENTS
 from mocov3_jax.tools.weights import Weights
-from mocov3_jax.train_step import TrainState, init_state
+from mocov3_jax.train_step import TrainState, abstract_state
 
 NETWORKS = ('params', 'batch_stats', 'target_params', 'target_batch_stats')
 SLOTS = tuple(MOMENTS.values())
@@ -96,9 +96,7 @@ def train_state(weights: Weights) -> tuple[TrainState | None, set[Path]]:
   size, channels = config.data.image_size, len(config.data.mean)
   # The schedules are not part of the state; any will do.
   method = train.build_method(config, config_lib.Plan(1, 1, 0, 1.0))
-  abstract = jax.eval_shape(
-      lambda: init_state(method, jax.random.key(0), (size, size, channels))
-  )
+  abstract = abstract_state(method, (size, size, channels))
   used = set()
 
   def value(path, leaf):

@@ -3,7 +3,6 @@
 import dataclasses
 import math
 import re
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,9 +12,7 @@ from mocov3_jax import config as config_lib
 from mocov3_jax import sharding, train
 from mocov3_jax.data.pipeline import Batch
 from mocov3_jax.tools import hlo, summary, tpu
-from mocov3_jax.train_step import Method, init_state, train_step
-
-PyTree = Any
+from mocov3_jax.train_step import Method, abstract_state, train_step
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,12 +50,16 @@ class Cost:
   )
 
 
+def _image_shape(config: ConfigDict) -> tuple[int, int, int]:
+  size = config.data.image_size
+  return size, size, len(config.data.mean)
+
+
 def abstract_batch(config: ConfigDict) -> Batch:
   """A batch of crops that the host made, without data."""
-  size, channels = config.data.image_size, len(config.data.mean)
   return Batch(
       jax.ShapeDtypeStruct(
-          (config.batch_size, 2, size, size, channels), jnp.uint8
+          (config.batch_size, 2, *_image_shape(config)), jnp.uint8
       ),
       jax.ShapeDtypeStruct((config.batch_size,), jnp.int32),
   )
@@ -77,19 +78,11 @@ def model_flops(config: ConfigDict, plan: config_lib.Plan) -> float:
 def _flops(config: ConfigDict, method: Method, dtype: jnp.dtype) -> float:
   images = abstract_batch(config).images
   images = jax.ShapeDtypeStruct(images.shape, dtype)
-  state = abstract_state(config, method)
+  state = abstract_state(method, _image_shape(config))
   key = jax.eval_shape(lambda: jax.random.key(0))
   step = lambda key, state, images: train_step(method, key, state, images)
   jaxpr = jax.make_jaxpr(step)(key, state, images)
   return 2.0 * summary.macs(jaxpr.jaxpr)
-
-
-def abstract_state(config: ConfigDict, method: Method) -> PyTree:
-  """Shapes of the state, nothing computed."""
-  size, channels = config.data.image_size, len(config.data.mean)
-  return jax.eval_shape(
-      lambda: init_state(method, jax.random.key(0), (size, size, channels))
-  )
 
 
 def measure(
@@ -99,7 +92,7 @@ def measure(
   mesh = sharding.make_mesh(chips.devices, config.fsdp_devices)
   method = train.build_method(config, plan, mesh.size)
   _, step = train.compile_functions(config, method, mesh)
-  state = abstract_state(config, method)
+  state = abstract_state(method, _image_shape(config))
   placed = sharding.state_sharding(mesh, state)
   known = {
       'state': sum(

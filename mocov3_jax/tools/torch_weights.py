@@ -24,8 +24,6 @@ ARCHITECTURES = {
     ('vit_s', False): 'vit_small', ('vit_s', True): 'vit_conv_small',
     ('vit_b', False): 'vit_base', ('vit_b', True): 'vit_conv_base',
 }
-# The release counts epochs of ImageNet.
-IMAGENET_IMAGES = 1_281_167
 
 
 def read(
@@ -276,7 +274,9 @@ def _release(
   model = source.config.model
   key = model.name, model.patch_embed == 'conv'
   optimizer, names = torch_optimizer.write(source, tensors, places)
-  steps_per_epoch = max(1, IMAGENET_IMAGES // source.config.batch_size)
+  # The release counts epochs of ImageNet.
+  images = config_lib.IMAGENET_IMAGES
+  steps_per_epoch = max(1, images // source.config.batch_size)
   content = {
       'epoch': source.step // steps_per_epoch,
       'arch': ARCHITECTURES[key] if key in ARCHITECTURES else model.name,

@@ -107,8 +107,8 @@ def backbone_places(
     classes: outputs of the linear classifier; 0 = there is none.
   """
   fields, head = FIELDS[ENCODERS[encoder]], head_name(config)
-  places = {}
-  for path, leaf in network_shapes(config).items():
+  places, shapes = {}, network_shapes(config)
+  for path, leaf in shapes.items():
     collection, *rest = path
     if rest[0] == 'backbone':
       name = torch_names.torch_name(tuple(rest), head)
@@ -116,10 +116,7 @@ def backbone_places(
       places[name] = Place((fields[collection], *rest), shape)
   if classes:
     # The projector starts from the features as well.
-    width = next(
-        leaf.shape[0] for path, leaf in network_shapes(config).items()
-        if path[1:3] == ('projector', 'linear_0')
-    )
+    width = shapes['params', 'projector', 'linear_0', 'kernel'].shape[0]
     for leaf, shape in ('kernel', (classes, width)), ('bias', (classes,)):
       path = ('params', 'classifier', leaf)
       places[torch_names.torch_name(path[1:], head)] = Place(path, shape)
