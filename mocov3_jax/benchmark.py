@@ -1,20 +1,20 @@
-"""Measures: python -m mocov3_jax.benchmark input|augment --config=FILE
+"""Measures: python -m mocov3_jax.benchmark input|augment|step --config=FILE
 
 input    images a second that the host reads and crops, by the number of
          threads, beside the original's chain of Pillow operations (all of the
          augmentation on the host) on as many cores.
 augment  what the augmentation of crops on the device adds to a training step,
          in FLOPs (as the compiler counts them) and in time.
+step     images a second, use of the device, memory and compile time of the
+         whole training step, taking turns with the same step in PyTorch.
+         --suite: for several networks, at the largest batch that fits.
 
 A table goes to stderr; the last line on stdout is one JSON object.
 """
 
-from collections.abc import Callable
 import contextlib
 import functools
-import statistics
 import sys
-import time
 from typing import Any
 
 from absl import flags
@@ -27,32 +27,11 @@ from mocov3_jax import config as config_lib
 from mocov3_jax.data import pipeline
 from mocov3_jax.data.sources import Source
 from mocov3_jax.errors import UserError
-from mocov3_jax.tools import cli, pillow_chain
+from mocov3_jax.tools import cli, pillow_chain, step_benchmark
+from mocov3_jax.tools.timing import take_turns
 
 # Calls of the augmentation at each turn.
 REPEATS = 10
-
-
-def take_turns(
-    contenders: dict[str, Callable[[], int]], rounds: int
-) -> dict[str, float]:
-  """Runs each contender once to warm up, then all of them in turn.
-
-  Args:
-    contenders: functions that return how many images they handled.
-    rounds: turns of each.
-
-  Returns:
-    For each, the median of its images per second.
-  """
-  rates = {name: [] for name in contenders}
-  for turn in range(rounds + 1):
-    for name, run in contenders.items():
-      start = time.perf_counter()
-      images = run()
-      if turn:
-        rates[name].append(images / (time.perf_counter() - start))
-  return {name: statistics.median(values) for name, values in rates.items()}
 
 
 def encoded_source(config: ConfigDict) -> Source:
@@ -198,10 +177,28 @@ if __name__ == '__main__':
   ROUNDS = flags.DEFINE_integer(
       'rounds', 5, 'Turns of each contender.', lower_bound=1
   )
+  STEPS = flags.DEFINE_integer(
+      'steps', 10, 'step: steps in a turn.', lower_bound=1
+  )
+  AGAINST = flags.DEFINE_string(
+      'against', 'compiled',
+      'step: PyTorch as it is compared with, "compiled" by torch.compile, '
+      '"eager", or "none".',
+  )
+  PROFILE = flags.DEFINE_string(
+      'profile', None, 'step: folder for a profile of our step.'
+  )
+  SUITE = flags.DEFINE_bool(
+      'suite', False, 'step: ViT-S, ViT-B, ViT-L and ResNet-50 instead.'
+  )
   flags.mark_flag_as_required('config')
   cli.run({
       'input': lambda: benchmark_input(
           CONFIG.value, IMAGES.value, ROUNDS.value
       ),
       'augment': lambda: benchmark_augment(CONFIG.value, ROUNDS.value),
+      'step': lambda: step_benchmark.main(
+          CONFIG.value, AGAINST.value, ROUNDS.value, STEPS.value,
+          PROFILE.value, SUITE.value,
+      ),
   })

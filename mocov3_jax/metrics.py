@@ -154,7 +154,7 @@ class Progress:
     Args:
       step: the step these values are of.
       values: with 'train/loss', 'train/loss_chance',
-        'train/images_per_second'; 'knn/top1' where known.
+        'train/images_per_second'; 'knn/top1', 'train/mfu' where known.
       images_per_step: to turn images a second into the time left.
     """
     now = time.monotonic()
@@ -172,8 +172,10 @@ class Progress:
       text += f'  rank {values["features/effective_rank"]:.1f}'
     if rate:
       left = round((self._total - step) * images_per_step / rate)
-      text += f'  {rate:.0f} img/s  ETA {left // 3600}:{left // 60 % 60:02}'
-      text += f':{left % 60:02}'
+      text += f'  {rate:.0f} img/s'
+      if 'train/mfu' in values:
+        text += f'  MFU {values["train/mfu"]:.0%}'
+      text += f'  ETA {left // 3600}:{left // 60 % 60:02}:{left % 60:02}'
     self._show(text, end='' if self._live else '\n')
 
   def note(self, text: str) -> None:

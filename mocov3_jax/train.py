@@ -33,7 +33,7 @@ from mocov3_jax.data import catalog, pipeline, sources
 from mocov3_jax.errors import Preempted, UserError
 from mocov3_jax.evals import features, knn, label_free
 from mocov3_jax.passes import Passes
-from mocov3_jax.tools import cli, distributed
+from mocov3_jax.tools import cli, compilation, distributed
 from mocov3_jax.tools.recorder import Recorder
 from mocov3_jax.train_step import Method, TrainState, init_state, train_step
 
@@ -263,6 +263,7 @@ def main(
 ) -> dict[str, Any] | None:
   """Trains as one of the processes of a run; the first one has the results."""
   distributed.start(coordinator, num_processes, process_id)
+  compilation.keep_compiled()
   results = train(config, path)
   return results if distributed.is_primary() else None
 

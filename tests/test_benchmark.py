@@ -1,9 +1,16 @@
 """The benchmarks run, and count what they say they count."""
 
+import importlib.util
 import json
 
+import jax
 import photos
+import pytest
 import tiny
+
+from mocov3_jax import config as config_lib
+from mocov3_jax import train
+from mocov3_jax.tools import compilation, peaks, step_benchmark, summary
 
 FLAGS = {
     'batch_size': 16, 'data.image_size': 32, 'data.mean': '(.5,.5,.5)',
@@ -38,3 +45,90 @@ def test_the_share_of_the_augmentation_is_measured():
       result['share_of_flops']
       - result['augment_flops'] / result['step_flops']
   ) < 1e-9
+
+
+def test_the_step_is_timed_against_a_measured_ceiling():
+  code, out, err = tiny.run(
+      'benchmark', 'step', '--against=none', '--rounds=1', '--steps=2',
+      *tiny.flags(**FLAGS),
+  )
+  assert code == 0, err
+  result = json.loads(out)
+  ours = result['jax']
+  assert ours['images_per_second'] > 0 and ours['first_step_seconds'] > 0
+  assert ours['peak_memory'] > 2**20
+  # No CPU has a published peak; what a matrix product reaches is measured.
+  assert ours['mfu_peak'] is None
+  used = result['step_flops'] / 16 * ours['images_per_second']
+  assert ours['mfu_ceiling'] == pytest.approx(used / result['ceiling_flops'])
+  assert 'img/s' in err and 'ratio' not in result
+
+
+def test_step_refuses_an_unknown_opponent():
+  code, _, err = tiny.run(
+      'benchmark', 'step', '--against=keras', *tiny.flags(**FLAGS)
+  )
+  assert code == 2 and 'compiled, eager, none' in err, err
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec('torch') is not None, reason='PyTorch is here'
+)
+def test_step_says_how_to_get_pytorch():
+  code, _, err = tiny.run('benchmark', 'step', *tiny.flags(**FLAGS))
+  assert code == 2 and 'requirements-torch.txt' in err, err
+
+
+def test_a_batch_that_does_not_fit_is_halved(monkeypatch):
+  tried = []
+
+  def measured(config, *_):
+    tried.append(config.batch_size)
+    if config.batch_size > 128:
+      raise step_benchmark.steppers.OutOfMemory('full')
+    return config.model.name
+
+  monkeypatch.setattr(step_benchmark, 'benchmark_step', measured)
+  results = step_benchmark.benchmark_suite(
+      config_lib.default_config(), 'none', 1, 1
+  )
+  assert list(results) == ['vit_s', 'vit_b', 'vit_l', 'resnet50']
+  assert tried[:4] == [1024, 512, 256, 128]
+
+
+def test_what_is_computed_again_does_not_count_as_work():
+  flops = []
+  for changes in {}, {'model.remat': True}, {'micro_batch': 8}:
+    c = tiny.config(**changes)
+    method = train.build_method(c, config_lib.plan(c, 1437))
+    flops.append(summary.step_flops(method, (8, 8, 1), c.batch_size))
+  assert flops[0] == flops[1] == flops[2] > 0
+
+
+def test_mfu_is_logged_where_the_peak_is_known(tmp_path, monkeypatch):
+  c = tiny.config(**{'schedule.steps': 3, 'schedule.warmup_epochs': 0.0})
+  monkeypatch.setitem(
+      peaks.PEAK_FLOPS, jax.devices()[0].device_kind, 1e12
+  )
+  result = train.train(c, str(tmp_path / 'run'))
+  method = train.build_method(c, config_lib.plan(c, 1437))
+  flops = summary.step_flops(method, (8, 8, 1), 64) / 64
+  peak = 1e12 * jax.device_count()
+  rows = [r for r in tiny.metrics(tmp_path / 'run') if 'train/mfu' in r]
+  assert len(rows) == 3
+  assert result['train/mfu'] == pytest.approx(
+      result['train/images_per_second'] * flops / peak
+  )
+
+
+def test_programs_for_a_cpu_are_kept_only_on_request(monkeypatch):
+  before = jax.config.jax_compilation_cache_dir
+  compilation.keep_compiled()
+  assert jax.config.jax_compilation_cache_dir == before
+  monkeypatch.setattr(jax, 'default_backend', lambda: 'tpu')
+  try:
+    compilation.keep_compiled()
+    kept = jax.config.jax_compilation_cache_dir
+  finally:
+    jax.config.update('jax_compilation_cache_dir', before)
+  assert kept == (before or str(compilation.FOLDER.expanduser()))

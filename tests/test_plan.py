@@ -9,9 +9,9 @@ import pytest
 import tiny
 
 from mocov3_jax import config as config_lib
-from mocov3_jax import plan, sharding
+from mocov3_jax import plan, sharding, train
 from mocov3_jax.errors import UserError
-from mocov3_jax.tools import hlo, roofline, tpu
+from mocov3_jax.tools import hlo, roofline, summary, tpu
 
 NO_COMPILER = importlib.util.find_spec('libtpu') is None
 
@@ -69,7 +69,8 @@ def test_the_model_needs_eight_forward_passes():
   # the online network and forward in the target: 8 backbone passes.
   c = config_lib.default_config()
   c.batch_size = 64
-  flops = roofline.model_flops(c, config_lib.plan(c, 10**6)) / 64
+  method = train.build_method(c, config_lib.plan(c, 10**6))
+  flops = summary.step_flops(method, (224, 224, 3), 64) / 64
   backbone = 2 * 4.598498304e9
   patches = 2 * 196 * 384 * 768  # Of one crop.
   projector = 2 * (384 * 4096 + 4096 * 4096 + 4096 * 256)

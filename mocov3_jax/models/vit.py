@@ -35,11 +35,13 @@ def sincos_positions(height: int, width: int, dim: int) -> np.ndarray:
   return np.pad(table, ((1, 0), (0, 0)))[None].astype(np.float32)
 
 
+@jax.custom_vjp
 def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
   """Scaled dot-product attention, the softmax in float32 or wider.
 
-  (`jax.nn.dot_product_attention` rounds the softmax to float32 even where the
-  rest is float64.)
+  The backward pass keeps the weights once, in the dtype of `q`; autodiff
+  would keep them three times, in float32. (`jax.nn.dot_product_attention`
+  rounds the softmax to float32 even where the rest is float64.)
 
   Args:
     q, k, v: [B, T, heads, head_dim].
@@ -47,10 +49,30 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
   Returns:
     [B, T, heads, head_dim], of the dtype of `q`.
   """
+  return _attend_forward(q, k, v)[0]
+
+
+def _attend_forward(q, k, v):
   wide = jnp.promote_types(q.dtype, jnp.float32)
   logits = jnp.einsum('bqhd,bkhd->bhqk', q, k, preferred_element_type=wide)
   weights = jax.nn.softmax(logits / math.sqrt(q.shape[-1])).astype(q.dtype)
-  return jnp.einsum('bhqk,bkhd->bqhd', weights, v)
+  return jnp.einsum('bhqk,bkhd->bqhd', weights, v), (q, k, v, weights)
+
+
+def _attend_backward(kept, g):
+  q, k, v, weights = kept
+  wide = jnp.promote_types(q.dtype, jnp.float32)
+  to_v = jnp.einsum('bhqk,bqhd->bkhd', weights, g)
+  to_weights = jnp.einsum('bqhd,bkhd->bhqk', g, v, preferred_element_type=wide)
+  w = weights.astype(wide)
+  to_logits = w * (to_weights - jnp.sum(w * to_weights, -1, keepdims=True))
+  to_logits = (to_logits / math.sqrt(q.shape[-1])).astype(q.dtype)
+  to_q = jnp.einsum('bhqk,bkhd->bqhd', to_logits, k)
+  to_k = jnp.einsum('bhqk,bqhd->bkhd', to_logits, q)
+  return to_q, to_k, to_v
+
+
+attend.defvjp(_attend_forward, _attend_backward)
 
 
 class Attention(nn.Module):
@@ -87,7 +109,7 @@ class Mlp(nn.Module):
     x = nn.Dense(
         hidden, dtype=self.dtype, kernel_init=xavier(dim, hidden), name='fc1'
     )(x)
-    x = nn.gelu(x, approximate=False)
+    x = jax.checkpoint(lambda x: nn.gelu(x, approximate=False))(x)
     return nn.Dense(
         dim, dtype=self.dtype, kernel_init=xavier(hidden, dim), name='fc2'
     )(x)

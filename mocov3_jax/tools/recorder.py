@@ -19,7 +19,7 @@ from mocov3_jax.data.decode import Unreadable
 from mocov3_jax.data.pipeline import Batch, BatchReader, train_batches
 from mocov3_jax.data.sources import Splits
 from mocov3_jax.errors import UserError
-from mocov3_jax.tools import summary
+from mocov3_jax.tools import peaks, summary
 from mocov3_jax.tools.distributed import is_primary
 from mocov3_jax.train_step import Method, TrainState
 
@@ -64,6 +64,7 @@ class Recorder:
     )
     self.writer = metrics.MetricWriter(workdir, start, is_primary())
     self._throughput = metrics.Throughput(config.batch_size)
+    self._mfu_of_rate = None  # MFU of one image per second, where known.
     self.progress = metrics.Progress(
         plan.total_steps, active=is_primary()
     )
@@ -81,10 +82,14 @@ class Recorder:
           'no labels, hence no kNN: alignment, uniformity and effective rank '
           'of the features are logged instead'
       )
-    cost = summary.summarise(
-        method.model, (data.image_size, data.image_size, len(data.mean))
-    )
+    shape = data.image_size, data.image_size, len(data.mean)
+    cost = summary.summarise(method.model, shape)
     self.progress.note(f'{self._config.model.name}: {cost}')
+    peak = peaks.peak_flops(mesh.devices.flat[0].device_kind)
+    if peak is not None:
+      batch_size = self._config.batch_size
+      flops = summary.step_flops(method, shape, batch_size) / batch_size
+      self._mfu_of_rate = flops / (peak * mesh.size)
     where = f'continuing at step {start}' if start else 'from a fresh start'
     if start == plan.total_steps:
       where = 'already complete'
@@ -124,7 +129,10 @@ class Recorder:
     self._unreadable_in_epoch += int(values['data/unreadable'])
     self.stopping |= values.pop('train/stop') > 0
     values['data/wait_seconds'] = self._waits.popleft()
-    values['train/images_per_second'] = self._throughput.tick()
+    rate = self._throughput.tick()
+    values['train/images_per_second'] = rate
+    if self._mfu_of_rate is not None:
+      values['train/mfu'] = rate * self._mfu_of_rate
     if step % self._config.log.every_steps == 0:
       self.writer.write(step, values)
     self._last_step = values
@@ -177,7 +185,10 @@ class Recorder:
       if name in self.writer.first:
         last[f'{name}_init'] = self.writer.first[name]
     if self._throughput.average:
-      last['train/images_per_second'] = self._throughput.average
+      rate = self._throughput.average
+      last['train/images_per_second'] = rate
+      if self._mfu_of_rate is not None:
+        last['train/mfu'] = rate * self._mfu_of_rate
     return last
 
 

@@ -12,7 +12,7 @@ from mocov3_jax import config as config_lib
 from mocov3_jax import sharding, train
 from mocov3_jax.data.pipeline import Batch
 from mocov3_jax.tools import hlo, summary, tpu
-from mocov3_jax.train_step import Method, abstract_state, train_step
+from mocov3_jax.train_step import abstract_state
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,26 +65,6 @@ def abstract_batch(config: ConfigDict) -> Batch:
   )
 
 
-def model_flops(config: ConfigDict, plan: config_lib.Plan) -> float:
-  """Of one step, all devices together; see `Cost`."""
-  plain = config.copy_and_resolve_references().unlock()
-  plain.micro_batch, plain.model.remat = 0, False
-  method = train.build_method(plain, plan)
-  # The views come in whole.
-  method = method.replace(augment=lambda images, key: images)
-  return _flops(plain, method, jnp.float32)
-
-
-def _flops(config: ConfigDict, method: Method, dtype: jnp.dtype) -> float:
-  images = abstract_batch(config).images
-  images = jax.ShapeDtypeStruct(images.shape, dtype)
-  state = abstract_state(method, _image_shape(config))
-  key = jax.eval_shape(lambda: jax.random.key(0))
-  step = lambda key, state, images: train_step(method, key, state, images)
-  jaxpr = jax.make_jaxpr(step)(key, state, images)
-  return 2.0 * summary.macs(jaxpr.jaxpr)
-
-
 def measure(
     config: ConfigDict, plan: config_lib.Plan, chips: tpu.Slice
 ) -> Cost:
@@ -101,11 +81,17 @@ def measure(
               jax.tree.leaves(state), jax.tree.leaves(placed), strict=True
           )
       ),
-      'model_flops': model_flops(config, plan) / mesh.size,
-      'traced_flops': _flops(config, method, jnp.uint8) / mesh.size,
+      'model_flops': summary.step_flops(
+          method, _image_shape(config), config.batch_size
+      ) / mesh.size,
+      'traced_flops': summary.traced_flops(
+          method, abstract_batch(config).images
+      ) / mesh.size,
   }
   try:
-    compiled = step.lower(state, abstract_batch(config)).compile()
+    compiled = step.lower(state, abstract_batch(config)).compile(
+        compiler_options=chips.chip.options
+    )
   except jax.errors.JaxRuntimeError as e:
     used = re.search(r'Used ([\d.]+)([KMG])\w* of', str(e))
     if not used:

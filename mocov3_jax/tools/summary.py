@@ -10,8 +10,9 @@ import jax
 from jax.extend import core
 import jax.numpy as jnp
 
-from mocov3_jax.models import Network
+from mocov3_jax.models import Network, ViT
 from mocov3_jax.passes import Passes
+from mocov3_jax.train_step import Method, abstract_state, train_step
 
 PyTree = Any
 
@@ -86,6 +87,31 @@ def kept_bytes(
   return sum(math.prod(x.shape) * x.dtype.itemsize for x in kept)
 
 
+def step_flops(
+    method: Method, image_shape: tuple[int, int, int], batch_size: int
+) -> float:
+  """Operations that a training step needs, all devices together.
+
+  Each product once forward and twice backward: without augmentation, and
+  without what `micro_batch` and remat compute again.
+  """
+  model = method.model.clone(passes=Passes())
+  if isinstance(model.backbone, ViT):
+    model = model.clone(backbone=model.backbone.clone(remat=False))
+  # The views come in whole.
+  plain = method.replace(model=model, augment=lambda images, key: images)
+  views = jax.ShapeDtypeStruct((batch_size, 2, *image_shape), jnp.float32)
+  return traced_flops(plain, views)
+
+
+def traced_flops(method: Method, images: jax.ShapeDtypeStruct) -> float:
+  """Operations in the matrix products of a step as it is traced."""
+  state = abstract_state(method, images.shape[2:])
+  key = jax.eval_shape(lambda: jax.random.key(0))
+  step = lambda key, state, images: train_step(method, key, state, images)
+  return 2.0 * macs(jax.make_jaxpr(step)(key, state, images).jaxpr)
+
+
 def macs(jaxpr: core.Jaxpr) -> int:
   """Multiply-adds in the matrix products and convolutions of a program.
 
@@ -104,8 +130,11 @@ def macs(jaxpr: core.Jaxpr) -> int:
     elif name == 'conv_general_dilated':
       kernel = eqn.invars[1].aval.shape
       outputs = kernel[eqn.params['dimension_numbers'].rhs_spec[0]]
+      # The gradient of a strided convolution has zeros between its inputs.
+      zeros = math.prod(eqn.params['lhs_dilation'])
       total += (
-          math.prod(eqn.outvars[0].aval.shape) * math.prod(kernel) // outputs
+          math.prod(eqn.outvars[0].aval.shape) * math.prod(kernel)
+          // (outputs * zeros)
       )
     times = eqn.params['length'] if name == 'scan' else 1
     total += times * sum(macs(inner) for inner in _inner(eqn))
