@@ -3,7 +3,9 @@
 The protocol of Wu et al. 2018 (arXiv 1805.01978), which the paper refers to:
 cosine similarity, k = 200, votes weighted by exp(similarity / 0.07), backbone
 features of the online network, images whole. The paper does not say which k,
-temperature or encoder it used.
+temperature or encoder it used: `knn.more_k`, `knn.more_temperatures` and
+`encoder` try others. With `knn.leave_one_out`, all images of both splits are
+classified, each by all others.
 
 Command:
   python -m mocov3_jax.evaluate --config=configs/eval_knn.py \\
@@ -12,7 +14,7 @@ Hardware and time: one CPU core, seconds, for digits.
 Expected: the last knn/top1 that the run itself logged.
 """
 
-from mocov3_jax.config import eval_config
+from mocov3_jax.eval_config import eval_config
 
 
 def get_config():

@@ -1,11 +1,11 @@
-"""Two augmented views of each image, made on the device inside the step.
+"""Augmented views of each image, made on the device inside the step.
 
 Pure functions of (images, key). Every example draws from its own key, so what
 it gets depends on its place in the global batch alone and not on the number of
 devices.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 import functools
 import math
 
@@ -18,6 +18,13 @@ from mocov3_jax import image_ops
 from mocov3_jax.passes import Passes
 
 Augment = Callable[[jax.Array, jax.Array], jax.Array]
+# The table of each view, as those in `config.augment`.
+Views = Sequence[ConfigDict]
+
+
+def both_views(augment: ConfigDict) -> Views:
+  """The two views of pre-training, of `config.augment`."""
+  return augment.view1, augment.view2
 
 
 def draw_crop(
@@ -155,34 +162,29 @@ def whole_images(images: jax.Array, data: ConfigDict) -> jax.Array:
 
 
 def draw_views(
-    key: jax.Array, augment: ConfigDict, height: int, width: int
-) -> tuple[Draw, Draw]:
-  """Draws both views of the example whose key this is."""
-  first, second = jax.random.split(key)
-  return (
-      draw(first, augment.view1, height, width),
-      draw(second, augment.view2, height, width),
-  )
+    key: jax.Array, views: Views, height: int, width: int
+) -> list[Draw]:
+  """Draws the views of the example whose key this is."""
+  keys = jax.random.split(key, len(views))
+  return [
+      draw(keys[i], view, height, width) for i, view in enumerate(views)
+  ]
 
 
 def apply_views(
-    image: jax.Array, drawn: tuple[Draw, Draw], augment: ConfigDict, size: int
+    image: jax.Array, drawn: Sequence[Draw], views: Views, size: int
 ) -> jax.Array:
-  """Makes both views [2, size, size, C] of an example, all in [0, 1].
+  """Makes the V views [V, size, size, C] of an example, all in [0, 1].
 
   The example is a whole image [H, W, C], which is cropped here, or the crops
-  that the host made of it, [2, size, size, C].
+  that the host made of it, [V, size, size, C].
   """
-  first, second = drawn
+  pairs = list(zip(drawn, views, strict=True))
   if image.ndim == 4:
     return jnp.stack([
-        colour(image[0], first, augment.view1),
-        colour(image[1], second, augment.view2),
+        colour(image[i], d, view) for i, (d, view) in enumerate(pairs)
     ])
-  return jnp.stack([
-      apply(image, first, augment.view1, size),
-      apply(image, second, augment.view2, size),
-  ])
+  return jnp.stack([apply(image, d, view, size) for d, view in pairs])
 
 
 def example_keys(key: jax.Array, count: int) -> jax.Array:
@@ -191,23 +193,23 @@ def example_keys(key: jax.Array, count: int) -> jax.Array:
 
 
 def build(
-    augment: ConfigDict, data: ConfigDict, dtype: jnp.dtype = jnp.float32,
+    views: Views, data: ConfigDict, dtype: jnp.dtype = jnp.float32,
     passes: Passes = Passes(),  # noqa: B008 (frozen)
 ) -> Augment:
-  """Returns f(images uint8, key) -> views [B, 2, S, S, C].
+  """Returns f(images uint8, key) -> V views [B, V, S, S, C].
 
   S is `data.image_size`; B the global batch. The images are whole,
-  [B, H, W, C], or crops, [B, 2, S, S, C].
+  [B, H, W, C], or crops, [B, V, S, S, C].
 
   Args:
-    augment: `config.augment`.
+    views: a table for each.
     data: `config.data`.
     dtype: of the views; the arithmetic is float32.
     passes: in which they are made.
   """
   def example(image, key):
-    drawn = draw_views(key, augment, *image.shape[-3:-1])
-    return apply_views(image, drawn, augment, data.image_size)
+    drawn = draw_views(key, views, *image.shape[-3:-1])
+    return apply_views(image, drawn, views, data.image_size)
 
   def augment_part(part):
     images, keys = part

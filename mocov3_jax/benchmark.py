@@ -24,7 +24,7 @@ import numpy as np
 
 from mocov3_jax import checks, sharding, train
 from mocov3_jax import config as config_lib
-from mocov3_jax.data import pipeline
+from mocov3_jax.data import pipeline, workers
 from mocov3_jax.data.sources import Source
 from mocov3_jax.errors import UserError
 from mocov3_jax.tools import cli, pillow_chain, step_benchmark
@@ -71,7 +71,7 @@ def benchmark_input(
   """
   source = encoded_source(config)
   steps = -(-images // config.batch_size)
-  cores = pipeline.cores()
+  cores = workers.cores()
   numbers = pipeline.epoch_order(config.seed, 0, len(source))
   numbers = np.resize(numbers, steps * config.batch_size).tolist()
 

@@ -14,8 +14,6 @@ from orbax.checkpoint import checkpoint_managers
 from mocov3_jax.errors import UserError
 
 PyTree = Any
-# By which a checkpoint is called the best.
-BEST_METRIC = 'knn/top1'
 # Name of the state within checkpoints/<step>/.
 ITEM = 'state'
 
@@ -25,20 +23,22 @@ class Checkpoints:
 
   def __init__(
       self, workdir: epath.Path, keep_latest: int, keep_best: int,
-      warn: Callable[[str], None],
+      warn: Callable[[str], None], best_metric: str = 'knn/top1',
   ):
     """Opens checkpoints/ in `workdir`, removing what a kill left half-written.
 
     Args:
       workdir: of the run.
       keep_latest: newest checkpoints kept.
-      keep_best: best ones by kNN kept beside those.
+      keep_best: best ones kept beside those.
       warn: is told of each damaged checkpoint.
+      best_metric: by which they are the best.
     """
     self._warn = warn
     self._folder = workdir / 'checkpoints'
     self._damaged = workdir / 'checkpoints_damaged'
-    best = lambda metrics: metrics[BEST_METRIC]
+    self._best_metric = best_metric
+    best = lambda metrics: metrics[best_metric]
     policies = checkpoint_managers.AnyPreservationPolicy([
         checkpoint_managers.LatestN(keep_latest),
         checkpoint_managers.BestN(
@@ -75,13 +75,13 @@ class Checkpoints:
     Args:
       step: updates done.
       state: of jax.Arrays.
-      metrics: `BEST_METRIC` among them makes it a candidate for the best.
+      metrics: the best metric among them makes it a candidate for the best.
     """
     if step == self._manager.latest_step():
       return
     known = None
-    if BEST_METRIC in metrics:
-      known = {BEST_METRIC: metrics[BEST_METRIC]}
+    if self._best_metric in metrics:
+      known = {self._best_metric: metrics[self._best_metric]}
     args = ocp.args.Composite(**{ITEM: ocp.args.StandardSave(state)})
     self._manager.save(step, args=args, metrics=known, force=True)
 

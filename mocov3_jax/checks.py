@@ -8,6 +8,7 @@ from ml_collections import ConfigDict
 
 from mocov3_jax import config as config_lib
 from mocov3_jax.errors import UserError
+from mocov3_jax.eval_config import eval_config
 
 # Fields that steer what a training run reports and keeps, or how it computes
 # (but for rounding), not what: they may change when it is continued.
@@ -35,6 +36,24 @@ _AT_MOST_ONE = (
     'objective.momentum', 'optimizer.momentum', 'data.max_unreadable'
 )
 _BELOW_ONE = ('optimizer.b1', 'optimizer.b2')
+_EVAL_AT_LEAST_ONE = (
+    'batch_size knn.k logistic.iterations data.prefetch log.every_steps '
+    'save.every_steps save.keep_latest'
+).split()
+_EVAL_NOT_NEGATIVE = (
+    'seed knn.bank_images knn.query_images data.threads data.labels_per_class '
+    'schedule.epochs schedule.steps schedule.warmup_epochs test_every_steps '
+    'save.keep_best finetune.lr_per_256 finetune.warmup_lr finetune.min_lr '
+    'finetune.weight_decay finetune.mixup finetune.cutmix'
+).split()
+_EVAL_SHARES = 'data.max_unreadable finetune.erase linear.momentum'.split()
+_EVAL_BELOW_ONE = (
+    'finetune.drop_path', 'finetune.smoothing', 'finetune.ema'
+)
+_EVAL_POSITIVE_NUMBERS = (
+    'knn.more_k', 'knn.more_temperatures', 'linear.lr_per_256',
+    'logistic.inverse_penalties',
+)
 _VIEW_NOT_NEGATIVE = 'brightness contrast saturation'.split()
 _VIEW_AT_MOST_ONE = (
     'crop_min jitter_prob gray_prob blur_prob solarize_prob flip_prob'
@@ -101,12 +120,34 @@ def _validate_view(view: str, config: ConfigDict) -> None:
 
 def validate_eval(config: ConfigDict, device_count: int) -> None:
   """Checks an `eval_config()`, as `validate` does a `default_config()`."""
-  require_fields(config, config_lib.eval_config())
-  for field in 'batch_size', 'knn.k':
+  require_fields(config, eval_config())
+  for field in _EVAL_AT_LEAST_ONE:
     _require(field, config, lambda v: v >= 1, 'at least 1')
-  for field in 'knn.bank_images', 'knn.query_images', 'data.threads':
+  for field in _EVAL_NOT_NEGATIVE:
     _require(field, config, lambda v: v >= 0, '0 or more')
+  for field in _EVAL_SHARES:
+    _require(field, config, lambda v: 0 <= v <= 1, 'from 0 to 1')
+  for field in _EVAL_BELOW_ONE:
+    _require(field, config, lambda v: 0 <= v < 1, 'from 0 to below 1')
+  _require('seed', config, lambda v: v < 2**32, 'below 2**32')
   _require('knn.temperature', config, lambda v: v > 0, 'above 0')
+  _require(
+      'finetune.layer_decay', config, lambda v: 0 < v <= 1,
+      'above 0, at most 1',
+  )
+  for field in _EVAL_POSITIVE_NUMBERS:
+    _require(
+        field, config, lambda v: len(set(v)) == len(v) and all(
+            x > 0 for x in v
+        ),
+        'different numbers above 0',
+    )
+  for field in 'linear.lr_per_256', 'logistic.inverse_penalties':
+    _require(field, config, lambda v: len(v) >= 1, 'at least one number')
+  _require(
+      'finetune.rand_augment', config, lambda v: 0 <= v <= 10, 'from 0 to 10'
+  )
+  _validate_view('view', config)
   _require_multiple('batch_size', config, device_count)
 
 

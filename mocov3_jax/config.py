@@ -31,8 +31,8 @@ def default_config() -> ConfigDict:
   c.fsdp_devices = 1
   c.data = _data()
   c.augment = ConfigDict({
-      'view1': _view(blur_prob=1.0, solarize_prob=0.0),
-      'view2': _view(blur_prob=0.1, solarize_prob=0.2),
+      'view1': view(blur_prob=1.0, solarize_prob=0.0),
+      'view2': view(blur_prob=0.1, solarize_prob=0.2),
   })
   c.model = _model()
   c.head = _head()
@@ -48,7 +48,7 @@ def default_config() -> ConfigDict:
   # all. Bounds the time of the monitor; CIFAR's splits are as large.
   c.knn.bank_images = 50_000
   c.knn.query_images = 10_000
-  _knn(c.knn)
+  knn(c.knn)
 
   c.log = ConfigDict()
   # Steps between two lines of metrics.jsonl. 1 shows every gradient spike.
@@ -60,26 +60,6 @@ def default_config() -> ConfigDict:
   # Newest checkpoints kept; beside them the `keep_best` best by kNN (0 = none).
   c.save.keep_latest = 2
   c.save.keep_best = 1
-  return c.lock()
-
-
-def eval_config() -> ConfigDict:
-  """Returns the defaults of `evaluate`, locked."""
-  c = ConfigDict()
-  # What is measured: 'knn'.
-  c.protocol = 'knn'
-  # A workdir of `train` (its newest checkpoint) or one checkpoints/<step>.
-  c.checkpoint = ''
-  # Images per forward pass over all devices.
-  c.batch_size = 256
-  c.data = ConfigDict()
-  # Where images come from; '' = the source the run was trained on.
-  c.data.source = ''
-  # As in training; read if `source` is given.
-  c.data.labels = 'auto'
-  # Threads that read and decode images; 0 = one a core.
-  c.data.threads = 0
-  c.knn = _knn(ConfigDict({'bank_images': 0, 'query_images': 0}))
   return c.lock()
 
 
@@ -107,7 +87,8 @@ def _data() -> ConfigDict:
   return c
 
 
-def _view(blur_prob: float, solarize_prob: float) -> ConfigDict:
+def view(blur_prob: float, solarize_prob: float) -> ConfigDict:
+  """Returns the table of one view."""
   # All values from [R]; the paper lists the operations only. In the order in
   # which they are applied; a probability of 0 takes an operation out.
   c = ConfigDict()
@@ -235,7 +216,8 @@ def _schedule() -> ConfigDict:
   return c
 
 
-def _knn(c: ConfigDict) -> ConfigDict:
+def knn(c: ConfigDict) -> ConfigDict:
+  """Adds what every kNN classification needs."""
   # Weighted kNN classifier as in Wu et al. 2018 (arXiv 1805.01978): cosine
   # similarity, votes weighted by exp(similarity / temperature). k is capped
   # at a sixth of the mean number of bank images a class.
@@ -261,8 +243,15 @@ class Plan:
   peak_lr: float
 
 
-def plan(config: ConfigDict, num_examples: int) -> Plan:
+def plan(
+    config: ConfigDict, num_examples: int, lr_per_256: float | None = None
+) -> Plan:
   """Turns epochs into steps and lr per 256 images into a learning rate.
+
+  Args:
+    config: with `batch_size`, `schedule` and `data.source`.
+    num_examples: in the training set.
+    lr_per_256: default: that of `config.optimizer`.
 
   Raises:
     UserError: if the data set is smaller than a batch, or the warm-up longer
@@ -286,5 +275,7 @@ def plan(config: ConfigDict, num_examples: int) -> Plan:
         f'{steps_per_epoch} steps an epoch). Allowed: a training of at least '
         'one step, and a warm-up no longer than it (set both).'
     )
-  peak_lr = config.optimizer.lr_per_256 * config.batch_size / 256
+  if lr_per_256 is None:
+    lr_per_256 = config.optimizer.lr_per_256
+  peak_lr = lr_per_256 * config.batch_size / 256
   return Plan(steps_per_epoch, total, warmup, peak_lr)

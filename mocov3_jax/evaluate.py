@@ -2,88 +2,83 @@
     --config.checkpoint=DIR --workdir=OUT
 
 DIR is the workdir of a training run (its newest checkpoint) or one of its
-folders checkpoints/<step>. The last line on stdout is one JSON object, which
-OUT/result.json holds as well.
+folders checkpoints/<step>. The protocols: configs/eval_knn.py, eval_linear.py,
+eval_logistic.py, eval_finetune.py. The last line on stdout is one JSON object,
+which OUT/result.json holds as well; a line of results.jsonl in the run's
+workdir has the same. A linear probe or a fine-tuning that was stopped goes on
+with the same line.
 """
 
-import json
 from typing import Any
 
 from absl import flags
-from etils import epath
 import jax
 from ml_collections import ConfigDict, config_flags
+import numpy as np
 
-from mocov3_jax import checks, sharding
 from mocov3_jax import workdir as workdir_lib
-from mocov3_jax.data import catalog, pipeline, sources
-from mocov3_jax.errors import UserError, unknown
-from mocov3_jax.evals import features, knn
-from mocov3_jax.tools import cli, trained
+from mocov3_jax.data import sources
+from mocov3_jax.errors import unknown
+from mocov3_jax.evals import knn, logistic
+from mocov3_jax.tools import cli, compilation, evaluation, finetuning, probing
+from mocov3_jax.tools.evaluation import Setup
 
-PROTOCOLS = ('knn',)
+
+def evaluate_knn(setup: Setup, path: str) -> dict[str, Any]:
+  """Weighted nearest neighbours, for all k and temperatures."""
+  with workdir_lib.claimed(path, setup.config):
+    found = knn.table(
+        setup.config.knn, setup.extract, setup.splits, setup.mesh,
+        setup.variables['params'], setup.variables['batch_stats'],
+    )
+  images = found.pop('test_images')
+  return {f'knn/{k}': v for k, v in found.items()} | {'test_images': images}
+
+
+def evaluate_logistic(setup: Setup, path: str) -> dict[str, Any]:
+  """Logistic regression on the features of whole images."""
+  c = setup.config.logistic
+  with workdir_lib.claimed(path, setup.config):
+    parts = []
+    for source in setup.splits.train, setup.splits.test:
+      source, labels = sources.labelled(source)
+      found, read = setup.extract(
+          setup.variables['params'], setup.variables['batch_stats'], source
+      )
+      parts += [np.asarray(jax.device_get(found)), labels[read]]
+    result = logistic.classify(*parts, c.inverse_penalties, c.iterations)
+  return {f'logistic/{k}': v for k, v in result.items()}
+
+
+PROTOCOLS = {
+    'knn': evaluate_knn,
+    'linear': probing.probe,
+    'logistic': evaluate_logistic,
+    'finetune': finetuning.finetune,
+}
 
 
 def evaluate(config: ConfigDict, path: str) -> dict[str, Any]:
-  """Runs one protocol on the online network of a checkpoint.
+  """Runs one protocol on a checkpoint.
 
   Args:
     config: as `eval_config()`, after overrides.
-    path: of the folder for result.json.
+    path: the workdir of the evaluation.
 
   Returns:
-    The results, flat.
+    The results; see `tools.evaluation.record` and the protocol.
 
   Raises:
     UserError: for bad input, before anything is written (but a listing of an
       image folder, beside the workdir).
+    Preempted: after SIGTERM or Ctrl-C, once the state is saved.
   """
-  checks.validate_eval(config, jax.device_count())
+  compilation.keep_compiled()
   if config.protocol not in PROTOCOLS:
     raise unknown('protocol', config.protocol, PROTOCOLS)
-  run = trained.find(config.checkpoint)
-  splits = load_source(
-      config, run.config, workdir_lib.absolute(path).parent
-  )
-  mesh = sharding.make_mesh()
-  extract = features.extractor(
-      run.model, run.config.data, mesh, config.batch_size,
-      pipeline.Workers(config.data.threads),
-  )
-  protocol = knn.build(config.knn, extract, splits)
-  params, batch_stats = trained.restore(run, mesh)
-  with workdir_lib.claimed(path, config) as workdir:
-    result = protocol(params, batch_stats)
-    result |= {
-        'protocol': config.protocol,
-        'checkpoint': str(run.folder),
-        'step': run.step,
-        'train_images': len(splits.train),
-        'test_images': len(splits.test),
-    }
-    text = json.dumps(result, indent=2) + '\n'
-    workdir_lib.write_whole(workdir / 'result.json', text)
-    return result
-
-
-def load_source(
-    config: ConfigDict, training: ConfigDict, parent: epath.Path
-) -> sources.Splits:
-  """Opens the data to evaluate on; lists folders into `parent`/.listings.
-
-  Raises:
-    UserError: if it is none, has no labels, or does not fit the network.
-  """
-  data = config.data if config.data.source else training.data
-  splits = catalog.load(data.source, data.labels, parent / '.listings')
-  if splits.test is None:
-    raise UserError(
-        f'data.source={data.source!r} with data.labels={data.labels!r} has no '
-        'labels, which kNN needs. Allowed: a labelled source; a folder with a '
-        'subfolder a class; or data.labels=FILE.csv.'
-    )
-  sources.check_channels(splits, data.source, len(training.data.mean))
-  return splits
+  setup = evaluation.prepare(config, path)
+  results = PROTOCOLS[config.protocol](setup, path)
+  return evaluation.record(setup, results, workdir_lib.absolute(path))
 
 
 if __name__ == '__main__':
@@ -91,7 +86,7 @@ if __name__ == '__main__':
       'config', help_string='Protocol, such as configs/eval_knn.py.'
   )
   WORKDIR = flags.DEFINE_string(
-      'workdir', None, 'Folder for result.json.', required=True
+      'workdir', None, 'Folder of the evaluation.', required=True
   )
   flags.mark_flag_as_required('config')
   cli.run(lambda: evaluate(CONFIG.value, WORKDIR.value))

@@ -19,7 +19,8 @@ import numpy as np
 
 from mocov3_jax import sharding
 from mocov3_jax import workdir as workdir_lib
-from mocov3_jax.data import catalog, pipeline, sources
+from mocov3_jax.data import catalog, sources
+from mocov3_jax.data.workers import Workers
 from mocov3_jax.errors import UserError, unknown
 from mocov3_jax.evals import features
 from mocov3_jax.tools import cli, trained, weights
@@ -74,7 +75,7 @@ def extract(
   mesh = sharding.make_mesh()
   params, batch_stats = trained.restore(run, mesh, encoder, parts)
   forward = features.extractor(
-      run.model, data, mesh, batch_size, pipeline.Workers(threads), method
+      run.model, data, mesh, batch_size, Workers(threads), method
   )
   rows = []
   for split, images in ('train', splits.train), ('test', splits.test):

@@ -154,7 +154,8 @@ class Progress:
     Args:
       step: the step these values are of.
       values: with 'train/loss', 'train/loss_chance',
-        'train/images_per_second'; 'knn/top1', 'train/mfu' where known.
+        'train/images_per_second'; 'knn/top1', 'test/top1', 'train/mfu' where
+        known.
       images_per_step: to turn images a second into the time left.
     """
     now = time.monotonic()
@@ -168,6 +169,8 @@ class Progress:
     )
     if 'knn/top1' in values:
       text += f'  kNN {values["knn/top1"]:.1%}'
+    elif 'test/top1' in values:
+      text += f'  test {values["test/top1"]:.1%}'
     elif 'features/effective_rank' in values:
       text += f'  rank {values["features/effective_rank"]:.1f}'
     if rate:

@@ -62,6 +62,31 @@ def build_momentum(objective: ConfigDict, total_steps: int) -> Schedule:
   return MOMENTUM_SCHEDULES[name](objective.momentum, total_steps)
 
 
+def warmup_cosine_between(
+    start: float, peak: float, end: float, warmup_steps: int, total_steps: int
+) -> Schedule:
+  """Linear from `start` to `peak`, then half a cosine to `end` (DeiT)."""
+  return optax.warmup_cosine_decay_schedule(
+      start, peak, warmup_steps, total_steps, end
+  )
+
+
+def cosine_by_epochs(
+    peak: float, steps_per_epoch: int, total_steps: int
+) -> Schedule:
+  """Half a cosine from `peak` to 0, the same throughout an epoch.
+
+  The linear probe of the paper's PyTorch release.
+  """
+
+  def schedule(step):
+    epoch = step // steps_per_epoch
+    progress = epoch * steps_per_epoch / jnp.asarray(total_steps, float)
+    return peak * 0.5 * (1 + jnp.cos(jnp.pi * progress))
+
+  return schedule
+
+
 def is_matrix(params: PyTree) -> PyTree:
   """Marks the tensors with more than one axis."""
   return jax.tree.map(lambda p: p.ndim > 1, params)
@@ -124,6 +149,57 @@ def lamb(
   return optax.lamb(
       learning_rate, c.b1, c.b2, c.eps,
       weight_decay=c.weight_decay, mask=_decay_mask(c),
+  )
+
+
+def layer_scales(params: PyTree, depth: int, decay: float) -> PyTree:
+  """Factors of the learning rate: each block learns slower than the next.
+
+  Bao et al. 2022 (arXiv 2106.08254): decay^0 for the head and the final norm,
+  decay^1 for the last block, ..., decay^(depth + 1) for what comes before the
+  first one.
+
+  Args:
+    params: of a `Classifier`.
+    depth: blocks of its backbone.
+    decay: 1 = all alike.
+  """
+
+  def scale(path, _):
+    names = [key.key for key in path]
+    above = 0
+    if names[0] == 'backbone':
+      if names[1].startswith('blocks_'):
+        above = depth - int(names[1].removeprefix('blocks_'))
+      elif names[1] != 'norm':
+        above = depth + 1
+    return decay**above
+
+  return jax.tree_util.tree_map_with_path(scale, params)
+
+
+def finetuning(
+    learning_rate: Schedule, weight_decay: float, depth: int,
+    layer_decay: float,
+) -> optax.GradientTransformation:
+  """AdamW as DeiT has it: only matrices decay; layer-wise rates.
+
+  Args:
+    learning_rate: of the head.
+    weight_decay: decoupled.
+    depth: blocks of the backbone; 0 where all layers are alike.
+    layer_decay: see `layer_scales`.
+  """
+
+  def by_layer(updates, params):
+    scales = layer_scales(params, depth, layer_decay)
+    return jax.tree.map(lambda u, s: u * s, updates, scales)
+
+  return optax.chain(
+      optax.scale_by_adam(),
+      optax.add_decayed_weights(weight_decay, is_kernel),
+      optax.stateless(by_layer),
+      optax.scale_by_learning_rate(learning_rate),
   )
 
 

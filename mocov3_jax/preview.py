@@ -80,9 +80,10 @@ def preview(config: ConfigDict, out: str, count: int) -> dict[str, Any]:
 
 
 def _views(image, key, config):
-  drawn = augment.draw_views(key, config.augment, *image.shape[-3:-1])
+  views = augment.both_views(config.augment)
+  drawn = augment.draw_views(key, views, *image.shape[-3:-1])
   made = augment.apply_views(
-      image_ops.to_float(image), drawn, config.augment, config.data.image_size
+      image_ops.to_float(image), drawn, views, config.data.image_size
   )
   return made, drawn
 
@@ -96,7 +97,7 @@ def _original(reader, batch, place, image, drawn):
     return None, [None, None]
   encoded = Encoded(source.read(int(reader.indices(0)[place])))
   boxes = pipeline.draw_boxes(
-      reader.seed, place, encoded.height, encoded.width, reader.augment
+      reader.seed, place, encoded.height, encoded.width, reader.views
   )
   return encoded.pixels(), boxes
 

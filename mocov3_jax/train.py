@@ -4,24 +4,19 @@ Run the same line again to continue, exactly. The last line on stdout is one
 JSON object with the results.
 """
 
-from collections.abc import Callable, Iterator
-import contextlib
+from collections.abc import Iterator
 import functools
-import sys
 from typing import Any
 
 from absl import flags
 import jax
-import jax.numpy as jnp
 from jax.sharding import Mesh
 from ml_collections import ConfigDict, config_flags
 import numpy as np
 
 from mocov3_jax import (
   augment,
-  checkpoint,
   checks,
-  loop,
   models,
   objectives,
   optim,
@@ -30,12 +25,19 @@ from mocov3_jax import (
 from mocov3_jax import config as config_lib
 from mocov3_jax import workdir as workdir_lib
 from mocov3_jax.data import catalog, pipeline, sources
-from mocov3_jax.errors import Preempted, UserError
+from mocov3_jax.data.workers import Workers
+from mocov3_jax.errors import UserError
 from mocov3_jax.evals import features, knn, label_free
 from mocov3_jax.passes import Passes
-from mocov3_jax.tools import cli, compilation, distributed
-from mocov3_jax.tools.recorder import Recorder
-from mocov3_jax.train_step import Method, TrainState, init_state, train_step
+from mocov3_jax.tools import (
+  cli,
+  compilation,
+  distributed,
+  summary,
+  training,
+)
+from mocov3_jax.tools.job import Job
+from mocov3_jax.train_step import Method, init_state, train_step
 
 
 def build_method(
@@ -68,12 +70,17 @@ def build_method(
           config.optimizer, learning_rate, model.backbone.freeze_patch_embed
       ),
       augment=augment.build(
-          config.augment, config.data, models.DTYPES[config.model.dtype],
-          passes,
+          augment.both_views(config.augment), config.data,
+          models.DTYPES[config.model.dtype], passes,
       ),
       learning_rate=learning_rate,
       momentum=optim.build_momentum(config.objective, plan.total_steps),
   )
+
+
+def image_shape(data: ConfigDict) -> tuple[int, int, int]:
+  """Of a view, (S, S, C)."""
+  return data.image_size, data.image_size, len(data.mean)
 
 
 def run_keys(seed: int) -> tuple[jax.Array, jax.Array]:
@@ -89,9 +96,8 @@ def compile_functions(config: ConfigDict, method: Method, mesh: Mesh):
   split over it, and the state given to a step is donated.
   """
   init_key, augment_key = run_keys(config.seed)
-  size, channels = config.data.image_size, len(config.data.mean)
   make = functools.partial(
-      init_state, method, init_key, (size, size, channels)
+      init_state, method, init_key, image_shape(config.data)
   )
   placed = sharding.state_sharding(mesh, jax.eval_shape(make))
   init = jax.jit(make, out_shardings=placed)
@@ -104,12 +110,7 @@ def compile_functions(config: ConfigDict, method: Method, mesh: Mesh):
   )
   def step(state, batch):
     state, values = train_step(method, augment_key, state, batch.images)
-    # Over all processes, since the batch is global: they all learn of it at
-    # the same step.
-    values['data/unreadable'] = jnp.sum(batch.unreadable >= 0)
-    if batch.stop is not None:
-      values['train/stop'] = jnp.max(batch.stop)
-    return state, values
+    return state, values | training.from_batch(batch)
 
   return init, step
 
@@ -140,8 +141,9 @@ def make_reader(
 ) -> pipeline.BatchReader:
   """Returns the reader of the places `positions` of each global batch."""
   return pipeline.BatchReader(
-      source, positions, config.batch_size, config.seed, config.augment,
-      config.data.image_size, pipeline.Workers(config.data.threads),
+      source, positions, config.batch_size, config.seed,
+      augment.both_views(config.augment), config.data.image_size,
+      Workers(config.data.threads),
   )
 
 
@@ -156,45 +158,7 @@ def build_monitor(
   extract = features.extractor(
       method.model, config.data, mesh, config.batch_size, reader.workers
   )
-  return knn.build(config.knn, extract, splits)
-
-
-@contextlib.contextmanager
-def divergence_explained(
-    run: Recorder, checkpoints: checkpoint.Checkpoints
-) -> Iterator[None]:
-  """Turns a non-finite metric into a message that says what to do."""
-  try:
-    yield
-  except loop.NonFinite as e:
-    # What was saved at this very step is the state that broke.
-    saved = checkpoints.newest_before(e.step)
-    run.writer.write(e.step, {'train/diverged': 1.0})
-    raise UserError(
-        f'training diverged at step {e.step}: loss {e.values["train/loss"]}, '
-        f'gradient norm {e.values["grad_norm/global"]}, learning rate '
-        f'{e.values["train/lr"]:.3g}. Last good checkpoint: '
-        f'{"none" if saved is None else f"step {saved}"}. What helps: a lower '
-        'optimizer.lr_per_256, a longer schedule.warmup_epochs, '
-        'model.patch_embed=frozen, in a new workdir.'
-    ) from e
-
-
-def initial_state(
-    init: Callable[[], TrainState], checkpoints: checkpoint.Checkpoints,
-    mesh: Mesh,
-) -> tuple[TrainState, int]:
-  """The newest intact checkpoint of the workdir, or else a fresh start.
-
-  Returns:
-    The state on the mesh, and the updates done.
-
-  Raises:
-    UserError: if there are checkpoints, and none can be read.
-  """
-  shapes = jax.eval_shape(init)
-  abstract = checkpoint.abstract(shapes, sharding.state_sharding(mesh, shapes))
-  return checkpoints.restore(abstract) or (init(), 0)
+  return knn.build(config.knn, extract, splits, mesh)
 
 
 def train(config: ConfigDict, path: str) -> dict[str, Any]:
@@ -222,39 +186,37 @@ def train(config: ConfigDict, path: str) -> dict[str, Any]:
   )
   monitor = build_monitor(config, method, splits, mesh, reader)
   init, step_fn = compile_functions(config, method, mesh)
-  # Signals are noted before anything is written, and until all is saved.
-  claim = workdir_lib.claimed(
-      path, config, checks.FREE_ON_RESUME, splits.fingerprint()
+  return training.carry_out(
+      Job(
+          config=config, free=checks.FREE_ON_RESUME, plan=plan, mesh=mesh,
+          reader=reader, fingerprint=splits.fingerprint(), init=init,
+          step=step_fn,
+          evaluate=lambda s: monitor(s.params, s.batch_stats),
+          evaluate_every=config.knn.every_steps, best='knn/top1',
+          flops_per_image=lambda: summary.step_flops(
+              method, image_shape(config.data), config.batch_size
+          ) / config.batch_size,
+          advice='a lower optimizer.lr_per_256, a longer '
+          'schedule.warmup_epochs, model.patch_embed=frozen',
+          notes=tuple(notes(config, splits, method)),
+      ),
+      path,
   )
-  with distributed.peers_watched(), cli.stop_noted() as stop, distributed.led(
-      claim, workdir_lib.absolute(path)
-  ) as workdir:
-    checkpoints = checkpoint.Checkpoints(
-        workdir, config.save.keep_latest, config.save.keep_best, _warn
+
+
+def notes(
+    config: ConfigDict, splits: sources.Splits, method: Method
+) -> Iterator[str]:
+  """What to say of a run as it begins."""
+  if splits.note:
+    yield splits.note
+  if splits.test is None:
+    yield (
+        'no labels, hence no kNN: alignment, uniformity and effective rank '
+        'of the features are logged instead'
     )
-    with contextlib.closing(checkpoints):
-      state, start = initial_state(init, checkpoints, mesh)
-      run = Recorder(config, plan, workdir, checkpoints, monitor, start)
-      with contextlib.closing(run.writer):
-        run.announce(splits, method, mesh, start)
-        if start == 0:
-          run.between_steps(0, state)
-        run.check_readable(start)
-        batches = run.watch(reader, start, stop)
-        with divergence_explained(run, checkpoints):
-          state, done = loop.run(
-              state, step_fn,
-              (sharding.to_global(batch, mesh) for batch in batches),
-              start=start, stop=plan.total_steps, log=run.log,
-              hooks=[loop.Hook(run.is_due, run.between_steps)],
-              should_stop=lambda: run.stopping or run.too_many_unreadable,
-          )
-        if done < plan.total_steps:
-          checkpoints.save(done, state, {})
-          checkpoints.wait()
-          run.check_readable(done)
-          raise Preempted(f'stopped: saved step {done} in {workdir}')
-        return run.results() | {'step': done, 'workdir': str(workdir)}
+  cost = summary.summarise(method.model, image_shape(config.data))
+  yield f'{config.model.name}: {cost}'
 
 
 def main(
@@ -266,10 +228,6 @@ def main(
   compilation.keep_compiled()
   results = train(config, path)
   return results if distributed.is_primary() else None
-
-
-def _warn(text: str) -> None:
-  print(text, file=sys.stderr, flush=True)
 
 
 if __name__ == '__main__':

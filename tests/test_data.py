@@ -10,9 +10,13 @@ from PIL import Image
 import pytest
 import tiny
 
+from mocov3_jax import augment
 from mocov3_jax.data import catalog, pipeline, sources
 from mocov3_jax.data.decode import Unreadable
+from mocov3_jax.data.workers import Workers
 from mocov3_jax.errors import UserError
+
+VIEWS = augment.both_views(tiny.config().augment)
 
 
 def numbered(n):
@@ -24,8 +28,8 @@ def numbered(n):
 
 def reader(source, positions, batch_size, seed=0, threads=1):
   return pipeline.BatchReader(
-      source, positions, batch_size, seed, tiny.config().augment, 8,
-      pipeline.Workers(threads),
+      source, positions, batch_size, seed, VIEWS, 8,
+      Workers(threads),
   )
 
 
@@ -103,7 +107,7 @@ def test_batches_can_start_at_any_step():
 
 def test_evaluation_reads_every_example_once_in_order():
   batches = list(pipeline.eval_batches(
-      numbered(11), np.arange(4), 4, 8, pipeline.Workers(2)
+      numbered(11), np.arange(4), 4, 8, Workers(2)
   ))
   assert sum(map(batch_numbers, batches), [])[:11] == list(range(11))
   assert all(len(b.images) == 4 for b in batches)
@@ -178,7 +182,7 @@ def test_a_source_without_any_readable_image_is_an_error():
 def test_evaluation_tells_what_it_could_not_read():
   source = Encoded(10, frozenset({4}))
   batches = list(pipeline.eval_batches(
-      source, np.arange(5), 5, 8, pipeline.Workers(1)
+      source, np.arange(5), 5, 8, Workers(1)
   ))
   assert batches[0].images.shape == (5, 8, 8, 3)
   unreadable = np.concatenate([b.unreadable for b in batches])

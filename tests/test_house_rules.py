@@ -8,7 +8,7 @@ import re
 import jax
 import pytest
 
-from mocov3_jax import checks, train
+from mocov3_jax import checks, eval_config, train
 from mocov3_jax import config as config_lib
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -16,14 +16,14 @@ PACKAGE = ROOT / 'mocov3_jax'
 FILES = sorted(PACKAGE.rglob('*.py'))
 RECIPES = sorted((ROOT / 'configs').rglob('*.py'))
 LAYERS = {
-    'errors': 0, 'config': 0, 'checks': 0, 'passes': 0,
-    'models': 1, 'objectives': 1, 'image_ops': 1, 'augment': 1,
+    'errors': 0, 'config': 0, 'eval_config': 0, 'checks': 0, 'passes': 0,
+    'models': 1, 'objectives': 1, 'image_ops': 1, 'augment': 1, 'mixing': 1,
     'optim': 2, 'sharding': 2, 'train_step': 2,
     'data': 3, 'checkpoint': 3, 'saved': 3, 'metrics': 3, 'workdir': 3,
     'loop': 4,
     'evals': 5,
     'tools': 6, 'train': 6, 'evaluate': 6, 'preview': 6, 'benchmark': 6,
-    'extract': 6, 'convert': 6, 'plan': 6,
+    'extract': 6, 'convert': 6, 'plan': 6, 'visualize': 6,
 }
 
 
@@ -114,11 +114,14 @@ def leaves(config, prefix=''):
 
 
 @pytest.mark.parametrize(
-    'make', [config_lib.default_config, config_lib.eval_config]
+    'make', [config_lib.default_config, eval_config.eval_config]
 )
 def test_every_field_is_read_somewhere(make):
   # A read is an attribute (c.weight_decay), outside of where it is set.
-  text = '\n'.join(p.read_text() for p in FILES if p.name != 'config.py')
+  text = '\n'.join(
+      p.read_text() for p in FILES
+      if p.name not in ('config.py', 'eval_config.py')
+  )
   text += (PACKAGE / 'config.py').read_text().split('class Plan')[1]
   for field in leaves(make()):
     last = field.rsplit('.', 1)[-1]

@@ -14,6 +14,17 @@ def unit(x):
   return x / np.linalg.norm(x, axis=1, keepdims=True)
 
 
+def classify(queries, bank, labels, classes, k, temperature, **options):
+  """The votes of each query's neighbours."""
+  similarity, index = knn.nearest(
+      jnp.asarray(queries), jnp.asarray(bank), k, **options
+  )
+  return knn.count_votes(
+      similarity, jnp.asarray(labels)[index], num_classes=classes,
+      temperature=temperature,
+  )
+
+
 @pytest.mark.parametrize('k', [1, 5, 20, 200])
 @pytest.mark.parametrize('temperature', [0.07, 0.5])
 def test_votes_equal_scikit_learns_weighted_knn(k, temperature):
@@ -29,10 +40,7 @@ def test_votes_equal_scikit_learns_weighted_knn(k, temperature):
       k, algorithm='brute',
       weights=lambda d: np.exp((1 - d**2 / 2) / temperature),
   ).fit(unit(bank), labels)
-  votes = knn.neighbour_votes(
-      jnp.asarray(queries), jnp.asarray(bank), jnp.asarray(labels),
-      num_classes=7, k=k, temperature=temperature,
-  )
+  votes = classify(queries, bank, labels, 7, k, temperature)
   shares = votes / votes.sum(axis=1, keepdims=True)
   np.testing.assert_allclose(
       shares, reference.predict_proba(unit(queries)), atol=1e-4

@@ -97,6 +97,17 @@ def test_bounds_follow_from_published_peaks():
   assert bounds['interconnect'] == pytest.approx(0.75 * 2 + 0.75)
 
 
+def test_the_compilers_word_on_memory_is_understood():
+  assert roofline.memory_needed(
+      'Ran out of memory in memory space hbm. Used 22.50G of 15.75G hbm.'
+  ) == int(22.5 * 2**30)
+  assert roofline.memory_needed(
+      'the total memory required for HLO temporaries (22.38G) exceeds '
+      'available HBM (15.75G). HLO module: jit_step.'
+  ) == int(22.38 * 2**30)
+  assert roofline.memory_needed('another error') is None
+
+
 def test_proposals_leave_a_batchnorm_backbone_whole():
   c = config_lib.default_config()
   changes = list(plan.proposals(c, 16))

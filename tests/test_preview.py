@@ -48,7 +48,8 @@ def test_the_views_are_those_of_the_first_step():
   images = np.arange(3 * 64, dtype=np.uint8).reshape(3, 8, 8, 1)
   _, key = train.run_keys(c.seed)
   key = jax.random.fold_in(key, 0)
-  trained = augment.build(c.augment, c.data)(images, key)
+  make = augment.build(augment.both_views(c.augment), c.data)
+  trained = make(images, key)
   for i, example_key in enumerate(augment.example_keys(key, 3)):
     made, _ = preview._views(images[i], example_key, c)
     for v in 0, 1:

@@ -7,24 +7,24 @@ the last full batch is dropped, as in the original.
 """
 
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 import dataclasses
 import functools
-import os
 from typing import NamedTuple
 
 import cv2
 import grain
-from ml_collections import ConfigDict
 import numpy as np
 
+from mocov3_jax.augment import Views
 from mocov3_jax.data import crops
 from mocov3_jax.data.decode import Encoded, Unreadable
 from mocov3_jax.data.sources import Source, channels
+from mocov3_jax.data.workers import Workers
 from mocov3_jax.errors import UserError
 
 # Streams of random words; epochs have the 0.
-CROPS, REPLACEMENTS = 1, 2
+CROPS, REPLACEMENTS, RECOLOURS = 1, 2, 3
+RECOLOUR_WORDS = 32
 # Other examples tried in place of an unreadable one.
 TRIES = 50
 
@@ -34,14 +34,16 @@ class Batch(NamedTuple):
 
   Attributes:
     images: uint8 [B, H, W, C] if the source has one size; else the crops of
-      both views, [B, 2, S, S, C].
+      the V views, [B, V, S, S, C].
     unreadable: int32 [B], an example that had to be replaced; -1 where none.
     stop: int32 [B], in training: 1 if this process has been asked to end.
+    labels: int32 [B], where they are wanted; -1 where there is none.
   """
 
   images: np.ndarray
   unreadable: np.ndarray
   stop: np.ndarray | None = None
+  labels: np.ndarray | None = None
 
 
 def epoch_order(seed: int, epoch: int, num_examples: int) -> np.ndarray:
@@ -67,55 +69,22 @@ def random_words(
 
 
 def draw_boxes(
-    seed: int, place: int, height: int, width: int, augment: ConfigDict
+    seed: int, place: int, height: int, width: int, views: Views
 ) -> list[crops.Box]:
-  """The crops of both views of the example at a place of the sequence.
+  """The crops of the views of the example at a place of the sequence.
 
   Args:
     seed: of the run.
     place: step * batch size + place in the global batch.
     height, width: of the image, pixels.
-    augment: `config.augment`.
+    views: their tables.
   """
-  words = random_words(seed, place, CROPS, 2 * crops.NUMBERS)
+  words = random_words(seed, place, CROPS, len(views) * crops.NUMBERS)
   numbers = (words >> np.uint64(11)) * 2.0**-53  # Uniform in [0, 1).
-  views = (augment.view1, augment.view2)
   return [
       crops.random_box(n, height, width, view)
-      for n, view in zip(np.split(numbers, 2), views, strict=True)
+      for n, view in zip(np.split(numbers, len(views)), views, strict=True)
   ]
-
-
-def cores() -> int:
-  """How many CPU cores this process may use."""
-  if hasattr(os, 'sched_getaffinity'):  # Not on macOS.
-    return len(os.sched_getaffinity(0))
-  return os.cpu_count() or 1
-
-
-class Workers:
-  """Threads that fill the rows of an array.
-
-  Threads, not processes: OpenCV and file reads let go of the interpreter (two
-  threads on two cores read 1.75 times as fast as one, two processes 1.6).
-  """
-
-  def __init__(self, threads: int):
-    """Starts them; 0 = one a core that this process may use."""
-    self._threads = threads or cores()
-    self._pool = ThreadPoolExecutor(self._threads)
-    # OpenCV's own threads would compete with these.
-    cv2.setNumThreads(0)
-
-  def fill(self, fill_row: Callable[[int], None], rows: int) -> None:
-    """Calls fill_row(0), ..., fill_row(rows - 1)."""
-    def fill_part(part):
-      for row in part.tolist():
-        fill_row(row)
-
-    # Small parts, so that no thread waits long for the last one.
-    parts = np.array_split(np.arange(rows), 16 * self._threads)
-    list(self._pool.map(fill_part, parts))  # Raises what a row raised.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,18 +96,23 @@ class BatchReader:
     positions: int64 [local batch], places in the global batch.
     batch_size: global, images.
     seed: of the order and the crops.
-    augment: `config.augment`; its crops, where the host makes them.
+    views: their crops, where the host makes them.
     size: side of those crops, pixels.
     workers: read and decode.
+    labelled: whether batches have labels.
+    recolour: an augmentation on the host, of each crop: (uint8 [H, W, C],
+      random words uint64 [RECOLOUR_WORDS]) -> uint8 of that shape.
   """
 
   source: Source
   positions: np.ndarray
   batch_size: int
   seed: int
-  augment: ConfigDict
+  views: Views
   size: int
   workers: Workers
+  labelled: bool = False
+  recolour: Callable[[np.ndarray, np.ndarray], np.ndarray] | None = None
 
   def indices(self, step: int) -> np.ndarray:
     """Returns the examples of this step's local part, int64 [local batch]."""
@@ -158,6 +132,7 @@ class BatchReader:
     places = step * self.batch_size + self.positions
     images = np.empty((len(indices), *self.shape), np.uint8)
     unreadable = np.full(len(indices), -1, np.int32)
+    read = indices.copy()
 
     def fill(row):
       index, place = int(indices[row]), int(places[row])
@@ -165,15 +140,16 @@ class BatchReader:
         self.read_into(images[row], index, place)
       except Unreadable:
         unreadable[row] = index
-        self._replace(images[row], place)
+        read[row] = self._replace(images[row], place)
 
     self.workers.fill(fill, len(indices))
-    return Batch(images, unreadable)
+    labels = self.source.labels(read) if self.labelled else None
+    return Batch(images, unreadable, labels=labels)
 
   @property
   def shape(self) -> tuple[int, ...]:
     """Of an example in a batch."""
-    return self.source.shape or (2, self.size, self.size, 3)
+    return self.source.shape or (len(self.views), self.size, self.size, 3)
 
   def read_into(self, out: np.ndarray, index: int, place: int) -> None:
     """Reads one example, with the crops of its place in the sequence.
@@ -187,15 +163,23 @@ class BatchReader:
       Unreadable: if it is damaged.
     """
     def boxes(height, width):
-      return draw_boxes(self.seed, place, height, width, self.augment)
+      return draw_boxes(self.seed, place, height, width, self.views)
 
     read_crops(self.source, index, boxes, out)
+    if self.recolour:
+      parts = out.reshape(-1, *out.shape[-3:])  # A view of `out`.
+      words = random_words(
+          self.seed, place, RECOLOURS, len(parts) * RECOLOUR_WORDS
+      )
+      for part, its in zip(parts, np.split(words, len(parts)), strict=True):
+        part[...] = self.recolour(part, its)
 
-  def _replace(self, out: np.ndarray, place: int) -> None:
+  def _replace(self, out: np.ndarray, place: int) -> int:
     words = random_words(self.seed, place, REPLACEMENTS, TRIES)
     for index in (words % np.uint64(len(self.source))).tolist():
       try:
-        return self.read_into(out, index, place)
+        self.read_into(out, index, place)
+        return index
       except Unreadable as e:
         why = f'{self.source.name(index)}: {e}'
     raise UserError(

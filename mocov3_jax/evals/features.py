@@ -13,6 +13,7 @@ import numpy as np
 from mocov3_jax import augment, sharding
 from mocov3_jax.data import pipeline
 from mocov3_jax.data.sources import Source
+from mocov3_jax.data.workers import Workers
 from mocov3_jax.errors import UserError
 from mocov3_jax.models import Network
 
@@ -29,7 +30,7 @@ def unit(x: jax.Array) -> jax.Array:
 
 def extractor(
     model: Network, data: ConfigDict, mesh: Mesh, batch_size: int,
-    workers: pipeline.Workers, method: str = 'features',
+    workers: Workers, method: str = 'features',
 ) -> Extract:
   """Returns an `Extract`, in evaluation mode.
 

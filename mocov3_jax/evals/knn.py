@@ -5,14 +5,15 @@ cosine similarity, k = 200, votes weighted by exp(similarity / 0.07).
 """
 
 from collections.abc import Callable
-import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 import numpy as np
 
+from mocov3_jax import sharding
 from mocov3_jax.data import sources
 from mocov3_jax.data.sources import Splits
 from mocov3_jax.errors import UserError
@@ -24,38 +25,68 @@ PyTree = Any
 QUERY_BLOCK = 256
 
 
-def neighbour_votes(
-    queries: jax.Array, bank: jax.Array, bank_labels: jax.Array, *,
-    num_classes: int, k: int, temperature: float,
-) -> jax.Array:
-  """Sums the votes of each query's k nearest neighbours.
+def nearest(
+    queries: jax.Array, bank: jax.Array, k: int, leave_one_out: bool = False,
+    mesh: Mesh | None = None,
+) -> tuple[jax.Array, jax.Array]:
+  """Finds each query's k nearest neighbours, exactly, a block at a time.
 
   Args:
     queries: [Q, D]; scaled to unit length here.
     bank: [N, D]; likewise.
-    bank_labels: int [N].
-    num_classes: number of labels.
     k: neighbours, at most N; of equal ones the first in the bank win.
+    leave_one_out: query i is image i of the bank, and no neighbour of itself.
+    mesh: over whose devices the queries of a block are split; the bank lies
+      on each of them.
+
+  Returns:
+    Cosines float32 [Q, k], falling, and places in the bank, int32 [Q, k].
+  """
+  queries, bank = unit(queries), unit(bank)
+  count, width = queries.shape
+
+  def block(part):
+    if mesh is not None:
+      part = jax.lax.with_sharding_constraint(
+          part, sharding.batch_sharding(mesh)
+      )
+    q, own = part  # [QUERY_BLOCK, D], [QUERY_BLOCK]
+    similarity = jnp.matmul(q, bank.T, precision=jax.lax.Precision.HIGHEST)
+    if leave_one_out:
+      itself = own[:, None] == jnp.arange(len(bank))[None]
+      similarity = jnp.where(itself, -jnp.inf, similarity)
+    return jax.lax.top_k(similarity, k)
+
+  padding = -count % QUERY_BLOCK
+  blocks = jnp.pad(queries, ((0, padding), (0, 0)), mode='edge')
+  own = jnp.arange(count + padding).reshape(-1, QUERY_BLOCK)
+  found = jax.lax.map(block, (blocks.reshape(-1, QUERY_BLOCK, width), own))
+  return jax.tree.map(lambda x: x.reshape(-1, k)[:count], found)
+
+
+def count_votes(
+    similarity: jax.Array, labels: jax.Array, *, num_classes: int,
+    temperature: float,
+) -> jax.Array:
+  """Sums the votes of each query's neighbours.
+
+  Args:
+    similarity: cosines [Q, k], falling.
+    labels: of the neighbours, int [Q, k].
+    num_classes: number of labels.
     temperature: of the weights exp(cosine / temperature).
 
   Returns:
     float32 [Q, num_classes], each row up to a positive factor.
   """
-  queries, bank = unit(queries), unit(bank)
 
-  def block(q):  # [QUERY_BLOCK, D]
-    similarity = jnp.matmul(q, bank.T, precision=jax.lax.Precision.HIGHEST)
-    nearest, index = jax.lax.top_k(similarity, k)  # [QUERY_BLOCK, k]
+  def count(one):
+    cosines, its = one  # [k]
     # Over the nearest one's weight, which cannot overflow.
-    weight = jnp.exp((nearest - nearest[:, :1]) / temperature)
-    votes = jax.nn.one_hot(bank_labels[index], num_classes)
-    return jnp.einsum('qk,qkc->qc', weight, votes)
+    weight = jnp.exp((cosines - cosines[0]) / temperature)
+    return weight @ jax.nn.one_hot(its, num_classes)
 
-  padding = -len(queries) % QUERY_BLOCK
-  blocks = jnp.pad(queries, ((0, padding), (0, 0)), mode='edge')
-  blocks = blocks.reshape(-1, QUERY_BLOCK, queries.shape[1])
-  votes = jax.lax.map(block, blocks)
-  return votes.reshape(-1, num_classes)[: len(queries)]
+  return jax.lax.map(count, (similarity, labels), batch_size=QUERY_BLOCK)
 
 
 def capped_k(k: int, bank_size: int, num_classes: int) -> int:
@@ -68,7 +99,7 @@ def capped_k(k: int, bank_size: int, num_classes: int) -> int:
 
 
 def build(
-    knn: ConfigDict, extract: Extract, splits: Splits
+    knn: ConfigDict, extract: Extract, splits: Splits, mesh: Mesh
 ) -> Callable[[PyTree, PyTree], dict[str, float]]:
   """Returns an evaluator, f(params, batch_stats) -> metrics.
 
@@ -79,37 +110,104 @@ def build(
     knn: `config.knn`.
     extract: features of a source.
     splits: their bank and their test split, both labelled.
+    mesh: to work on.
 
   Raises:
     UserError: if one of them has no label after all.
   """
-  bank, bank_labels = sources.labelled(
-      sources.evenly(splits.bank, knn.bank_images)
+  bank, queries = banked(knn, splits)
+  classes = splits.train.num_classes
+  k = capped_k(knn.k, len(bank[1]), classes)
+  find = jax.jit(nearest, static_argnames=('k', 'mesh'))
+  vote = jax.jit(
+      count_votes, static_argnames=('num_classes', 'temperature')
   )
-  queries, query_labels = sources.labelled(
-      sources.evenly(splits.test, knn.query_images)
-  )
-  for name, labels in ('bank', bank_labels), ('test', query_labels):
+
+  def evaluate(params, batch_stats):
+    asked, ask = extract(params, batch_stats, queries[0])
+    known, remember = extract(params, batch_stats, bank[0])
+    similarity, index = find(asked, known, k=k, mesh=mesh)
+    labels = jnp.asarray(bank[1][remember])
+    votes = vote(
+        similarity, labels[index], num_classes=classes,
+        temperature=knn.temperature,
+    )
+    predicted = np.argmax(jax.device_get(votes), axis=1)
+    return {'knn/top1': float(np.mean(predicted == queries[1][ask])),
+            'knn/k': k}
+
+  return evaluate
+
+
+Labelled = tuple[sources.Source, np.ndarray]
+
+
+def banked(knn: ConfigDict, splits: Splits) -> tuple[Labelled, Labelled]:
+  """The labelled images to remember, and those to classify, with labels.
+
+  Raises:
+    UserError: if there are none.
+  """
+  found = []
+  for name, source, count in (
+      ('bank', splits.bank, knn.bank_images),
+      ('test', splits.test, knn.query_images),
+  ):
+    images, labels = sources.labelled(sources.evenly(source, count))
     if not len(labels):
       raise UserError(
           f'none of the {name} images for kNN has a label. Allowed: a split '
           'with labels.'
       )
-  num_classes = splits.train.num_classes
-  k = capped_k(knn.k, len(bank), num_classes)
+    found.append((images, labels))
+  return found[0], found[1]
+
+
+def table(
+    knn: ConfigDict, extract: Extract, splits: Splits, mesh: Mesh,
+    params: PyTree, batch_stats: PyTree,
+) -> dict[str, Any]:
+  """Classifies once, for all k and temperatures.
+
+  With `leave_one_out`, each image of both splits by all others.
+
+  Returns:
+    'top1' and 'test_images' for `k` and `temperature`; 'k', the neighbours
+    asked; 'table', [{'k', 'temperature', 'top1'}, ...] with those and `more_k`
+    and `more_temperatures`.
+
+  Raises:
+    UserError: if there are no labels.
+  """
+  (bank, bank_labels), (queries, labels) = banked(knn, splits)
+  known, remember = extract(params, batch_stats, bank)
+  asked, ask = extract(params, batch_stats, queries)
+  bank_labels, labels = bank_labels[remember], labels[ask]
+  if knn.leave_one_out:
+    known = asked = jnp.concatenate([known, asked])
+    bank_labels = labels = np.concatenate([bank_labels, labels])
+  classes = splits.train.num_classes
+  ks = [capped_k(k, len(known), classes) for k in (knn.k, *knn.more_k)]
+  find = jax.jit(nearest, static_argnames=('k', 'leave_one_out', 'mesh'))
   vote = jax.jit(
-      functools.partial(
-          neighbour_votes,
-          num_classes=num_classes, k=k, temperature=knn.temperature,
-      )
+      count_votes, static_argnames=('num_classes', 'temperature')
   )
-
-  def evaluate(params, batch_stats):
-    asked, ask = extract(params, batch_stats, queries)
-    known, remember = extract(params, batch_stats, bank)
-    votes = vote(asked, known, jnp.asarray(bank_labels[remember]))
-    predicted = np.argmax(jax.device_get(votes), axis=1)
-    top1 = float(np.mean(predicted == query_labels[ask]))
-    return {'knn/top1': top1, 'knn/k': k}
-
-  return evaluate
+  similarity, index = find(
+      asked, known, k=max(ks), leave_one_out=knn.leave_one_out, mesh=mesh
+  )
+  voters = jnp.asarray(bank_labels)[index]
+  rows = []
+  for k in dict.fromkeys(ks):
+    for temperature in (knn.temperature, *knn.more_temperatures):
+      votes = vote(
+          similarity[:, :k], voters[:, :k], num_classes=classes,
+          temperature=temperature,
+      )
+      right = np.argmax(jax.device_get(votes), axis=1) == labels
+      rows.append({
+          'k': k, 'temperature': temperature, 'top1': float(np.mean(right))
+      })
+  return {
+      'top1': rows[0]['top1'], 'k': rows[0]['k'], 'test_images': len(labels),
+      'table': rows,
+  }

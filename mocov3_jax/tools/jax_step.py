@@ -39,16 +39,13 @@ class JaxStep:
     init, self._step = train.compile_functions(
         config, self._method, self._mesh
     )
-    shape = config.batch_size, 2, *self._image_shape()
+    self._image_shape = train.image_shape(config.data)
+    shape = config.batch_size, 2, *self._image_shape
     noise = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
     good = np.full(config.batch_size, -1, np.int32)
     self._batch = sharding.to_global(Batch(noise, good), self._mesh)
     self._state = init()
     self._values = {}
-
-  def _image_shape(self) -> tuple[int, int, int]:
-    data = self._config.data
-    return data.image_size, data.image_size, len(data.mean)
 
   def __call__(self) -> None:
     """Takes a step."""
@@ -74,7 +71,7 @@ class JaxStep:
     return {
         'device': kind, 'devices': count,
         'step_flops': summary.step_flops(
-            self._method, self._image_shape(), self._config.batch_size
+            self._method, self._image_shape, self._config.batch_size
         ),
         'peak_flops': peak and peak * count,
         'ceiling_flops': count * matmul_flops(

@@ -9,21 +9,15 @@ from typing import Any
 
 from etils import epath
 import jax
-from jax.sharding import Mesh
-from ml_collections import ConfigDict
 import numpy as np
 
 from mocov3_jax import checkpoint, metrics
-from mocov3_jax.config import Plan
 from mocov3_jax.data.decode import Unreadable
 from mocov3_jax.data.pipeline import Batch, BatchReader, train_batches
-from mocov3_jax.data.sources import Splits
 from mocov3_jax.errors import UserError
-from mocov3_jax.tools import peaks, summary
+from mocov3_jax.tools import peaks
 from mocov3_jax.tools.distributed import is_primary
-from mocov3_jax.train_step import Method, TrainState
-
-Evaluate = Callable[[Any, Any], dict[str, float]]
+from mocov3_jax.tools.job import Job
 
 
 class Recorder:
@@ -35,23 +29,21 @@ class Recorder:
   """
 
   def __init__(
-      self, config: ConfigDict, plan: Plan, workdir: epath.Path,
-      checkpoints: checkpoint.Checkpoints, evaluate: Evaluate, start: int,
+      self, job: Job, workdir: epath.Path,
+      checkpoints: checkpoint.Checkpoints, start: int,
   ):
     """Opens the files.
 
     Args:
-      config: of the run.
-      plan: of the run.
+      job: the training.
       workdir: of the run; exists.
       checkpoints: of the run.
-      evaluate: (params, batch_stats) -> metrics.
       start: updates done before.
     """
-    self._config = config
-    self._plan = plan
+    self._job = job
+    self._config = config = job.config
+    self._plan = plan = job.plan
     self._checkpoints = checkpoints
-    self._evaluate = evaluate
     self._last_step = {}
     self._waits = collections.deque()  # Of batches not yet logged, seconds.
     self._unreadable = UnreadableImages(workdir)
@@ -70,26 +62,14 @@ class Recorder:
     )
     self.stopping = False
 
-  def announce(
-      self, splits: Splits, method: Method, mesh: Mesh, start: int
-  ) -> None:
+  def announce(self, start: int) -> None:
     """Says what is about to happen."""
-    data, plan = self._config.data, self._plan
-    if splits.note:
-      self.progress.note(splits.note)
-    if splits.test is None:
-      self.progress.note(
-          'no labels, hence no kNN: alignment, uniformity and effective rank '
-          'of the features are logged instead'
-      )
-    shape = data.image_size, data.image_size, len(data.mean)
-    cost = summary.summarise(method.model, shape)
-    self.progress.note(f'{self._config.model.name}: {cost}')
+    job, plan, mesh = self._job, self._plan, self._job.mesh
+    for note in job.notes:
+      self.progress.note(note)
     peak = peaks.peak_flops(mesh.devices.flat[0].device_kind)
-    if peak is not None:
-      batch_size = self._config.batch_size
-      flops = summary.step_flops(method, shape, batch_size) / batch_size
-      self._mfu_of_rate = flops / (peak * mesh.size)
+    if peak is not None and job.flops_per_image is not None:
+      self._mfu_of_rate = job.flops_per_image() / (peak * mesh.size)
     where = f'continuing at step {start}' if start else 'from a fresh start'
     if start == plan.total_steps:
       where = 'already complete'
@@ -100,15 +80,15 @@ class Recorder:
     )
 
   def watch(
-      self, reader: BatchReader, start: int, stop: Callable[[], bool]
+      self, start: int, stop: Callable[[], bool]
   ) -> Iterator[Batch]:
     """The batches from step `start` on; notes the waiting, and bad images.
 
     Args:
-      reader: of the run.
       start: updates done.
       stop: whether this process has been asked to end.
     """
+    reader = self._job.reader
     batches = train_batches(
         reader, start, self._plan.total_steps, self._config.data.prefetch
     )
@@ -163,13 +143,13 @@ class Recorder:
 
   def is_due(self, step: int) -> bool:
     """Whether to evaluate (and perhaps save) after `step` updates."""
-    every = self._config.knn.every_steps
+    every = self._job.evaluate_every
     return self.is_saving(step) or bool(every and step % every == 0)
 
-  def between_steps(self, step: int, state: TrainState) -> None:
+  def between_steps(self, step: int, state: Any) -> None:
     """Evaluates, and saves where that is due."""
     with self._throughput.paused():
-      values = self._evaluate(state.params, state.batch_stats)
+      values = self._job.evaluate(state)
       self.writer.write(step, values)
       self.progress.note(
           f'step {step}/{self._plan.total_steps}  {describe(values)}'
@@ -181,7 +161,7 @@ class Recorder:
   def results(self) -> dict[str, Any]:
     """The last value of everything, and what the random network had."""
     last = self.writer.latest | self._last_step
-    for name in 'knn/top1', 'features/effective_rank':
+    for name in 'knn/top1', 'features/effective_rank', 'test/top1':
       if name in self.writer.first:
         last[f'{name}_init'] = self.writer.first[name]
     if self._throughput.average:
@@ -196,6 +176,8 @@ def describe(values: dict[str, float]) -> str:
   """What an evaluator said, in words."""
   if 'knn/top1' in values:
     return f'kNN {values["knn/top1"]:.1%}'
+  if 'test/top1' in values:
+    return f'test {values["test/top1"]:.1%}'
   return (
       f'alignment {values["features/alignment"]:.3f}  uniformity '
       f'{values["features/uniformity"]:.2f}  effective rank '

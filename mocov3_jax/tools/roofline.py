@@ -50,16 +50,11 @@ class Cost:
   )
 
 
-def _image_shape(config: ConfigDict) -> tuple[int, int, int]:
-  size = config.data.image_size
-  return size, size, len(config.data.mean)
-
-
 def abstract_batch(config: ConfigDict) -> Batch:
   """A batch of crops that the host made, without data."""
   return Batch(
       jax.ShapeDtypeStruct(
-          (config.batch_size, 2, *_image_shape(config)), jnp.uint8
+          (config.batch_size, 2, *train.image_shape(config.data)), jnp.uint8
       ),
       jax.ShapeDtypeStruct((config.batch_size,), jnp.int32),
   )
@@ -72,7 +67,7 @@ def measure(
   mesh = sharding.make_mesh(chips.devices, config.fsdp_devices)
   method = train.build_method(config, plan, mesh.size)
   _, step = train.compile_functions(config, method, mesh)
-  state = abstract_state(method, _image_shape(config))
+  state = abstract_state(method, train.image_shape(config.data))
   placed = sharding.state_sharding(mesh, state)
   known = {
       'state': sum(
@@ -82,7 +77,7 @@ def measure(
           )
       ),
       'model_flops': summary.step_flops(
-          method, _image_shape(config), config.batch_size
+          method, train.image_shape(config.data), config.batch_size
       ) / mesh.size,
       'traced_flops': summary.traced_flops(
           method, abstract_batch(config).images
@@ -93,11 +88,10 @@ def measure(
         compiler_options=chips.chip.options
     )
   except jax.errors.JaxRuntimeError as e:
-    used = re.search(r'Used ([\d.]+)([KMG])\w* of', str(e))
-    if not used:
+    needed = memory_needed(str(e))
+    if needed is None:
       raise
-    scale = {'K': 2**10, 'M': 2**20, 'G': 2**30}[used[2]]
-    return Cost(fits=False, total=int(float(used[1]) * scale), **known)
+    return Cost(fits=False, total=needed, **known)
   memory = compiled.memory_analysis()
   total = (
       memory.argument_size_in_bytes + memory.temp_size_in_bytes
@@ -117,6 +111,20 @@ def measure(
       temporary=memory.temp_size_in_bytes,
       collectives=hlo.collectives(text), **counted, **known,
   )
+
+
+def memory_needed(message: str) -> int | None:
+  """Bytes that the compiler wanted, of its error; None if it is another one.
+
+  It either has a total, or what the temporaries alone would need.
+  """
+  used = re.search(
+      r'(?:Used |HLO temporaries \()([\d.]+)([KMG])\w*(?: of|\) exceeds)',
+      message,
+  )
+  if not used:
+    return None
+  return int(float(used[1]) * {'K': 2**10, 'M': 2**20, 'G': 2**30}[used[2]])
 
 
 def seconds(cost: Cost, chips: tpu.Slice) -> dict[str, float]:

@@ -1,0 +1,98 @@
+"""Which features lie near which: nearest neighbours, and maps of the plane."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from sklearn.decomposition import PCA
+from sklearn.manifold import TSNE
+
+from mocov3_jax.errors import UserError
+from mocov3_jax.evals.features import unit
+
+# The ways into the plane, as a picture calls them.
+METHODS = {'pca': 'PCA', 'tsne': 't-SNE', 'umap': 'UMAP'}
+# As few points as all of them can place.
+FEWEST = 4
+SEED = 0
+
+
+def nearest(
+    queries: jax.Array, bank: jax.Array, k: int, own: np.ndarray | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+  """The rows of a bank that are nearest by cosine, as kNN finds them.
+
+  Args:
+    queries, bank: float32 [Q, D], [N, D].
+    k: how many of each query.
+    own: int [Q], the row of the bank that is the query itself, left out.
+
+  Returns:
+    Cosines float32 [Q, k], falling; rows of the bank, int [Q, k].
+  """
+  similarity = jnp.matmul(
+      unit(queries), unit(bank).T, precision=jax.lax.Precision.HIGHEST
+  )
+  if own is not None:
+    similarity = similarity.at[jnp.arange(len(own)), own].set(-jnp.inf)
+  return jax.device_get(jax.lax.top_k(similarity, k))
+
+
+def plane(
+    features: np.ndarray, method: str
+) -> tuple[np.ndarray, tuple[str, str], dict[str, float]]:
+  """Places features in the plane; the same ones always alike.
+
+  Args:
+    features: float32 [N, D], FEWEST or more; scaled to unit length here.
+    method: one of METHODS.
+
+  Returns:
+    Points float [N, 2]; the names of the axes; numbers that tell how well they
+    fit: with PCA 'explained_variance', the share of the variance in the plane,
+    with t-SNE 'kl_divergence', what is left of it.
+
+  Raises:
+    UserError: for UMAP without the package umap-learn.
+  """
+  features = np.asarray(unit(features))
+  if method == 'pca':
+    pca = PCA(2, random_state=SEED)
+    points = pca.fit_transform(features)
+    shares = pca.explained_variance_ratio_.tolist()
+    first, second = (
+        f'component {i}: {share:.1%} of the variance'
+        for i, share in enumerate(shares, start=1)
+    )
+    return points, (first, second), {'explained_variance': sum(shares)}
+  axes = (f'{METHODS[method]} 1', f'{METHODS[method]} 2')
+  if method == 'tsne':
+    # 30 is scikit-learn's default; few points have no so many neighbours.
+    perplexity = min(30, (len(features) - 1) / 3)
+    tsne = TSNE(2, perplexity=perplexity, init='pca', random_state=SEED)
+    points = tsne.fit_transform(features)
+    return points, axes, {'kl_divergence': float(tsne.kl_divergence_)}
+  # 15 is umap's default. With a seed it computes in one thread, and warns
+  # unless it is told so. Its spectral start needs more than a few points.
+  umap = import_umap().UMAP(
+      n_neighbors=min(15, len(features) - 1), random_state=SEED, n_jobs=1,
+      init='spectral' if len(features) > 15 else 'random',
+  )
+  return umap.fit_transform(features), axes, {}
+
+
+def import_umap() -> Any:
+  """The package umap-learn.
+
+  Raises:
+    UserError: if it is not installed.
+  """
+  try:
+    import umap
+  except ImportError as e:
+    raise UserError(
+        "--method='umap' needs the package umap-learn, which is not installed. "
+        'Allowed: pip install umap-learn; or --method=pca or --method=tsne.'
+    ) from e
+  return umap

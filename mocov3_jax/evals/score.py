@@ -1,0 +1,19 @@
+"""How sure an accuracy is."""
+
+import math
+
+# Of the normal distribution, for 95 %.
+Z = 1.959963984540054
+
+
+def interval(share: float, count: int) -> tuple[float, float]:
+  """The 95 % interval of a share of `count` images (Wilson 1927).
+
+  It covers the choice of the images alone; another seed may differ by more.
+  """
+  middle = share + Z**2 / (2 * count)
+  width = Z * math.sqrt(
+      share * (1 - share) / count + Z**2 / (4 * count**2)
+  )
+  scale = 1 + Z**2 / count
+  return (middle - width) / scale, (middle + width) / scale

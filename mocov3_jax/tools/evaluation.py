@@ -1,0 +1,175 @@
+"""What every evaluation begins and ends with: a network, images, a result."""
+
+import dataclasses
+import json
+from typing import Any
+
+from etils import epath
+import jax
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+import numpy as np
+
+from mocov3_jax import checks, sharding
+from mocov3_jax import workdir as workdir_lib
+from mocov3_jax.data import catalog, sources
+from mocov3_jax.data.pipeline import epoch_order
+from mocov3_jax.data.workers import Workers
+from mocov3_jax.errors import UserError
+from mocov3_jax.evals import features, score
+from mocov3_jax.tools import trained
+
+PyTree = Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Setup:
+  """A checkpoint and the labelled images to evaluate it on.
+
+  Attributes:
+    config: of the evaluation.
+    run: the checkpoint.
+    splits: `train` and `bank` are labelled images to learn from, `test` those
+      to classify.
+    mesh: to work on.
+    extract: features of a source.
+    variables: 'params' and 'batch_stats' of the backbone, on every device.
+  """
+
+  config: ConfigDict
+  run: trained.Trained
+  splits: sources.Splits
+  mesh: Mesh
+  extract: features.Extract
+  variables: PyTree
+
+
+def prepare(config: ConfigDict, path: str) -> Setup:
+  """Opens everything; writes nothing but listings beside the workdir.
+
+  Args:
+    config: as `eval_config()`, after overrides.
+    path: the workdir.
+
+  Raises:
+    UserError: for bad input.
+  """
+  checks.validate_eval(config, jax.device_count())
+  run = trained.find(config.checkpoint)
+  splits = load_splits(
+      config, run.config, workdir_lib.absolute(path).parent / '.listings'
+  )
+  mesh = sharding.make_mesh()
+  extract = features.extractor(
+      run.model, run.config.data, mesh, config.batch_size,
+      Workers(config.data.threads),
+  )
+  params, batch_stats = trained.restore(run, mesh, config.encoder)
+  return Setup(
+      config, run, splits, mesh, extract,
+      {'params': params, 'batch_stats': batch_stats},
+  )
+
+
+def load_splits(
+    config: ConfigDict, training: ConfigDict, listings: epath.Path
+) -> sources.Splits:
+  """Opens the labelled images to learn from, and those to classify.
+
+  Raises:
+    UserError: if there are none, or they do not fit the network.
+  """
+  data = config.data if config.data.source else training.data
+  splits = catalog.load(data.source, data.labels, listings)
+  what = f'data.source={data.source!r} with data.labels={data.labels!r}'
+  if splits.test is None:
+    raise UserError(
+        f'{what} has no labels, which protocol={config.protocol!r} needs. '
+        'Allowed: a labelled source; a folder with a subfolder a class; or '
+        'data.labels=FILE.csv.'
+    )
+  sources.check_channels(splits, data.source, len(training.data.mean))
+  train, labels = sources.labelled(splits.bank)
+  test, test_labels = sources.labelled(splits.test)
+  for name, found in ('training', labels), ('test', test_labels):
+    if not len(found):
+      raise UserError(
+          f'{what} has no labelled {name} images. Allowed: a source with '
+          'labels in both splits.'
+      )
+  if len(np.unique(labels)) < 2:
+    raise UserError(
+        f'{what} has training images of a single class. Allowed: two or more.'
+    )
+  unseen = np.setdiff1d(test_labels, labels)
+  if len(unseen):
+    raise UserError(
+        f'{what} has test images of {len(unseen)} classes (number {unseen[0]} '
+        'first) of which there is no training image. Allowed: splits with the '
+        'same classes.'
+    )
+  count = config.data.labels_per_class
+  if count:
+    train = few_of_each(train, labels, count, config.seed)
+  return dataclasses.replace(splits, train=train, bank=train, test=test)
+
+
+def few_of_each(
+    source: sources.Source, labels: np.ndarray, count: int, seed: int
+) -> sources.Source:
+  """So many images of each class, chosen by the seed.
+
+  Raises:
+    UserError: if a class has fewer.
+  """
+  order = epoch_order(seed, 0, len(source))
+  chosen = []
+  for label in np.unique(labels):
+    its = order[labels[order] == label]
+    if len(its) < count:
+      raise UserError(
+          f'data.labels_per_class={count}, but class {label} has {len(its)} '
+          'training images. Allowed: as many as the smallest class has, or 0 '
+          'for all.'
+      )
+    chosen.append(its[:count])
+  return sources.Subset(source, np.sort(np.concatenate(chosen)))
+
+
+def record(
+    setup: Setup, results: dict[str, Any], workdir: epath.Path
+) -> dict[str, Any]:
+  """Completes the results, and writes result.json and a line of results.jsonl.
+
+  The latter stands beside the run's checkpoints, checkpoints/../results.jsonl.
+
+  Args:
+    setup: of the evaluation.
+    results: flat, with 'PROTOCOL/top1'.
+    workdir: of the evaluation.
+
+  Returns:
+    All of result.json.
+  """
+  config, splits = setup.config, setup.splits
+  results = {
+      'test_images': len(splits.test), 'train_images': len(splits.train)
+  } | results
+  top1 = results[f'{config.protocol}/top1']
+  results |= {
+      f'{config.protocol}/top1_interval': list(
+          score.interval(top1, results['test_images'])
+      ),
+      'protocol': config.protocol,
+      'checkpoint': str(setup.run.folder),
+      'checkpoint_step': setup.run.step,
+      'encoder': config.encoder,
+      'classes': splits.train.num_classes,
+      'workdir': str(workdir),
+      'settings': workdir_lib.to_json(config),
+  }
+  text = json.dumps(results, indent=2) + '\n'
+  workdir_lib.write_whole(workdir / 'result.json', text)
+  with (setup.run.folder.parent.parent / 'results.jsonl').open('a') as file:
+    file.write(json.dumps(results) + '\n')
+  return results

@@ -1,0 +1,176 @@
+"""Fine-tuning as a training job."""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mocov3_jax import augment, mixing, models, optim, sharding
+from mocov3_jax.data import sources
+from mocov3_jax.data.randaugment import RandAugment
+from mocov3_jax.data.workers import Workers
+from mocov3_jax.errors import UserError
+from mocov3_jax.evals import features
+from mocov3_jax.models.classifier import Classifier
+from mocov3_jax.models.vit import ViT
+from mocov3_jax.tools import probing, training
+from mocov3_jax.tools.evaluation import Setup
+from mocov3_jax.train_step import (
+  Supervised,
+  SupervisedState,
+  supervised_step,
+)
+
+PyTree = Any
+
+
+def finetune(setup: Setup, path: str) -> dict[str, Any]:
+  """Trains all of the network, from the checkpoint or from scratch.
+
+  Args:
+    setup: of the evaluation.
+    path: the workdir.
+
+  Returns:
+    'finetune/top1', on the test images after the last step, and
+    'finetune/top1_best', of all evaluations.
+
+  Raises:
+    UserError: for bad input, before anything is written.
+    Preempted: after SIGTERM or Ctrl-C, once the state is saved.
+  """
+  config, mesh = setup.config, setup.mesh
+  model = build_model(setup)
+  method = build_method(setup, model)
+  init_key, step_key = jax.random.split(jax.random.key(config.seed))
+  start = functools.partial(init_state, setup, method, init_key)
+  placed = sharding.state_sharding(
+      mesh, jax.eval_shape(start, setup.variables)
+  )
+  init = jax.jit(start, out_shardings=placed)
+
+  @functools.partial(
+      jax.jit, donate_argnums=0,
+      in_shardings=(placed, sharding.batch_sharding(mesh)),
+      out_shardings=(placed, sharding.replicated(mesh)),
+  )
+  def step(state, batch):
+    state, values = supervised_step(
+        method, step_key, state, batch.images, batch.labels
+    )
+    return state, values | training.from_batch(batch)
+
+  fill = tuple(round(255 * m) for m in setup.run.config.data.mean)
+  magnitude = config.finetune.rand_augment
+  return training.carry_out(
+      probing.make_job(
+          setup, config.finetune.lr_per_256,
+          recolour=RandAugment(magnitude, fill=fill) if magnitude else None,
+          init=functools.partial(init, setup.variables), step=step,
+          evaluate=_tester(setup, model),
+          advice='a lower finetune.lr_per_256, a longer '
+          'schedule.warmup_epochs',
+      ),
+      path, finish=_summarise,
+  )
+
+
+def build_model(setup: Setup) -> Classifier:
+  """The checkpoint's backbone, all of it learning, and a new classifier."""
+  training_config, c = setup.run.config, setup.config.finetune
+  backbone = models.build_backbone(
+      training_config.model, training_config.data.image_size, c.drop_path
+  )
+  if isinstance(backbone, ViT):
+    if backbone.patch_embed == 'frozen':
+      backbone = backbone.clone(patch_embed='learned')
+  elif c.layer_decay != 1:
+    raise UserError(
+        f'finetune.layer_decay={c.layer_decay} is for ViTs, and model.name is '
+        f'{training_config.model.name!r}. Allowed: 1.0.'
+    )
+  return Classifier(backbone, setup.splits.train.num_classes)
+
+
+def build_method(setup: Setup, model: Classifier) -> Supervised:
+  """The parts of a step."""
+  config, c = setup.config, setup.config.finetune
+  plan = probing.make_plan(setup, c.lr_per_256)
+  schedule = optim.warmup_cosine_between(
+      c.warmup_lr, plan.peak_lr, c.min_lr, plan.warmup_steps, plan.total_steps
+  )
+  view = augment.build(
+      (config.view,), setup.run.config.data, model.backbone.dtype
+  )
+
+  def prepare(images, labels, key):
+    view_key, erase_key, mix_key = jax.random.split(key, 3)
+    x = view(images, view_key)[:, 0]
+    x = mixing.erase(x, augment.example_keys(erase_key, len(x)), c.erase)
+    targets = mixing.smooth(labels, model.num_classes, c.smoothing)
+    return mixing.mix(x, targets, mix_key, c.mixup, c.cutmix)
+
+  depth = model.backbone.depth if isinstance(model.backbone, ViT) else 0
+  return Supervised(
+      model=model,
+      optimizer=optim.finetuning(
+          schedule, c.weight_decay, depth, c.layer_decay
+      ),
+      augment=prepare, loss=mixing.soft_cross_entropy, learning_rate=schedule,
+      average_decay=c.ema,
+  )
+
+
+def init_state(
+    setup: Setup, method: Supervised, key: jax.Array, variables: PyTree
+) -> SupervisedState:
+  """A new classifier on the checkpoint's backbone, or on a random one.
+
+  Args:
+    setup: of the evaluation.
+    method: the parts.
+    key: of the initialisation.
+    variables: 'params' and 'batch_stats' of the checkpoint's backbone.
+  """
+  data, c = setup.run.config.data, setup.config.finetune
+  shape = (2, data.image_size, data.image_size, len(data.mean))
+  made = method.model.init(key, jnp.zeros(shape), train=False)
+  params = made['params']
+  stats = made['batch_stats'] if 'batch_stats' in made else {}
+  if not c.from_scratch:
+    # Copies, since the state is donated.
+    params |= jax.tree.map(jnp.copy, variables['params'])
+    stats |= jax.tree.map(jnp.copy, variables['batch_stats'])
+  return SupervisedState(
+      step=jnp.zeros((), jnp.int32), params=params, batch_stats=stats,
+      opt_state=method.optimizer.init(params),
+      average=jax.tree.map(jnp.copy, params) if c.ema else {},
+  )
+
+
+def _tester(setup: Setup, model: Classifier):
+  """Returns state -> accuracy on the test images."""
+  config = setup.config
+  extract = features.extractor(
+      model, setup.run.config.data, setup.mesh, config.batch_size,
+      Workers(config.data.threads), method='__call__',
+  )
+  source, labels = sources.labelled(setup.splits.test)
+
+  def evaluate(state):
+    params = state.average or state.params
+    logits, read = extract(params, state.batch_stats, source)
+    found = np.argmax(jax.device_get(logits), axis=1)
+    return {'test/top1': float(np.mean(found == labels[read]))}
+
+  return evaluate
+
+
+def _summarise(state, results, workdir) -> None:
+  del state
+  results |= {
+      'finetune/top1': results['test/top1'],
+      'finetune/top1_best': probing.best(workdir, 'test/top1'),
+  }

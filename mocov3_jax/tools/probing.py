@@ -1,0 +1,204 @@
+"""The linear probe as a training job."""
+
+import functools
+import hashlib
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mocov3_jax import augment, metrics, models, optim, sharding
+from mocov3_jax import config as config_lib
+from mocov3_jax.data import pipeline, sources
+from mocov3_jax.data.workers import Workers
+from mocov3_jax.evals import linear
+from mocov3_jax.models.layers import BatchNorm
+from mocov3_jax.tools import training
+from mocov3_jax.tools.evaluation import Setup
+from mocov3_jax.tools.job import Job
+
+PyTree = Any
+# What may change when an evaluation is continued.
+FREE = ('data.prefetch', 'data.threads', 'data.max_unreadable', 'log.', 'save.')
+
+
+def make_job(setup: Setup, lr_per_256: float, recolour=None, **parts) -> Job:
+  """What the trainings of an evaluation have in common.
+
+  Args:
+    setup: of the evaluation.
+    lr_per_256: of the peak of the schedule.
+    recolour: as that of `BatchReader`.
+    **parts: the rest of `Job`.
+
+  Raises:
+    UserError: for a batch or a schedule that does not fit the images.
+  """
+  config, mesh = setup.config, setup.mesh
+  plan = make_plan(setup, lr_per_256)
+  reader = pipeline.BatchReader(
+      setup.splits.train,
+      sharding.local_positions(mesh, config.batch_size), config.batch_size,
+      config.seed, (config.view,), setup.run.config.data.image_size,
+      Workers(config.data.threads), labelled=True, recolour=recolour,
+  )
+  return Job(
+      config=config, free=FREE, plan=plan, mesh=mesh, reader=reader,
+      fingerprint=setup.splits.fingerprint(), best='test/top1',
+      evaluate_every=config.test_every_steps or plan.steps_per_epoch,
+      flops_per_image=None,
+      notes=(setup.splits.note,) if setup.splits.note else (), **parts,
+  )
+
+
+def make_plan(setup: Setup, lr_per_256: float) -> config_lib.Plan:
+  """The steps of a training on the images of `setup`."""
+  return config_lib.plan(setup.config, len(setup.splits.train), lr_per_256)
+
+
+def probe(setup: Setup, path: str) -> dict[str, Any]:
+  """Trains a linear classifier for each learning rate.
+
+  Args:
+    setup: of the evaluation.
+    path: the workdir.
+
+  Returns:
+    'linear/top1', after the last epoch at the rate that is best then, on the
+    test images ([P] s5 sweeps likewise); 'linear/top1_best', the best of all
+    epochs and rates, which the PyTorch release reports; 'linear/by_rate', last
+    and best of each rate; and the hash of the backbone, which is the same
+    before and after.
+
+  Raises:
+    UserError: for bad input, before anything is written.
+    Preempted: after SIGTERM or Ctrl-C, once the state is saved.
+  """
+  config, mesh = setup.config, setup.mesh
+  rates = config.linear.lr_per_256
+  parts = build(setup)
+  before = fingerprint(setup.variables)
+  init_key, step_key = jax.random.split(jax.random.key(config.seed))
+  init = functools.partial(
+      linear.init_state, parts, init_key, len(rates), _width(setup),
+      setup.splits.train.num_classes,
+  )
+  placed = sharding.state_sharding(mesh, jax.eval_shape(init))
+
+  @functools.partial(
+      jax.jit, donate_argnums=1,
+      in_shardings=(
+          sharding.replicated(mesh), placed, sharding.batch_sharding(mesh)
+      ),
+      out_shardings=(placed, sharding.replicated(mesh)),
+  )
+  def step(frozen, state, batch):
+    state, values = linear.probe_step(
+        parts, frozen, step_key, state, batch.images, batch.labels
+    )
+    return state, values | training.from_batch(batch)
+
+  results = training.carry_out(
+      make_job(
+          setup, 1.0, init=jax.jit(init, out_shardings=placed),
+          step=functools.partial(step, setup.variables),
+          evaluate=_tester(setup, parts), advice='lower linear.lr_per_256',
+      ),
+      path, finish=lambda state, results, workdir: results.update(
+          summary(rates, workdir)
+      ),
+  )
+  if fingerprint(setup.variables) != before:
+    raise RuntimeError('the probe changed the backbone')
+  return results | {'backbone_sha256': before}
+
+
+def build(setup: Setup) -> linear.Probe:
+  """The parts of the probe."""
+  config, run = setup.config, setup.run
+  view = augment.build(
+      (config.view,), run.config.data, models.DTYPES[run.config.model.dtype]
+  )
+
+  def frozen_features(frozen, images, key):
+    return run.model.apply(
+        frozen, view(images, key)[:, 0], train=False, method='features'
+    )
+
+  plan = make_plan(setup, 1.0)
+  schedule = optim.cosine_by_epochs(
+      plan.peak_lr, plan.steps_per_epoch, plan.total_steps
+  )
+  return linear.Probe(
+      features=frozen_features,
+      optimizer=linear.build_optimizer(
+          config.linear.lr_per_256, schedule, config.linear.momentum
+      ),
+      learning_rate=schedule,
+      norm=BatchNorm(affine=False) if config.linear.batch_norm else None,
+  )
+
+
+def _width(setup: Setup) -> int:
+  data = setup.run.config.data
+  image = jnp.zeros((1, data.image_size, data.image_size, len(data.mean)))
+  features = jax.eval_shape(
+      lambda v: setup.run.model.apply(
+          v, image, train=False, method='features'
+      ),
+      setup.variables,
+  )
+  return features.shape[-1]
+
+
+def _tester(setup: Setup, parts: linear.Probe):
+  """Returns state -> accuracy of each head on the test images."""
+  rates = setup.config.linear.lr_per_256
+
+  @functools.cache
+  def test():  # The same at every time: the backbone is frozen.
+    source, labels = sources.labelled(setup.splits.test)
+    found, read = setup.extract(
+        setup.variables['params'], setup.variables['batch_stats'], source
+    )
+    return found, labels[read]
+
+  def evaluate(state):
+    top1 = linear.accuracies(parts, state, *test())
+    return {'test/top1': float(np.max(top1))} | {
+        f'test/top1_rate_{rate:g}': float(x)
+        for rate, x in zip(rates, top1, strict=True)
+    }
+
+  return evaluate
+
+
+def summary(rates: tuple[float, ...], workdir: Any) -> dict[str, Any]:
+  """Last and best accuracies, from the metrics of the whole training."""
+  rows = metrics.read_metrics(workdir / 'metrics.jsonl')
+  by_rate = {}
+  for rate in rates:
+    name = f'test/top1_rate_{rate:g}'
+    found = [row[name] for row in rows if name in row and row['step']]
+    by_rate[f'{rate:g}'] = {'last': found[-1], 'best': best(workdir, name)}
+  rate = max(by_rate, key=lambda r: by_rate[r]['last'])
+  return {
+      'linear/top1': by_rate[rate]['last'],
+      'linear/top1_best': max(r['best'] for r in by_rate.values()),
+      'linear/lr_per_256': float(rate), 'linear/by_rate': by_rate,
+  }
+
+
+def best(workdir: Any, name: str) -> float:
+  """The largest value of a metric that the whole training logged."""
+  rows = metrics.read_metrics(workdir / 'metrics.jsonl')
+  return max(row[name] for row in rows if name in row and row['step'])
+
+
+def fingerprint(tree: PyTree) -> str:
+  """SHA-256 of all arrays of a tree."""
+  digest = hashlib.sha256()
+  for leaf in jax.tree.leaves(jax.device_get(tree)):
+    digest.update(np.ascontiguousarray(leaf).tobytes())
+  return digest.hexdigest()
