@@ -2,7 +2,10 @@
 
 import dataclasses
 import math
+import pathlib
 import re
+import tempfile
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -84,8 +87,8 @@ def measure(
       ) / mesh.size,
   }
   try:
-    compiled = step.lower(state, abstract_batch(config)).compile(
-        compiler_options=chips.chip.options
+    compiled, text = compile_and_print(
+        step.lower(state, abstract_batch(config))
     )
   except jax.errors.JaxRuntimeError as e:
     needed = memory_needed(str(e))
@@ -98,7 +101,6 @@ def measure(
       + memory.output_size_in_bytes - memory.alias_size_in_bytes
       + memory.generated_code_size_in_bytes
   )
-  text = compiled.as_text()
   counted = {}
   if not hlo.has_loops(text):
     cost = compiled.cost_analysis()
@@ -111,6 +113,20 @@ def measure(
       temporary=memory.temp_size_in_bytes,
       collectives=hlo.collectives(text), **counted, **known,
   )
+
+
+def compile_and_print(lowered: jax.stages.Lowered) -> tuple[Any, str]:
+  """Compiles, and has the compiler itself print the optimised program.
+
+  jaxlib's `as_text` fails at some of v6e's asynchronous collectives, which are
+  newer than it.
+  """
+  with tempfile.TemporaryDirectory() as folder:
+    compiled = lowered.compile(compiler_options={
+        'xla_dump_to': folder, 'xla_dump_hlo_as_text': True,
+    })
+    printed = sorted(pathlib.Path(folder).glob('*.after_optimizations.txt'))
+    return compiled, printed[-1].read_text()
 
 
 def memory_needed(message: str) -> int | None:

@@ -24,7 +24,6 @@ class Chip:
     dimensions: of the torus of chips.
     host: the chips of one host, as the compiler wants to know them.
     config: the compiler's name for a chip that is one device.
-    options: of the compiler.
   """
 
   flops: float
@@ -34,22 +33,14 @@ class Chip:
   dimensions: int
   host: tuple[int, int, int] = (2, 2, 1)
   config: str = 'default'
-  options: dict[str, str] = dataclasses.field(default_factory=dict)
 
 
 GIB = 2**30
-# jaxlib 0.10 cannot print programs whose collectives run on a SparseCore.
-NO_OFFLOAD = {
-    f'xla_tpu_enable_sparse_core_collective_offload_{kind}': 'false'
-    for kind in ('all_gather', 'all_reduce', 'reduce_scatter')
-}
 CHIPS = {
     'v4': Chip(275e12, 32 * GIB, 1228e9, 2400e9 / 8, 3, config='megacore'),
     'v5e': Chip(197e12, 16 * GIB, 819e9, 1600e9 / 8, 2),
     'v5p': Chip(459e12, 95 * GIB, 2765e9, 4800e9 / 8, 3),
-    'v6e': Chip(
-        918e12, 32 * GIB, 1640e9, 3584e9 / 8, 2, options=NO_OFFLOAD
-    ),
+    'v6e': Chip(918e12, 32 * GIB, 1640e9, 3584e9 / 8, 2),
 }
 
 
