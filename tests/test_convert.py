@@ -1,5 +1,6 @@
 """Weights in and out: ours, the release's, and timm's."""
 
+import gzip
 import json
 import sys
 
@@ -23,7 +24,8 @@ from mocov3_jax.tools import (
   weights,
 )
 
-NAMES = json.loads((golden.FOLDER / 'state_dict_names.json').read_text())
+with gzip.open(golden.FOLDER / 'state_dict_names.json.gz') as names:
+  NAMES = json.load(names)
 RESNET_HEAD = {'projector_layers': 2, 'predictor_out_bn': False}
 ARCHITECTURES = {
     'vit_small': ({'name': 'vit_s'}, {}),

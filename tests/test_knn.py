@@ -1,11 +1,13 @@
 """The kNN classifier against scikit-learn."""
 
+import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 import numpy as np
 import pytest
 from sklearn.neighbors import KNeighborsClassifier
 
+from mocov3_jax import sharding
 from mocov3_jax.data import sources
 from mocov3_jax.evals import knn
 
@@ -50,6 +52,103 @@ def test_votes_equal_scikit_learns_weighted_knn(k, temperature):
   )
 
 
+def random_set(n=1000, d=64, classes=7, seed=0):
+  rng = np.random.default_rng(seed)
+  labels = rng.integers(0, classes, n)
+  centres = rng.normal(size=(classes, d))
+  features = centres[labels] + 2 * rng.normal(size=(n, d))
+  return features.astype(np.float32), labels
+
+
+def by_hand(queries, bank, labels, classes, k, temperature):
+  """Votes in float64; of equal neighbours the first in the bank win."""
+  cosine = unit(queries.astype(np.float64)) @ unit(bank.astype(np.float64)).T
+  order = np.argsort(-np.round(cosine, 6), axis=1, kind='stable')[:, :k]
+  nearest = np.take_along_axis(cosine, order, 1)
+  weight = np.exp((nearest - nearest[:, :1]) / temperature)
+  votes = np.zeros((len(queries), classes))
+  for row, (w, its) in enumerate(zip(weight, labels[order], strict=True)):
+    np.add.at(votes[row], its, w)
+  return votes
+
+
+@pytest.mark.parametrize('k', [1, 2, 7, 50])
+@pytest.mark.parametrize('temperature', [0.07, 0.2])
+def test_equal_neighbours_are_taken_in_the_order_of_the_bank(k, temperature):
+  bank, labels = random_set()
+  # Every image three times, under labels of its own each time.
+  bank = np.concatenate([bank[:300]] * 3)
+  labels = labels[:900]
+  queries, _ = random_set(n=200, seed=1)
+  queries[:100] = bank[:100]  # Among them the images themselves.
+  np.testing.assert_allclose(
+      classify(queries, bank, labels, 7, k, temperature),
+      by_hand(queries, bank, labels, 7, k, temperature), atol=1e-4,
+  )
+
+
+@pytest.mark.parametrize('k', [1, 5, 100])
+def test_leaving_one_out_equals_scikit_learns(k):
+  features, labels = random_set(n=600)
+  votes = classify(
+      features, features, labels, 7, k, 0.1, leave_one_out=True
+  )
+  found = np.argmax(votes, axis=1)
+  for i in range(0, 600, 40):
+    reference = KNeighborsClassifier(
+        k, algorithm='brute', weights=lambda d: np.exp((1 - d**2 / 2) / 0.1)
+    ).fit(unit(np.delete(features, i, 0)), np.delete(labels, i))
+    assert found[i] == reference.predict(unit(features[i:i + 1]))[0]
+
+
+def test_eight_devices_find_what_one_finds():
+  bank, _ = random_set()
+  queries, _ = random_set(n=300, seed=1)
+  one = knn.nearest(jnp.asarray(queries), jnp.asarray(bank), 20)
+  split = jax.jit(knn.nearest, static_argnames=('k', 'mesh'))
+  mesh = sharding.make_mesh()
+  assert mesh.size == 8
+  eight = split(jnp.asarray(queries), jnp.asarray(bank), k=20, mesh=mesh)
+  np.testing.assert_array_equal(eight[1], one[1])
+  np.testing.assert_allclose(eight[0], one[0], atol=1e-6)
+
+
+def test_one_pass_gives_every_k_and_temperature():
+  features, labels = random_set(n=700)
+  c = ConfigDict({
+      'k': 20, 'temperature': 0.07, 'more_k': (1, 5, 500),
+      'more_temperatures': (0.5,), 'bank_images': 0, 'query_images': 0,
+      'leave_one_out': False,
+  })
+  numbers = np.arange(700, dtype=np.int64).view(np.uint8).reshape(700, 1, 1, 8)
+  source = sources.ArraySource('x', numbers, labels.astype(np.int32), 7)
+  bank = sources.Subset(source, np.arange(500))
+  test = sources.Subset(source, np.arange(500, 700))
+
+  def extract(params, batch_stats, part):
+    places = [part.read(i).view(np.int64).item() for i in range(len(part))]
+    return jnp.asarray(features[places]), np.arange(len(part))
+
+  mesh = sharding.make_mesh()
+  splits = sources.Splits(bank, bank, test)
+  found = knn.table(c, extract, splits, mesh, None, None)
+  rows = {(r['k'], r['temperature']): r['top1'] for r in found['table']}
+  # 500 is capped at a sixth of the 71 images a class, as 20 is.
+  assert sorted(rows) == [
+      (k, t) for k in (1, 5, 11) for t in (0.07, 0.5)
+  ]
+  for (k, temperature), top1 in rows.items():
+    votes = by_hand(
+        features[500:], features[:500], labels[:500], 7, k, temperature
+    )
+    wanted = np.mean(np.argmax(votes, axis=1) == labels[500:])
+    assert top1 == pytest.approx(wanted)
+  assert found['top1'] == rows[11, 0.07] and found['test_images'] == 200
+  c.leave_one_out = True
+  all_out = knn.table(c, extract, splits, mesh, None, None)
+  assert all_out['test_images'] == 700
+
+
 @pytest.mark.parametrize(
     'n, classes, expected', [(1_281_167, 1000, 200), (1437, 10, 23), (8, 4, 1)]
 )
@@ -79,7 +178,9 @@ def test_images_without_label_or_that_cannot_be_read_are_left_out():
   c = ConfigDict(
       {'k': 3, 'temperature': 0.1, 'bank_images': 0, 'query_images': 0}
   )
-  evaluate = knn.build(c, extract, sources.Splits(source, source, source))
+  evaluate = knn.build(
+      c, extract, sources.Splits(source, source, source), sharding.make_mesh()
+  )
   assert evaluate(None, None)['knn/top1'] == 1.0
   for numbers in asked:
     assert numbers.tolist() == [

@@ -9,7 +9,7 @@ from ml_collections import ConfigDict
 from mocov3_jax import checkpoint, models, saved, sharding
 from mocov3_jax import workdir as workdir_lib
 from mocov3_jax.checkpoint import PyTree
-from mocov3_jax.errors import UserError
+from mocov3_jax.errors import UserError, unknown
 from mocov3_jax.tools import torch_names, weights
 
 
@@ -64,8 +64,11 @@ def restore(
     Their params and batch_stats.
 
   Raises:
-    UserError: if they cannot be read, or do not fit the config.
+    UserError: if they cannot be read, do not fit the config, or for another
+      encoder.
   """
+  if encoder not in weights.ENCODERS:
+    raise unknown('encoder', encoder, weights.ENCODERS)
   fields = weights.FIELDS[weights.ENCODERS[encoder]]
   shapes = {
       (fields[path[0]], *path[1:]): shape

@@ -1,0 +1,271 @@
+"""Evaluations as commands: results, resumption, what is refused."""
+
+import json
+import shutil
+import signal
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from scipy import stats
+import tiny
+
+from mocov3_jax import optim
+from mocov3_jax.data import catalog, sources
+from mocov3_jax.errors import UserError
+from mocov3_jax.evals import logistic, score
+from mocov3_jax.tools import evaluation
+
+LINEAR = '--config=configs/eval_linear.py:small'
+FINETUNE = '--config=configs/eval_finetune.py:small'
+SHORT = ['--config.schedule.epochs=2', '--config.schedule.warmup_epochs=1']
+
+
+@pytest.fixture(scope='module')
+def run(tmp_path_factory):
+  """A very short training run to evaluate."""
+  workdir = tmp_path_factory.mktemp('trained') / 'run'
+  code, _, err = tiny.run(
+      'train', f'--workdir={workdir}',
+      *tiny.flags(**{'schedule.steps': 20, 'schedule.warmup_epochs': 0.2}),
+  )
+  assert code == 0, err
+  return workdir
+
+
+def evaluate(run, out, *arguments):
+  config, *rest = arguments  # A config comes before its fields.
+  return tiny.run(
+      'evaluate', config, f'--config.checkpoint={run}', f'--workdir={out}',
+      *rest,
+  )
+
+
+def result(run, out, *arguments):
+  code, text, err = evaluate(run, out, *arguments)
+  assert code == 0, err
+  return json.loads(text.splitlines()[-1])
+
+
+def test_every_protocol_leaves_a_result_that_says_how_it_was_obtained(
+    run, tmp_path
+):
+  for protocol, arguments in {
+      'knn': ['--config=configs/eval_knn.py'],
+      'logistic': ['--config=configs/eval_logistic.py',
+                   '--config.encoder=momentum'],
+      'linear': [LINEAR, *SHORT],
+      'finetune': [FINETUNE, *SHORT],
+  }.items():
+    found = result(run, tmp_path / protocol, *arguments)
+    assert found == json.loads(
+        (tmp_path / protocol / 'result.json').read_text()
+    )
+    top1 = found[f'{protocol}/top1']
+    low, high = found[f'{protocol}/top1_interval']
+    assert 0 <= low <= top1 <= high <= 1
+    assert found['protocol'] == protocol and found['checkpoint_step'] == 20
+    assert found['test_images'] == 360 and found['train_images'] == 1437
+    assert found['settings']['encoder'] == found['encoder']
+    assert found['checkpoint'] == str(run / 'checkpoints' / '20')
+  rows = [
+      json.loads(line)
+      for line in (run / 'results.jsonl').read_text().splitlines()
+  ]
+  assert [row['protocol'] for row in rows][-4:] == [
+      'knn', 'logistic', 'linear', 'finetune'
+  ]
+
+
+def test_a_probe_reports_every_rate_last_and_best(run, tmp_path):
+  found = result(
+      run, tmp_path / 'o', LINEAR, *SHORT, '--config.linear.lr_per_256=(0.1,1)'
+  )
+  by_rate = found['linear/by_rate']
+  assert set(by_rate) == {'0.1', '1'}
+  rows = [r for r in tiny.metrics(tmp_path / 'o') if 'test/top1' in r]
+  assert [r['step'] for r in rows] == [0, 11, 22]
+  for rate, its in by_rate.items():
+    trained = [r[f'test/top1_rate_{rate}'] for r in rows[1:]]
+    assert its == {'last': trained[-1], 'best': max(trained)}
+  assert found['linear/top1'] == max(r['last'] for r in by_rate.values())
+  assert len(found['backbone_sha256']) == 64
+
+
+@pytest.mark.parametrize('config', [LINEAR, FINETUNE], ids=['linear', 'tune'])
+def test_an_evaluation_that_was_stopped_goes_on_exactly(
+    run, tmp_path, config
+):
+  arguments = [
+      config, '--config.schedule.epochs=60', '--config.log.every_steps=1',
+      '--config.test_every_steps=50',
+  ]
+  straight = result(run, tmp_path / 'a', *arguments)
+  process = tiny.start(
+      'evaluate', config, f'--config.checkpoint={run}',
+      f'--workdir={tmp_path / "b"}', *arguments[1:],
+  )
+  log = tmp_path / 'b' / 'metrics.jsonl'
+  deadline = time.monotonic() + 120
+  while not (log.exists() and log.read_text().count('\n') > 30):
+    assert time.monotonic() < deadline and process.poll() is None
+    time.sleep(0.05)
+  process.send_signal(signal.SIGTERM)
+  code, _, err = tiny.finish(process)
+  assert code == 143 and 'saved step' in err, err
+  continued = result(run, tmp_path / 'b', *arguments)
+  assert tiny.metrics(tmp_path / 'a') == tiny.metrics(tmp_path / 'b')
+  for name in straight:
+    if name.startswith(('linear/', 'finetune/')):
+      assert continued[name] == straight[name]
+
+
+@pytest.mark.parametrize(
+    'arguments, words',
+    [
+        (['--config=configs/eval_knn.py', '--config.protocol=svm'],
+         ["protocol='svm'", 'finetune', 'linear']),
+        ([LINEAR, '--config.encoder=teacher'], ['teacher', 'query, momentum']),
+        ([LINEAR, '--config.batch_size=5000'], ['batch_size=5000', '1437']),
+        ([LINEAR, '--config.linear.lr_per_256=(1,1)'],
+         ['linear.lr_per_256', 'different numbers']),
+        ([FINETUNE, '--config.data.labels_per_class=999'],
+         ['data.labels_per_class=999', 'training images']),
+        ([FINETUNE, '--config.finetune.drop_path=1.0'],
+         ['finetune.drop_path=1.0', 'below 1']),
+        (['--config=configs/eval_linear.py:tiny'], ['imagenet, small']),
+        ([FINETUNE, '--config.checkpoint=/nowhere'], ["'/nowhere'"]),
+    ],
+    ids=lambda x: x[-1] if isinstance(x, list) else '',
+)
+def test_what_cannot_be_is_refused(run, tmp_path, arguments, words):
+  code, out, err = evaluate(run, tmp_path / 'o', *arguments)
+  assert code == 2 and not out, err
+  for word in words:
+    assert word in err
+  assert 'Traceback' not in err and not (tmp_path / 'o').exists()
+
+
+def test_a_checkpoint_of_another_network_is_refused(run, tmp_path):
+  other = tmp_path / 'run'
+  shutil.copytree(run, other)
+  c = json.loads((other / 'config.json').read_text())
+  c['model']['dim'] = 32
+  (other / 'config.json').write_text(json.dumps(c))
+  code, _, err = evaluate(other, tmp_path / 'o', LINEAR)
+  assert code == 2 and 'checkpoint' in err and 'Traceback' not in err, err
+
+
+def labelled(train, test):
+  def source(labels):
+    return sources.ArraySource(
+        'x', np.zeros((len(labels), 8, 8, 1), np.uint8),
+        np.asarray(labels, np.int32), 3,
+    )
+  return sources.Splits(source(train), source(train), source(test))
+
+
+@pytest.mark.parametrize(
+    'train, test, words',
+    [
+        ([0, 1, 0], [-1, -1], 'no labelled test images'),
+        ([-1], [0], 'no labelled training images'),
+        ([1, 1], [1], 'a single class'),
+        ([0, 1], [2, 1], '1 classes .number 2'),
+    ],
+)
+def test_labels_that_do_not_do_are_named(monkeypatch, train, test, words):
+  c = tiny.config()
+  monkeypatch.setattr(catalog, 'load', lambda *_: labelled(train, test))
+  from mocov3_jax.eval_config import eval_config
+
+  with pytest.raises(UserError, match=words):
+    evaluation.load_splits(eval_config(), c, None)
+
+
+def test_few_of_each_class_are_the_seeds_choice():
+  labels = np.repeat(np.arange(4, dtype=np.int32), 20)
+  images = np.arange(80, dtype=np.uint8).reshape(80, 1, 1, 1)
+  source = sources.ArraySource('x', images, labels, 4)
+  chosen = [
+      evaluation.few_of_each(source, labels, 5, seed).indices
+      for seed in (0, 0, 1)
+  ]
+  np.testing.assert_array_equal(chosen[0], chosen[1])
+  assert set(chosen[0]) != set(chosen[2])
+  assert np.bincount(labels[chosen[0]]).tolist() == [5] * 4
+
+
+@pytest.mark.parametrize('right, count', [(0, 10), (7, 10), (355, 360)])
+def test_the_interval_is_wilsons(right, count):
+  wanted = stats.binomtest(right, count).proportion_ci(method='wilson')
+  found = score.interval(right / count, count)
+  np.testing.assert_allclose(found, wanted, atol=1e-9)
+
+
+def test_logistic_regression_chooses_its_penalty_on_training_images():
+  rng = np.random.default_rng(0)
+  labels = np.repeat(np.arange(3), 60)
+  x = np.eye(3)[labels] + 0.3 * rng.normal(size=(180, 3))
+  # Of the test images all labels are wrong: no choice can depend on them.
+  wrong = logistic.classify(x, labels, x, (labels + 1) % 3, (1e-4, 1.0), 200)
+  right = logistic.classify(x, labels, x, labels, (1e-4, 1.0), 200)
+  assert wrong['validation'] == right['validation']
+  assert wrong['top1'] < 0.1 and right['top1'] > 0.9
+
+
+def params(depth):
+  block = {'kernel': jnp.ones((2, 2)), 'bias': jnp.ones(2)}
+  backbone = {f'blocks_{i}': {'fc1': block} for i in range(depth)}
+  backbone |= {
+      'patch_embed': block, 'cls_token': jnp.ones((1, 1, 2)),
+      'norm': {'scale': jnp.ones(2)},
+  }
+  return {'backbone': backbone, 'head': block}
+
+
+def test_each_block_learns_slower_than_the_one_above():
+  scales = optim.layer_scales(params(3), 3, 0.5)
+  backbone = scales['backbone']
+  assert scales['head']['kernel'] == backbone['norm']['scale'] == 1
+  assert [
+      backbone[f'blocks_{i}']['fc1']['bias'] for i in (2, 1, 0)
+  ] == [0.5, 0.25, 0.125]
+  assert backbone['patch_embed']['kernel'] == backbone['cls_token'] == 0.0625
+
+
+def test_fine_tuning_decays_matrices_alone_each_at_its_rate():
+  tree = params(3)
+  optimizer = optim.finetuning(lambda step: 0.1, 0.05, 3, 0.5)
+  zero = jax.tree.map(jnp.zeros_like, tree)
+  updates, _ = optimizer.update(zero, optimizer.init(tree), tree)
+  np.testing.assert_allclose(updates['head']['kernel'], -0.1 * 0.05)
+  np.testing.assert_allclose(
+      updates['backbone']['blocks_1']['fc1']['kernel'], -0.1 * 0.05 * 0.25
+  )
+  assert not np.any(updates['head']['bias'])
+  assert not np.any(updates['backbone']['cls_token'])
+
+
+def test_without_layer_decay_it_is_optaxs_adamw():
+  tree = params(1)
+  ours = optim.finetuning(lambda step: 0.1, 0.05, 1, 1.0)
+  theirs = optax.adamw(0.1, weight_decay=0.05, mask=optim.is_kernel)
+  grads = jax.tree.map(lambda x: 0.3 * x, tree)
+  for a, b in zip(
+      jax.tree.leaves(ours.update(grads, ours.init(tree), tree)[0]),
+      jax.tree.leaves(theirs.update(grads, theirs.init(tree), tree)[0]),
+      strict=True,
+  ):
+    np.testing.assert_allclose(a, b, rtol=1e-6)
+
+
+def test_the_rate_rises_from_its_start_and_ends_at_its_end():
+  rate = optim.warmup_cosine_between(1e-6, 1e-3, 1e-5, 10, 100)
+  np.testing.assert_allclose(
+      [rate(s) for s in (0, 5, 10, 55, 100)],
+      [1e-6, 5.005e-4, 1e-3, (1e-3 + 1e-5) / 2, 1e-5], rtol=1e-4,
+  )
