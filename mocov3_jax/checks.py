@@ -33,7 +33,8 @@ _NOT_NEGATIVE = (
 ).split()
 _POSITIVE = 'objective.temperature optimizer.eps knn.temperature'.split()
 _AT_MOST_ONE = (
-    'objective.momentum', 'optimizer.momentum', 'data.max_unreadable'
+    'objective.momentum', 'optimizer.momentum', 'data.max_unreadable',
+    'knn.queue_share',
 )
 _BELOW_ONE = ('optimizer.b1', 'optimizer.b2')
 _EVAL_AT_LEAST_ONE = (

@@ -48,6 +48,10 @@ def default_config() -> ConfigDict:
   # all. Bounds the time of the monitor; CIFAR's splits are as large.
   c.knn.bank_images = 50_000
   c.knn.query_images = 10_000
+  # Share of the training images in a second monitor, a queue of the features
+  # that training itself computes, asked at every step; 0 = none. Needs
+  # labels. [P] App. A: 0.1.
+  c.knn.queue_share = 0.0
   knn(c.knn)
 
   c.log = ConfigDict()

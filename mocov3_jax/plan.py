@@ -131,9 +131,9 @@ def show(report: dict[str, Any]) -> None:
   gib = lambda field: (
       '?' if report[field] is None else f'{report[field] / tpu.GIB:.2f} GiB'
   )
-  tera = lambda field: (
+  tera = lambda field, unit='': (
       'not counted (loops)' if report[field] is None
-      else f'{report[field] / 1e12:.3f} T'
+      else f'{report[field] / 1e12:.3f} T{unit}'
   )
   lines = [
       f'{report["model"]}, batch {report["batch_size"]}, on '
@@ -148,7 +148,7 @@ def show(report: dict[str, Any]) -> None:
       f'    temporary        {gib("temporary")}',
       f'  FLOPs per chip     model {tera("model_flops")}, traced '
       f'{tera("traced_flops")}, compiled {tera("compiled_flops")}',
-      f'  memory traffic     {tera("hbm_bytes")}B per chip',
+      f'  memory traffic     {tera("hbm_bytes", "B")} per chip',
   ]
   for kind, c in report['collectives'].items():
     lines.append(
@@ -165,6 +165,7 @@ def show(report: dict[str, Any]) -> None:
         + ', '.join(
             f'{name} {1e3 * report[f"seconds_{name}"]:.1f} ms'
             for name in ('compute', 'interconnect', 'memory')
+            if name != 'memory' or report['hbm_bytes'] is not None
         ),
         f'    {report["steps"]} steps     {between("hours", ".1f")} hours, '
         f'{between("chip_hours", ".0f")} chip-hours'

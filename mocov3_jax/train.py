@@ -27,7 +27,7 @@ from mocov3_jax import workdir as workdir_lib
 from mocov3_jax.data import catalog, pipeline, sources
 from mocov3_jax.data.workers import Workers
 from mocov3_jax.errors import UserError
-from mocov3_jax.evals import features, knn, label_free
+from mocov3_jax.evals import features, knn, label_free, queue
 from mocov3_jax.passes import Passes
 from mocov3_jax.tools import (
   cli,
@@ -75,6 +75,7 @@ def build_method(
       ),
       learning_rate=learning_rate,
       momentum=optim.build_momentum(config.objective, plan.total_steps),
+      keep_features=config.knn.queue_share > 0,
   )
 
 
@@ -89,16 +90,35 @@ def run_keys(seed: int) -> tuple[jax.Array, jax.Array]:
   return init_key, augment_key
 
 
-def compile_functions(config: ConfigDict, method: Method, mesh: Mesh):
+def compile_functions(
+    config: ConfigDict, method: Method, mesh: Mesh,
+    train: sources.Source | None = None,
+):
   """Returns jitted (init, step): () -> state, (state, Batch) -> both.
 
   The state lies on the mesh as `sharding.state_sharding` says, batches are
   split over it, and the state given to a step is donated.
+
+  Args:
+    config: of the run.
+    method: the parts of a step.
+    mesh: to train on.
+    train: the images; needed where `knn.queue_share` asks for a queue.
   """
   init_key, augment_key = run_keys(config.seed)
-  make = functools.partial(
-      init_state, method, init_key, image_shape(config.data)
-  )
+  knn_c = config.knn
+  size = 0
+  if method.keep_features:
+    size = queue.length(knn_c.queue_share, len(train), config.batch_size)
+
+  def make():
+    state = init_state(method, init_key, image_shape(config.data))
+    if not size:
+      return state
+    variables = {'params': state.params, 'batch_stats': state.batch_stats}
+    width = features.width(method.model, variables, image_shape(config.data))
+    return queue.with_queue(state, size, width)
+
   placed = sharding.state_sharding(mesh, jax.eval_shape(make))
   init = jax.jit(make, out_shardings=placed)
 
@@ -110,6 +130,13 @@ def compile_functions(config: ConfigDict, method: Method, mesh: Mesh):
   )
   def step(state, batch):
     state, values = train_step(method, augment_key, state, batch.images)
+    if size:
+      state, found = queue.watch(
+          state, values.pop('features'), batch.labels,
+          k=knn.capped_k(knn_c.k, size, train.num_classes),
+          temperature=knn_c.temperature, num_classes=train.num_classes,
+      )
+      values |= found
     return state, values | training.from_batch(batch)
 
   return init, step
@@ -143,7 +170,7 @@ def make_reader(
   return pipeline.BatchReader(
       source, positions, config.batch_size, config.seed,
       augment.both_views(config.augment), config.data.image_size,
-      Workers(config.data.threads),
+      Workers(config.data.threads), labelled=config.knn.queue_share > 0,
   )
 
 
@@ -153,6 +180,11 @@ def build_monitor(
 ):
   """Returns the evaluator between steps: kNN, or, without labels, others."""
   if splits.test is None:
+    if config.knn.queue_share:
+      raise UserError(
+          f'knn.queue_share={config.knn.queue_share} needs labels, and '
+          f'data.source={config.data.source!r} has none. Allowed: 0.'
+      )
     _, key = run_keys(config.seed)
     return label_free.build(method.model, method.augment, mesh, reader, key)
   extract = features.extractor(
@@ -185,7 +217,7 @@ def train(config: ConfigDict, path: str) -> dict[str, Any]:
       config, splits.train, sharding.local_positions(mesh, config.batch_size)
   )
   monitor = build_monitor(config, method, splits, mesh, reader)
-  init, step_fn = compile_functions(config, method, mesh)
+  init, step_fn = compile_functions(config, method, mesh, splits.train)
   return training.carry_out(
       Job(
           config=config, free=checks.FREE_ON_RESUME, plan=plan, mesh=mesh,

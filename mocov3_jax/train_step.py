@@ -46,6 +46,8 @@ class Method:
     optimizer: the optax chain; it ends with the learning rate.
     augment: (uint8 images, key) -> views [B, 2, S, S, C].
     learning_rate, momentum: schedules; the first is only logged here.
+    keep_features: whether the metrics have 'features' of the first view,
+      [B, dim], besides the scalars.
   """
 
   model: Network
@@ -54,6 +56,7 @@ class Method:
   augment: Callable[[jax.Array, jax.Array], jax.Array]
   learning_rate: Schedule
   momentum: Schedule
+  keep_features: bool = False
 
 
 def init_state(
@@ -138,7 +141,7 @@ def train_step(
       grads, state.opt_state, state.params
   )
   metrics |= step_metrics(method, state.step, loss, grads, features)
-  return TrainState(
+  return state.replace(
       step=state.step + 1,
       params=optax.apply_updates(state.params, updates),
       batch_stats=batch_stats,
@@ -243,7 +246,8 @@ def step_metrics(
       grads['backbone'][name]
       for name in (backbone.first_layer, backbone.last_block)
   )
-  return {
+  kept = {'features': features[:, 0]} if method.keep_features else {}
+  return kept | {
       'train/loss': loss,
       'train/lr': method.learning_rate(step),
       'train/momentum': method.momentum(step),

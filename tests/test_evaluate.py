@@ -128,7 +128,7 @@ def test_an_evaluation_that_was_stopped_goes_on_exactly(
     [
         (['--config=configs/eval_knn.py', '--config.protocol=svm'],
          ["protocol='svm'", 'finetune', 'linear']),
-        ([LINEAR, '--config.encoder=teacher'], ['teacher', 'query, momentum']),
+        ([LINEAR, '--config.encoder=teacher'], ['teacher', 'momentum, query']),
         ([LINEAR, '--config.batch_size=5000'], ['batch_size=5000', '1437']),
         ([LINEAR, '--config.linear.lr_per_256=(1,1)'],
          ['linear.lr_per_256', 'different numbers']),

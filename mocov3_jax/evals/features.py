@@ -28,6 +28,15 @@ def unit(x: jax.Array) -> jax.Array:
   return x / jnp.linalg.norm(x, axis=1, keepdims=True)
 
 
+def width(
+    model: Network, variables: PyTree, image_shape: tuple[int, int, int]
+) -> int:
+  """How many numbers the features of an image are."""
+  forward = functools.partial(model.apply, train=False, method='features')
+  images = jnp.zeros((1, *image_shape))
+  return jax.eval_shape(forward, variables, images).shape[-1]
+
+
 def extractor(
     model: Network, data: ConfigDict, mesh: Mesh, batch_size: int,
     workers: Workers, method: str = 'features',

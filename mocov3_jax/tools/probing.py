@@ -5,14 +5,13 @@ import hashlib
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from mocov3_jax import augment, metrics, models, optim, sharding
+from mocov3_jax import augment, metrics, models, optim, sharding, train
 from mocov3_jax import config as config_lib
 from mocov3_jax.data import pipeline, sources
 from mocov3_jax.data.workers import Workers
-from mocov3_jax.evals import linear
+from mocov3_jax.evals import features, linear
 from mocov3_jax.models.layers import BatchNorm
 from mocov3_jax.tools import training
 from mocov3_jax.tools.evaluation import Setup
@@ -80,8 +79,11 @@ def probe(setup: Setup, path: str) -> dict[str, Any]:
   parts = build(setup)
   before = fingerprint(setup.variables)
   init_key, step_key = jax.random.split(jax.random.key(config.seed))
+  width = features.width(
+      setup.run.model, setup.variables, train.image_shape(setup.run.config.data)
+  )
   init = functools.partial(
-      linear.init_state, parts, init_key, len(rates), _width(setup),
+      linear.init_state, parts, init_key, len(rates), width,
       setup.splits.train.num_classes,
   )
   placed = sharding.state_sharding(mesh, jax.eval_shape(init))
@@ -138,18 +140,6 @@ def build(setup: Setup) -> linear.Probe:
       learning_rate=schedule,
       norm=BatchNorm(affine=False) if config.linear.batch_norm else None,
   )
-
-
-def _width(setup: Setup) -> int:
-  data = setup.run.config.data
-  image = jnp.zeros((1, data.image_size, data.image_size, len(data.mean)))
-  features = jax.eval_shape(
-      lambda v: setup.run.model.apply(
-          v, image, train=False, method='features'
-      ),
-      setup.variables,
-  )
-  return features.shape[-1]
 
 
 def _tester(setup: Setup, parts: linear.Probe):
