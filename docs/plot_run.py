@@ -1,6 +1,6 @@
 """Draws a run's curves: python docs/plot_run.py WORKDIR OUT.png
 
-Needs matplotlib (pip install matplotlib); reads WORKDIR/metrics.jsonl.
+Reads WORKDIR/metrics.jsonl.
 """
 
 import json

@@ -1,4 +1,4 @@
-# Sourced by smoke.sh and test.sh: makes .venv on first use, reuses it after.
+# Sourced by the scripts beside it: makes .venv on first use, reuses it after.
 #
 # use_venv FILE   installs a requirements file into .venv, unless that has been
 #                 done since it last changed, and sets $python.
