@@ -2,16 +2,18 @@
 
 The settings are those of the release's transfer recipe for ViT-B: DeiT's, for
 100 epochs, 3e-4 per 512 images, 3 epochs of warm-up, no repeated augmentation,
-crops from 0.05 of the image, test images cropped to the central 0.875; decay,
-erasing, stochastic depth, mixup and cutmix by data set. Its batch, "128", is a
-flag per GPU of eight; here 1024 in all, the ambiguous point of the release.
+crops from 0.05 of the image; decay, erasing, stochastic depth, mixup and cutmix
+by data set. Test images are cropped to the central 0.875, but for CIFAR's,
+which are taken whole (as all sources of one size), and there RandAugment comes
+before the crop. Its batch, "128", is a flag per GPU of eight; here 1024 in all,
+the ambiguous point of the release.
 
 Command:
   python -m mocov3_jax.evaluate --config=configs/eval_transfer.py:cifar10 \\
       --config.checkpoint=RUN --workdir=OUT
   cifar10, cifar100, flowers102 or pets. TFDS has to prepare the set once
-  (docs/data.md). Flowers are trained on 'train' and 'validation' together
-  ([R]); make a folder of both, or train on 'train' alone, as TFDS splits it.
+  (docs/data.md). Flowers are trained on 'train' and 'validation' together and
+  tested on 'test', as in the release.
 Hardware and time: not run by this project.
 Expected: ViT-B of the paper 98.9, 90.5, 97.7 and 93.2 %. Not reproduced by
   this project.
@@ -23,7 +25,9 @@ from mocov3_jax.eval_config import eval_config
 ROWS = {
     'cifar10': ('cifar10', 0.1, 0.0, 0.1, 0.8, 1.0),
     'cifar100': ('cifar100', 0.1, 0.0, 0.1, 0.5, 1.0),
-    'flowers102': ('oxford_flowers102', 0.3, 0.25, 0.1, 0.0, 0.0),
+    'flowers102': (
+        'oxford_flowers102:train+validation', 0.3, 0.25, 0.1, 0.0, 0.0
+    ),
     'pets': ('oxford_iiit_pet', 0.1, 0.0, 0.0, 0.8, 0.0),
 }
 

@@ -21,12 +21,12 @@ FREE_ON_RESUME = (
 _VIEWS = ('augment.view1', 'augment.view2')
 _AT_LEAST_ONE = (
     'batch_size fsdp_devices data.image_size data.prefetch model.patch_size '
-    'head.projector_layers head.predictor_layers head.hidden_dim head.out_dim '
+    'head.projector_layers head.hidden_dim head.out_dim '
     'knn.k log.every_steps save.every_steps save.keep_latest'
 ).split()
 _NOT_NEGATIVE = (
-    'seed micro_batch model.depth model.dim model.num_heads '
-    'optimizer.lr_per_256 optimizer.weight_decay '
+    'seed micro_batch head.predictor_layers model.depth model.dim '
+    'model.num_heads optimizer.lr_per_256 optimizer.weight_decay '
     'optimizer.trust_coefficient schedule.epochs '
     'schedule.steps schedule.warmup_epochs knn.every_steps knn.bank_images '
     'knn.query_images data.threads save.keep_best'

@@ -26,19 +26,19 @@ from mocov3_jax.tools.evaluation import Setup
 
 def evaluate_knn(setup: Setup, path: str) -> dict[str, Any]:
   """Weighted nearest neighbours, for all k and temperatures."""
-  with workdir_lib.claimed(path, setup.config):
+  with evaluation.claimed(setup, path):
     found = knn.table(
         setup.config.knn, setup.extract, setup.splits, setup.mesh,
         setup.variables['params'], setup.variables['batch_stats'],
     )
   images = found.pop('test_images')
-  return {f'knn/{k}': v for k, v in found.items()} | {'test_images': images}
+  return {f'knn/{k}': v for k, v in found.items()} | {'test/images': images}
 
 
 def evaluate_logistic(setup: Setup, path: str) -> dict[str, Any]:
   """Logistic regression on the features of whole images."""
   c = setup.config.logistic
-  with workdir_lib.claimed(path, setup.config):
+  with evaluation.claimed(setup, path):
     parts = []
     for source in setup.splits.train, setup.splits.test:
       source, labels = sources.labelled(source)
@@ -47,7 +47,9 @@ def evaluate_logistic(setup: Setup, path: str) -> dict[str, Any]:
       )
       parts += [np.asarray(jax.device_get(found)), labels[read]]
     result = logistic.classify(*parts, c.inverse_penalties, c.iterations)
-  return {f'logistic/{k}': v for k, v in result.items()}
+  return {f'logistic/{k}': v for k, v in result.items()} | {
+      'test/images': len(parts[3])
+  }
 
 
 PROTOCOLS = {

@@ -8,6 +8,7 @@ the partitioner gathers the keys.
 from collections.abc import Callable
 import functools
 import math
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +19,7 @@ from mocov3_jax.errors import unknown
 from mocov3_jax.models import Embeddings
 
 Metrics = dict[str, jax.Array]
-Objective = Callable[[Embeddings, Embeddings], tuple[jax.Array, Metrics]]
+Loss = Callable[[Embeddings, Embeddings | None], tuple[jax.Array, Metrics]]
 
 
 def contrast(
@@ -46,16 +47,68 @@ def contrast(
 
 
 def moco_v3(
-    online: Embeddings, target: Embeddings, *, temperature: float
+    online: Embeddings, target: Embeddings, *, temperature: float,
+    symmetric: bool = True,
 ) -> tuple[jax.Array, Metrics]:
-  """ctr(q1, k2) + ctr(q2, k1), with each view predicting the other's key."""
+  """ctr(q1, k2) + ctr(q2, k1), with each view predicting the other's key.
+
+  Not symmetric, 2 ctr(q1, k2): of the same size, and of half the pairs.
+  """
   q, k = online.predictions, target.projections  # [N, 2, D]
   loss12, accuracy12 = contrast(q[:, 0], k[:, 1], temperature)
-  loss21, accuracy21 = contrast(q[:, 1], k[:, 0], temperature)
+  loss21, accuracy21 = loss12, accuracy12
+  if symmetric:
+    loss21, accuracy21 = contrast(q[:, 1], k[:, 0], temperature)
   return loss12 + loss21, {
       # The loss of a network that tells nothing apart: 4T ln N.
       'train/loss_chance': jnp.asarray(4 * temperature * math.log(len(q))),
       'train/contrast_accuracy': (accuracy12 + accuracy21) / 2,
+  }
+
+
+def simclr(
+    online: Embeddings, target: None, *, temperature: float
+) -> tuple[jax.Array, Metrics]:
+  """NT-Xent: each of the 2N views finds its partner among the 2N - 1 others.
+
+  Chen et al. 2020 (arXiv 2002.05709), equation 1. All views are queries and
+  keys, with gradients to both; there is no target network.
+  """
+  del target
+  z = online.predictions  # [N, 2, D]
+  n = len(z)
+  z = _unit(jnp.concatenate([z[:, 0], z[:, 1]]))  # [2N, D]
+  cosine = jnp.matmul(z, z.T, precision=jax.lax.Precision.HIGHEST)
+  itself = jnp.eye(2 * n, dtype=bool)
+  logits = jnp.where(itself, -jnp.inf, cosine / temperature)
+  partners = jnp.roll(jnp.arange(2 * n), n)
+  loss = optax.softmax_cross_entropy_with_integer_labels(logits, partners)
+  return loss.mean(), {
+      # Of a network that tells nothing apart.
+      'train/loss_chance': jnp.asarray(math.log(2 * n - 1)),
+      'train/contrast_accuracy': jnp.mean(jnp.argmax(logits, 1) == partners),
+  }
+
+
+def byol(
+    online: Embeddings, target: Embeddings
+) -> tuple[jax.Array, Metrics]:
+  """(2 - 2 cos(q1, z2)) + (2 - 2 cos(q2, z1)); no negatives.
+
+  Grill et al. 2020 (arXiv 2006.07733), equation 2. Both 0 where all images
+  are one, so a low loss is no success: see 'train/feature_std'.
+  """
+  q = _unit(online.predictions)
+  z = _unit(jax.lax.stop_gradient(target.projections))[:, ::-1]
+  cosine = jnp.sum(q * z, axis=-1)  # [N, 2]
+  # Whether the nearest target is the image's own: of the log alone.
+  nearest = jnp.argmax(
+      jnp.matmul(q[:, 0], z[:, 0].T, precision=jax.lax.Precision.HIGHEST), 1
+  )
+  return jnp.mean(jnp.sum(2 - 2 * cosine, axis=1)), {
+      # Of embeddings that have nothing to do with each other.
+      'train/loss_chance': jnp.asarray(4.0),
+      'train/contrast_accuracy': jnp.mean(nearest == jnp.arange(len(q))),
   }
 
 
@@ -78,7 +131,30 @@ def _unit(x: jax.Array) -> jax.Array:
   return x / norm
 
 
-OBJECTIVES = {'moco_v3': moco_v3}
+class Objective(NamedTuple):
+  """What is minimised, and of what.
+
+  Attributes:
+    loss: (online embeddings, the target's) -> (scalar, metrics).
+    has_target: whether there is a target network; if not, `loss` gets None.
+  """
+
+  loss: Loss
+  has_target: bool
+
+
+# What each reads of `config.objective`.
+OBJECTIVES = {
+    'moco_v3': lambda c: Objective(
+        functools.partial(
+            moco_v3, temperature=c.temperature, symmetric=c.symmetric
+        ), has_target=True,
+    ),
+    'simclr': lambda c: Objective(
+        functools.partial(simclr, temperature=c.temperature), has_target=False
+    ),
+    'byol': lambda c: Objective(byol, has_target=True),
+}
 
 
 def build(objective: ConfigDict) -> Objective:
@@ -89,6 +165,4 @@ def build(objective: ConfigDict) -> Objective:
   """
   if objective.name not in OBJECTIVES:
     raise unknown('objective.name', objective.name, OBJECTIVES)
-  return functools.partial(
-      OBJECTIVES[objective.name], temperature=objective.temperature
-  )
+  return OBJECTIVES[objective.name](objective)

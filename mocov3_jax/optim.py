@@ -66,9 +66,15 @@ def warmup_cosine_between(
     start: float, peak: float, end: float, warmup_steps: int, total_steps: int
 ) -> Schedule:
   """Linear from `start` to `peak`, then half a cosine to `end` (DeiT)."""
-  return optax.warmup_cosine_decay_schedule(
-      start, peak, warmup_steps, total_steps, end
-  )
+
+  def schedule(step):
+    step = jnp.asarray(step, float)
+    rise = start + (peak - start) * step / max(warmup_steps, 1)
+    progress = (step - warmup_steps) / max(total_steps - warmup_steps, 1)
+    fall = end + (peak - end) * 0.5 * (1 + jnp.cos(jnp.pi * progress))
+    return jnp.where(step < warmup_steps, rise, fall)
+
+  return schedule
 
 
 def cosine_by_epochs(

@@ -103,11 +103,13 @@ def compile_functions(
     config: of the run.
     method: the parts of a step.
     mesh: to train on.
-    train: the images; needed where `knn.queue_share` asks for a queue.
+    train: the images; without them there is no queue of `knn.queue_share`.
   """
   init_key, augment_key = run_keys(config.seed)
   knn_c = config.knn
   size = 0
+  if train is None:
+    method = method.replace(keep_features=False)
   if method.keep_features:
     size = queue.length(knn_c.queue_share, len(train), config.batch_size)
 

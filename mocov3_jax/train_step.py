@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from mocov3_jax.models import Network
+from mocov3_jax.models import Embeddings, Network
 from mocov3_jax.objectives import Objective, feature_std
 from mocov3_jax.optim import Schedule
 
@@ -42,7 +42,7 @@ class Method:
 
   Attributes:
     model: the network.
-    objective: (online embeddings, target embeddings) -> (loss, metrics).
+    objective: the loss, and whether it has a target network.
     optimizer: the optax chain; it ends with the learning rate.
     augment: (uint8 images, key) -> views [B, 2, S, S, C].
     learning_rate, momentum: schedules; the first is only logged here.
@@ -71,7 +71,7 @@ def init_state(
   """
   views = jnp.zeros((2, 2, *image_shape))
   variables = method.model.init(key, views, train=True)
-  params, batch_stats = variables['params'], variables['batch_stats']
+  params, batch_stats = variables['params'], statistics(variables)
   return TrainState(
       step=jnp.zeros((), jnp.int32),
       params=params,
@@ -95,6 +95,28 @@ def abstract_state(
 def encoder(tree: PyTree) -> PyTree:
   """The part of the parameters or statistics that the target shares."""
   return {name: sub for name, sub in tree.items() if name != 'predictor'}
+
+
+def statistics(variables: PyTree) -> PyTree:
+  """The running statistics; none in a network without BatchNorm."""
+  return variables['batch_stats'] if 'batch_stats' in variables else {}
+
+
+def encode_target(
+    method: Method, params: PyTree, batch_stats: PyTree, views: jax.Array
+) -> tuple[Embeddings | None, PyTree]:
+  """The target's embeddings and new statistics, of its own batches.
+
+  Of an objective without a target network: None. Its parameters are averaged
+  all the same, and can be evaluated.
+  """
+  if not method.objective.has_target:
+    return None, batch_stats
+  target, stats = method.model.apply(
+      {'params': params, 'batch_stats': batch_stats}, views, train=True,
+      mutable=['batch_stats'], method='encode',
+  )
+  return target, statistics(stats)
 
 
 def ema(target: PyTree, params: PyTree, momentum: jax.Array) -> PyTree:
@@ -122,9 +144,8 @@ def train_step(
   # The target moves before the online network does, and then makes the keys.
   momentum = method.momentum(state.step)
   target_params = ema(state.target_params, encoder(state.params), momentum)
-  target, target_stats = method.model.apply(
-      {'params': target_params, 'batch_stats': state.target_batch_stats},
-      views, train=True, mutable=['batch_stats'], method='encode',
+  target, target_stats = encode_target(
+      method, target_params, state.target_batch_stats, views
   )
 
   def loss_fn(params):
@@ -132,8 +153,8 @@ def train_step(
         {'params': params, 'batch_stats': state.batch_stats},
         views, train=True, mutable=['batch_stats'],
     )
-    loss, metrics = method.objective(online, target)
-    return loss, (stats['batch_stats'], online.features, metrics)
+    loss, metrics = method.objective.loss(online, target)
+    return loss, (statistics(stats), online.features, metrics)
 
   grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
   (loss, (batch_stats, features, metrics)), grads = grad_fn(state.params)
@@ -146,7 +167,7 @@ def train_step(
       params=optax.apply_updates(state.params, updates),
       batch_stats=batch_stats,
       target_params=target_params,
-      target_batch_stats=target_stats['batch_stats'],
+      target_batch_stats=target_stats,
       opt_state=opt_state,
   ), metrics
 
@@ -160,7 +181,7 @@ class SupervisedState:
     params: {'backbone', 'head'}.
     batch_stats: running BatchNorm statistics.
     opt_state: of the optimizer.
-    average: moving average of the parameters.
+    average: moving averages of 'params' and 'batch_stats'; or empty.
   """
 
   step: jax.Array
@@ -181,7 +202,7 @@ class Supervised:
       [B, classes], rows that sum to 1, or to 0 where there is no label.
     loss: (logits, targets) -> scalar.
     learning_rate: the schedule; only logged here.
-    average_decay: of the moving average; 0 = the parameters themselves.
+    average_decay: of the moving averages, where the state has them.
   """
 
   model: Any
@@ -223,11 +244,11 @@ def supervised_step(
       grads, state.opt_state, state.params
   )
   params = optax.apply_updates(state.params, updates)
+  now = {'params': params, 'batch_stats': statistics(stats)}
   decay = jnp.asarray(method.average_decay)
   return SupervisedState(
-      step=state.step + 1, params=params, opt_state=opt_state,
-      batch_stats=stats['batch_stats'] if state.batch_stats else {},
-      average=state.average and ema(state.average, params, decay),
+      step=state.step + 1, opt_state=opt_state, **now,
+      average=state.average and ema(state.average, now, decay),
   ), {
       'train/loss': loss,
       'train/loss_chance': jnp.log(jnp.asarray(targets.shape[-1], float)),

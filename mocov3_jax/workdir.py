@@ -183,6 +183,11 @@ def read_training_config(workdir: epath.Path) -> ConfigDict:
     UserError: as `read_config`, or if it is not one of this version.
   """
   config = read_config(workdir)
+  if 'protocol' in config:
+    raise UserError(
+        f'{workdir} is the workdir of an evaluation. Allowed: that of the '
+        'training run.'
+    )
   try:
     checks.require_fields(config, config_lib.default_config())
   except UserError as e:

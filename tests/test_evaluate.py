@@ -5,6 +5,7 @@ import shutil
 import signal
 import time
 
+from etils import epath
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -16,8 +17,9 @@ import tiny
 from mocov3_jax import optim
 from mocov3_jax.data import catalog, sources
 from mocov3_jax.errors import UserError
+from mocov3_jax.eval_config import eval_config
 from mocov3_jax.evals import logistic, score
-from mocov3_jax.tools import evaluation
+from mocov3_jax.tools import evaluation, finetuning, trained
 
 LINEAR = '--config=configs/eval_linear.py:small'
 FINETUNE = '--config=configs/eval_finetune.py:small'
@@ -149,6 +151,31 @@ def test_what_cannot_be_is_refused(run, tmp_path, arguments, words):
   assert 'Traceback' not in err and not (tmp_path / 'o').exists()
 
 
+def test_a_probe_is_tied_to_its_checkpoint_and_labels(run, tmp_path):
+  mine = tmp_path / 'run'
+  shutil.copytree(run, mine)
+  later = mine / 'checkpoints' / '20'
+  later.rename(tmp_path / '20')  # There is one of step 10 as well.
+  out = tmp_path / 'o'
+  first = result(mine, out, LINEAR, *SHORT)
+  assert first['checkpoint_step'] == 10
+  assert result(mine, out, LINEAR, *SHORT)['linear/top1'] == (
+      first['linear/top1']
+  )
+  before = (mine / 'results.jsonl').read_text()
+  (tmp_path / '20').rename(later)  # Now the newest.
+  code, _, err = evaluate(mine, out, LINEAR, *SHORT)
+  assert code == 2 and "'checkpoint_step': 10" in err, err
+  assert (mine / 'results.jsonl').read_text() == before
+
+
+def test_what_does_not_change_a_result_may_change(run, tmp_path):
+  knn = '--config=configs/eval_knn.py'
+  first = result(run, tmp_path / 'o', knn)
+  again = result(run, tmp_path / 'o', knn, '--config.data.threads=1')
+  assert again['knn/top1'] == first['knn/top1']
+
+
 def test_a_checkpoint_of_another_network_is_refused(run, tmp_path):
   other = tmp_path / 'run'
   shutil.copytree(run, other)
@@ -180,8 +207,6 @@ def labelled(train, test):
 def test_labels_that_do_not_do_are_named(monkeypatch, train, test, words):
   c = tiny.config()
   monkeypatch.setattr(catalog, 'load', lambda *_: labelled(train, test))
-  from mocov3_jax.eval_config import eval_config
-
   with pytest.raises(UserError, match=words):
     evaluation.load_splits(eval_config(), c, None)
 
@@ -269,3 +294,21 @@ def test_the_rate_rises_from_its_start_and_ends_at_its_end():
       [rate(s) for s in (0, 5, 10, 55, 100)],
       [1e-6, 5.005e-4, 1e-3, (1e-3 + 1e-5) / 2, 1e-5], rtol=1e-4,
   )
+  theirs = optax.warmup_cosine_decay_schedule(1e-6, 1e-3, 10, 100, 1e-5)
+  for step in range(101):
+    np.testing.assert_allclose(rate(step), theirs(step), rtol=1e-5)
+  # A training that is all warm-up.
+  rising = optim.warmup_cosine_between(0.0, 1.0, 0.0, 10, 10)
+  assert float(rising(9)) == pytest.approx(0.9)
+
+
+def test_how_blocks_were_looped_over_does_not_matter_to_fine_tuning():
+  c = tiny.config(**{'model.scan': True, 'model.depth': 2})
+  run = trained.Trained(c, epath.Path('/run/checkpoints/1'), None)
+  source = labelled([0, 1], [1])
+  setup = evaluation.Setup(
+      eval_config(), run, source, None, None, {}
+  )
+  backbone = finetuning.build_model(setup).backbone
+  assert not backbone.scan and backbone.drop_path == 0.1
+  assert backbone.patch_embed == 'learned'

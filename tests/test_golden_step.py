@@ -52,8 +52,10 @@ def step(request):
   target = golden.tree(arrays, 'init/', 'momentum_encoder')
   method = Method(
       model=model,
-      objective=lambda online, key: objectives.moco_v3(
-          online, key, temperature=float(arrays['T'])
+      objective=objectives.Objective(
+          lambda online, key: objectives.moco_v3(
+              online, key, temperature=float(arrays['T'])
+          ), has_target=True,
       ),
       optimizer=keeps_gradients(),
       augment=lambda images, key: images,

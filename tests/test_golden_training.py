@@ -26,8 +26,10 @@ def train(dtype):
   c = config_lib.default_config().optimizer
   method = Method(
       model=golden.tiny_vit(dtype),
-      objective=lambda online, target: objectives.moco_v3(
-          online, target, temperature=CFG['moco_t']
+      objective=objectives.Objective(
+          lambda online, target: objectives.moco_v3(
+              online, target, temperature=CFG['moco_t']
+          ), has_target=True,
       ),
       optimizer=optim.build(c, learning_rate, freeze_patch_embed=True),
       augment=lambda images, key: images,

@@ -113,6 +113,18 @@ def test_eight_devices_find_what_one_finds():
   np.testing.assert_allclose(eight[0], one[0], atol=1e-6)
 
 
+@pytest.mark.parametrize('count', [8, 100, 256, 300])
+def test_what_was_found_is_whole_on_every_device(count):
+  # Else no process of several could read it.
+  features, labels = random_set(n=400)
+  mesh = sharding.make_mesh()
+  find = jax.jit(knn.nearest, static_argnames=('k', 'mesh'))
+  found = find(
+      jnp.asarray(features[:count]), jnp.asarray(features), k=5, mesh=mesh
+  )
+  assert all(x.is_fully_replicated for x in found)
+
+
 def test_one_pass_gives_every_k_and_temperature():
   features, labels = random_set(n=700)
   c = ConfigDict({

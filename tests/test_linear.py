@@ -152,7 +152,7 @@ def test_a_head_that_diverges_leaves_the_others_alone():
     )
   assert np.isfinite(values['train/loss'])
   assert np.isfinite(state.params['kernel'][0]).all()
-  assert linear.accuracies(probe, state, jnp.asarray(x), y).shape == (2,)
+  assert linear.predict(probe, state, jnp.asarray(x)).shape == (2, 9)
 
 
 def test_probes_see_crops_and_flips_alone():

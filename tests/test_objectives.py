@@ -5,11 +5,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from scipy.special import log_softmax
+import tiny
 
 from mocov3_jax import config as config_lib
-from mocov3_jax import objectives
+from mocov3_jax import objectives, sharding, train, train_step
+from mocov3_jax.data import pipeline
 from mocov3_jax.errors import UserError
 from mocov3_jax.models import Embeddings
+from mocov3_jax.tools import summary
 
 
 def embeddings(n=12, d=6, seed=0):
@@ -96,3 +99,127 @@ def test_unknown_objective_suggests_the_nearest():
     c.name = 'mocov3'
   with pytest.raises(UserError, match="Did you mean 'moco_v3'"):
     objectives.build(c)
+
+
+def test_nt_xent_equals_a_direct_computation():
+  online, _ = embeddings()
+  z = np.asarray(online.predictions)
+  views = unit(np.concatenate([z[:, 0], z[:, 1]]))  # 2N of them.
+  n, total = len(z), 0.0
+  for i in range(2 * n):
+    others = [j for j in range(2 * n) if j != i]
+    logits = np.array([views[i] @ views[j] / 0.3 for j in others])
+    partner = others.index((i + n) % (2 * n))
+    total -= log_softmax(logits)[partner]
+  loss, metrics = objectives.simclr(online, None, temperature=0.3)
+  assert float(loss) == pytest.approx(total / (2 * n), rel=1e-5)
+  assert float(metrics['train/loss_chance']) == pytest.approx(
+      np.log(2 * n - 1)
+  )
+
+
+def test_nt_xent_of_equal_views_is_at_chance():
+  online, _ = embeddings()
+  same = online.replace(predictions=jnp.ones_like(online.predictions))
+  loss, metrics = objectives.simclr(same, None, temperature=0.1)
+  assert float(loss) == pytest.approx(
+      float(metrics['train/loss_chance']), rel=1e-5
+  )
+
+
+def test_byol_is_two_minus_two_cosines_of_each_pair():
+  online, target = embeddings()
+  q = unit(np.asarray(online.predictions))
+  z = unit(np.asarray(target.projections))
+  wanted = np.mean(
+      (2 - 2 * np.sum(q[:, 0] * z[:, 1], 1))
+      + (2 - 2 * np.sum(q[:, 1] * z[:, 0], 1))
+  )
+  loss, _ = objectives.byol(online, target)
+  assert float(loss) == pytest.approx(wanted, rel=1e-5)
+  assert not np.any(jax.grad(
+      lambda t: objectives.byol(online, target.replace(projections=t))[0]
+  )(target.projections))
+  found, metrics = objectives.byol(
+      online, target.replace(projections=online.predictions[:, ::-1])
+  )
+  assert float(found) == pytest.approx(0, abs=1e-5)
+  assert float(metrics['train/contrast_accuracy']) == 1
+
+
+def test_asymmetric_moco_has_one_pair_at_the_same_scale():
+  online, target = embeddings()
+  loss, _ = objectives.moco_v3(
+      online, target, temperature=0.2, symmetric=False
+  )
+  one, _ = objectives.contrast(
+      online.predictions[:, 0], target.projections[:, 1], 0.2
+  )
+  assert float(loss) == pytest.approx(2 * float(one), rel=1e-6)
+
+
+METHODS = {
+    'simclr': {'objective.name': 'simclr', 'head.predictor_layers': 0},
+    'byol': {'objective.name': 'byol', 'head.projector_out_bn': False,
+             'head.predictor_out_bn': False},
+    'no predictor': {'head.predictor_layers': 0},
+    'no BatchNorm': {'head.hidden_bn': False, 'head.projector_out_bn': False,
+                     'head.predictor_out_bn': False},
+    'momentum 0': {'objective.momentum': 0.0,
+                   'objective.momentum_schedule': 'constant'},
+}
+CALM = {
+    'model.dim': 32, 'head.hidden_dim': 128, 'head.out_dim': 32,
+    'optimizer.lr_per_256': 1e-3,
+}
+
+
+@pytest.mark.parametrize('changes', [METHODS['simclr'], METHODS['byol']])
+def test_every_method_takes_the_same_steps_on_eight_devices(changes):
+  images = np.random.default_rng(0).integers(0, 256, (64, 8, 8, 1), np.uint8)
+  batch = pipeline.Batch(images, np.full(64, -1, np.int32))
+  losses, before, after = {}, None, None
+  for devices in 1, 8:
+    c = tiny.config(**(CALM | changes))
+    mesh = sharding.make_mesh(jax.devices()[:devices])
+    plan = config_lib.plan(c, 1437)
+    method = train.build_method(c, plan, devices)
+    init, step = train.compile_functions(c, method, mesh)
+    state, losses[devices] = init(), []
+    before = jax.device_get((state.params, state.target_params))
+    for _ in range(4):
+      state, values = step(state, sharding.to_global(batch, mesh))
+      losses[devices].append(float(values['train/loss']))
+      assert 0 < float(values['train/loss_chance'])
+    after = jax.device_get(state.params)
+  np.testing.assert_allclose(losses[1], losses[8], rtol=1e-5)
+  assert ('predictor' in before[0]) == (c.head.predictor_layers > 0)
+  moved = after['backbone']['blocks_0']['mlp']['fc1']['kernel']
+  start = before[0]['backbone']['blocks_0']['mlp']['fc1']['kernel']
+  assert np.any(moved != start)
+
+
+@pytest.mark.parametrize('name', ['no predictor', 'no BatchNorm', 'momentum 0'])
+def test_every_ablation_of_moco_takes_a_step(name):
+  c = tiny.config(**(CALM | METHODS[name]))
+  method = train.build_method(c, config_lib.plan(c, 1437))
+  state = train_step.abstract_state(method, (8, 8, 1))
+  assert ('predictor' in state.params) == (name != 'no predictor')
+  assert bool(state.batch_stats) == (name != 'no BatchNorm')
+  key = jax.eval_shape(lambda: jax.random.key(0))
+  images = jax.ShapeDtypeStruct((64, 8, 8, 1), np.uint8)
+  after, values = jax.eval_shape(
+      lambda *a: train_step.train_step(method, *a), key, state, images
+  )
+  assert jax.tree.structure(after) == jax.tree.structure(state)
+  assert values['train/loss'].shape == ()
+
+
+def test_without_a_target_network_no_keys_are_computed():
+  flops = {}
+  for name, changes in METHODS.items():
+    c = tiny.config(**(CALM | changes))
+    method = train.build_method(c, config_lib.plan(c, 1437))
+    flops[name] = summary.step_flops(method, (8, 8, 1), 64)
+  # Three passes of four through backbone and projector.
+  assert flops['simclr'] < 0.8 * flops['no predictor']

@@ -48,8 +48,10 @@ def test_ten_lars_steps_in_float64():
     schedule = lambda step: jnp.array([rate(i) for i in range(steps)])[step]
     method = Method(
         model=model,
-        objective=lambda online, target: objectives.moco_v3(
-            online, target, temperature=1.0
+        objective=objectives.Objective(
+            lambda online, target: objectives.moco_v3(
+                online, target, temperature=1.0
+            ), has_target=True,
         ),
         optimizer=optim.build(c, schedule, freeze_patch_embed=False),
         augment=lambda images, key: images,

@@ -15,6 +15,8 @@ from mocov3_jax.data.decode import Unreadable
 from mocov3_jax.data.sources import Source, Splits, hold_out
 from mocov3_jax.errors import UserError
 
+# In place of a label that has not been read yet.
+UNREAD = -2
 # Splits to test on, the first that there is. ImageNet's 'test' has no labels.
 TEST_SPLITS = ('validation', 'test')
 
@@ -62,6 +64,7 @@ class TfdsSource:
       ) from e
     if empty:
       raise UserError(f'data.source=tfds:{self._title} has no images.')
+    self._labels = np.full(len(self._records), UNREAD, np.int32)
 
   def __len__(self) -> int:
     return len(self._records)
@@ -78,16 +81,16 @@ class TfdsSource:
       raise Unreadable(str(e)) from e
 
   def labels(self, indices: np.ndarray) -> np.ndarray:
-    """Labels of these images, -1 if unreadable; reads their records."""
+    """Labels of these images, -1 if unreadable; reads each record once."""
     if self._label is None:
       return np.full(len(indices), -1, np.int32)
-    labels = []
-    for index in indices:
+    indices = np.asarray(indices)
+    for index in np.unique(indices[self._labels[indices] == UNREAD]).tolist():
       try:
-        labels.append(self._records[int(index)][self._label])
+        self._labels[index] = self._records[index][self._label]
       except Exception:  # As in `read`, which will say so.
-        labels.append(-1)
-    return np.array(labels, np.int32)
+        self._labels[index] = -1
+    return self._labels[indices]
 
   def name(self, index: int) -> str:
     """Set, split and number."""

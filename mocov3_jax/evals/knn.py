@@ -20,8 +20,10 @@ from mocov3_jax.errors import UserError
 from mocov3_jax.evals.features import Extract, unit
 
 PyTree = Any
-# Queries compared with the whole bank at once: 256 x 1.28 M similarities are
-# 1.3 GB, within any accelerator.
+# Queries compared with the whole bank at once: their similarities to 1.28 M
+# images are 1.3 GB. The bank itself lies on every device, twice while it is
+# normalised: 8 GB of 768 numbers an image, 20 GB of ResNet-50's 2,048;
+# `knn.bank_images` bounds it.
 QUERY_BLOCK = 256
 
 
@@ -61,7 +63,10 @@ def nearest(
   blocks = jnp.pad(queries, ((0, padding), (0, 0)), mode='edge')
   own = jnp.arange(count + padding).reshape(-1, QUERY_BLOCK)
   found = jax.lax.map(block, (blocks.reshape(-1, QUERY_BLOCK, width), own))
-  return jax.tree.map(lambda x: x.reshape(-1, k)[:count], found)
+  found = jax.tree.map(lambda x: x.reshape(-1, k)[:count], found)
+  if mesh is not None:  # Whole on every device, for every process to read.
+    found = jax.lax.with_sharding_constraint(found, sharding.replicated(mesh))
+  return found
 
 
 def count_votes(
@@ -72,21 +77,24 @@ def count_votes(
 
   Args:
     similarity: cosines [Q, k], falling.
-    labels: of the neighbours, int [Q, k].
+    labels: of the neighbours, int [Q, k]; -1 does not vote.
     num_classes: number of labels.
     temperature: of the weights exp(cosine / temperature).
 
   Returns:
     float32 [Q, num_classes], each row up to a positive factor.
   """
+  # Over the nearest one's weight, which cannot overflow.
+  weight = jnp.exp((similarity - similarity[:, :1]) / temperature)
 
-  def count(one):
-    cosines, its = one  # [k]
-    # Over the nearest one's weight, which cannot overflow.
-    weight = jnp.exp((cosines - cosines[0]) / temperature)
-    return weight @ jax.nn.one_hot(its, num_classes)
+  # One neighbour of every query after the other: [Q, k, classes] is large.
+  def add(votes, neighbour):
+    its_weight, its_label = neighbour  # [Q]
+    vote = its_weight[:, None] * jax.nn.one_hot(its_label, num_classes)
+    return votes + vote, None
 
-  return jax.lax.map(count, (similarity, labels), batch_size=QUERY_BLOCK)
+  votes = jnp.zeros((len(labels), num_classes), weight.dtype)
+  return jax.lax.scan(add, votes, (weight.T, labels.T))[0]
 
 
 def capped_k(k: int, bank_size: int, num_classes: int) -> int:

@@ -64,4 +64,6 @@ def fit(
   with warnings.catch_warnings(record=True) as caught:
     warnings.simplefilter('always', ConvergenceWarning)
     model.fit(features, labels)
-  return model, not caught
+  return model, not any(
+      issubclass(w.category, ConvergenceWarning) for w in caught
+  )

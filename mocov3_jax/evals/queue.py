@@ -11,6 +11,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
+from mocov3_jax.evals import knn
 from mocov3_jax.evals.features import unit
 from mocov3_jax.train_step import TrainState
 
@@ -76,10 +77,11 @@ def classify(
   )
   cosine = jnp.where(queue.labels[None] < 0, -2.0, cosine)  # Below any cosine.
   nearest, index = jax.lax.top_k(cosine, k)  # [B, k]
-  weight = jnp.exp((nearest - nearest[:, :1]) / temperature)
-  # Of label -1 the one-hot vector is zero.
-  votes = jax.nn.one_hot(queue.labels[index], num_classes)
-  found = jnp.argmax(jnp.einsum('bk,bkc->bc', weight, votes), axis=1)
+  votes = knn.count_votes(
+      nearest, queue.labels[index], num_classes=num_classes,
+      temperature=temperature,
+  )
+  found = jnp.argmax(votes, axis=1)
   known = labels >= 0
   right = jnp.sum((found == labels) & known)
   return right / jnp.maximum(jnp.sum(known), 1)

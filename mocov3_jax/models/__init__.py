@@ -132,11 +132,12 @@ def build(
       MlpHead,
       hidden_dim=head.hidden_dim,
       out_dim=head.out_dim,
+      hidden_bn=head.hidden_bn,
       dtype=backbone.dtype,
   )
   return Network(
       backbone=backbone,
-      projector=heads(head.projector_layers),
+      projector=heads(head.projector_layers, out_bn=head.projector_out_bn),
       predictor=heads(head.predictor_layers, out_bn=head.predictor_out_bn),
       passes=passes,
   )

@@ -10,6 +10,8 @@ from mocov3_jax.models.layers import BatchNorm, torch_default
 class MlpHead(nn.Module):
   """Bias-free linear layers, each hidden one followed by BatchNorm and ReLU.
 
+  Without layers it is the identity.
+
   Each call normalises by the batch it is given, so the two views must come in
   two calls ([P] App. A, option ii).
 
@@ -17,6 +19,7 @@ class MlpHead(nn.Module):
     num_layers: linear layers.
     hidden_dim, out_dim: width of the hidden layers and of the output.
     out_bn: whether a BatchNorm without scale and offset ends it.
+    hidden_bn: whether there is one, with both, before each ReLU.
     dtype: of the arithmetic.
   """
 
@@ -24,6 +27,7 @@ class MlpHead(nn.Module):
   hidden_dim: int
   out_dim: int
   out_bn: bool = True
+  hidden_bn: bool = True
   dtype: jnp.dtype = jnp.float32
 
   @nn.compact
@@ -38,7 +42,7 @@ class MlpHead(nn.Module):
           kernel_init=torch_default(x.shape[-1]),
           name=f'linear_{i}',
       )(x)
-      if not last or self.out_bn:
+      if self.out_bn if last else self.hidden_bn:
         x = BatchNorm(affine=not last, dtype=self.dtype, name=f'bn_{i}')(
             x, train
         )

@@ -1,7 +1,10 @@
 """What every evaluation begins and ends with: a network, images, a result."""
 
+import contextlib
 import dataclasses
+import hashlib
 import json
+import sys
 from typing import Any
 
 from etils import epath
@@ -20,6 +23,8 @@ from mocov3_jax.evals import features, score
 from mocov3_jax.tools import trained
 
 PyTree = Any
+# What may change when an evaluation is continued.
+FREE = ('data.prefetch', 'data.threads', 'data.max_unreadable', 'log.', 'save.')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,6 +60,12 @@ def prepare(config: ConfigDict, path: str) -> Setup:
     UserError: for bad input.
   """
   checks.validate_eval(config, jax.device_count())
+  if not config.checkpoint:
+    raise UserError(
+        'required: --config.checkpoint=..., the workdir of a training run or '
+        'one of its folders checkpoints/<step> (from_scratch takes its '
+        'network and images).'
+    )
   run = trained.find(config.checkpoint)
   splits = load_splits(
       config, run.config, workdir_lib.absolute(path).parent / '.listings'
@@ -69,6 +80,28 @@ def prepare(config: ConfigDict, path: str) -> Setup:
       config, run, splits, mesh, extract,
       {'params': params, 'batch_stats': batch_stats},
   )
+
+
+def digest(tree: PyTree) -> str:
+  """SHA-256 of all arrays of a tree."""
+  found = hashlib.sha256()
+  for leaf in jax.tree.leaves(jax.device_get(tree)):
+    found.update(np.ascontiguousarray(leaf).tobytes())
+  return found.hexdigest()
+
+
+def fingerprint(setup: Setup) -> dict[str, Any]:
+  """What must stay the same for an evaluation to be continued."""
+  splits = setup.splits
+  return splits.fingerprint() | {
+      'test_images': len(splits.test),
+      'labels_sha256': digest([
+          source.labels(np.arange(len(source)))
+          for source in (splits.train, splits.test)
+      ]),
+      'checkpoint_step': setup.run.step,
+      'backbone_sha256': digest(setup.variables),
+  }
 
 
 def load_splits(
@@ -129,11 +162,19 @@ def few_of_each(
     if len(its) < count:
       raise UserError(
           f'data.labels_per_class={count}, but class {label} has {len(its)} '
-          'training images. Allowed: as many as the smallest class has, or 0 '
-          'for all.'
+          'training images. Allowed: up to '
+          f'{np.unique(labels, return_counts=True)[1].min()}, what the '
+          'smallest class has, or 0 for all.'
       )
     chosen.append(its[:count])
   return sources.Subset(source, np.sort(np.concatenate(chosen)))
+
+
+def claimed(
+    setup: Setup, path: str
+) -> contextlib.AbstractContextManager[epath.Path]:
+  """Claims the workdir of an evaluation that does not train."""
+  return workdir_lib.claimed(path, setup.config, FREE, fingerprint(setup))
 
 
 def record(
@@ -145,7 +186,8 @@ def record(
 
   Args:
     setup: of the evaluation.
-    results: flat, with 'PROTOCOL/top1'.
+    results: flat, with 'PROTOCOL/top1' and 'test/images', those that could be
+      read.
     workdir: of the evaluation.
 
   Returns:
@@ -153,8 +195,9 @@ def record(
   """
   config, splits = setup.config, setup.splits
   results = {
-      'test_images': len(splits.test), 'train_images': len(splits.train)
-  } | results
+      'test_images': results['test/images'],
+      'train_images': len(splits.train),
+  } | {k: v for k, v in results.items() if k != 'test/images'}
   top1 = results[f'{config.protocol}/top1']
   results |= {
       f'{config.protocol}/top1_interval': list(
@@ -169,7 +212,20 @@ def record(
       'settings': workdir_lib.to_json(config),
   }
   text = json.dumps(results, indent=2) + '\n'
-  workdir_lib.write_whole(workdir / 'result.json', text)
-  with (setup.run.folder.parent.parent / 'results.jsonl').open('a') as file:
-    file.write(json.dumps(results) + '\n')
+  path = workdir / 'result.json'
+  known = path.exists() and path.read_text() == text
+  workdir_lib.write_whole(path, text)
+  if not known:
+    _append(setup.run.folder.parent.parent / 'results.jsonl', results)
   return results
+
+
+def _append(path: epath.Path, results: dict[str, Any]) -> None:
+  try:
+    with path.open('a') as file:
+      file.write(json.dumps(results) + '\n')
+  except OSError as e:  # The run may be somebody else's.
+    print(
+        f'warning: {path} cannot be written ({e.strerror}); the result is in '
+        'the workdir alone', file=sys.stderr, flush=True,
+    )

@@ -80,8 +80,17 @@ def finetune(setup: Setup, path: str) -> dict[str, Any]:
 def build_model(setup: Setup) -> Classifier:
   """The checkpoint's backbone, all of it learning, and a new classifier."""
   training_config, c = setup.run.config, setup.config.finetune
+  channels = len(training_config.data.mean)
+  if c.rand_augment and channels not in (1, 3):
+    raise UserError(
+        f'finetune.rand_augment={c.rand_augment} is for images of 1 or 3 '
+        f'channels, not {channels}. Allowed: 0.'
+    )
+  # How the blocks were looped over changes no parameter.
+  model = training_config.model.copy_and_resolve_references().unlock()
+  model.scan = False
   backbone = models.build_backbone(
-      training_config.model, training_config.data.image_size, c.drop_path
+      model, training_config.data.image_size, c.drop_path
   )
   if isinstance(backbone, ViT):
     if backbone.patch_embed == 'frozen':
@@ -146,7 +155,9 @@ def init_state(
   return SupervisedState(
       step=jnp.zeros((), jnp.int32), params=params, batch_stats=stats,
       opt_state=method.optimizer.init(params),
-      average=jax.tree.map(jnp.copy, params) if c.ema else {},
+      average=jax.tree.map(
+          jnp.copy, {'params': params, 'batch_stats': stats}
+      ) if c.ema else {},
   )
 
 
@@ -160,10 +171,15 @@ def _tester(setup: Setup, model: Classifier):
   source, labels = sources.labelled(setup.splits.test)
 
   def evaluate(state):
-    params = state.average or state.params
-    logits, read = extract(params, state.batch_stats, source)
+    v = state.average or {
+        'params': state.params, 'batch_stats': state.batch_stats
+    }
+    logits, read = extract(v['params'], v['batch_stats'], source)
     found = np.argmax(jax.device_get(logits), axis=1)
-    return {'test/top1': float(np.mean(found == labels[read]))}
+    return {
+        'test/top1': float(np.mean(found == labels[read])),
+        'test/images': len(read),
+    }
 
   return evaluate
 

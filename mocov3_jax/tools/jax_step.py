@@ -23,17 +23,22 @@ CEILING_ELSEWHERE = 8192
 class JaxStep:
   """What `train` runs at each step: augmentation, update and metrics."""
 
-  def __init__(self, config: ConfigDict):
-    """Initialises the state on all devices.
+  def __init__(self, config: ConfigDict, alone: bool):
+    """Initialises the state.
+
+    Args:
+      config: of the run.
+      alone: on the first device, instead of all.
 
     Raises:
       UserError: for a bad config.
     """
-    checks.validate(config, jax.device_count())
+    devices = jax.devices()[:1] if alone else jax.devices()
+    checks.validate(config, len(devices))
     # The compiler is to be timed, not a cache of what it made before.
     jax.config.update('jax_enable_compilation_cache', False)
     self._config = config
-    self._mesh = sharding.make_mesh(fsdp=config.fsdp_devices)
+    self._mesh = sharding.make_mesh(devices, config.fsdp_devices)
     plan = config_lib.plan(config, config_lib.IMAGENET_IMAGES)
     self._method = train.build_method(config, plan, self._mesh.size)
     init, self._step = train.compile_functions(

@@ -1,7 +1,6 @@
 """The linear probe as a training job."""
 
 import functools
-import hashlib
 from typing import Any
 
 import jax
@@ -11,15 +10,14 @@ from mocov3_jax import augment, metrics, models, optim, sharding, train
 from mocov3_jax import config as config_lib
 from mocov3_jax.data import pipeline, sources
 from mocov3_jax.data.workers import Workers
+from mocov3_jax.errors import UserError
 from mocov3_jax.evals import features, linear
 from mocov3_jax.models.layers import BatchNorm
-from mocov3_jax.tools import training
+from mocov3_jax.tools import evaluation, training
 from mocov3_jax.tools.evaluation import Setup
 from mocov3_jax.tools.job import Job
 
 PyTree = Any
-# What may change when an evaluation is continued.
-FREE = ('data.prefetch', 'data.threads', 'data.max_unreadable', 'log.', 'save.')
 
 
 def make_job(setup: Setup, lr_per_256: float, recolour=None, **parts) -> Job:
@@ -43,8 +41,8 @@ def make_job(setup: Setup, lr_per_256: float, recolour=None, **parts) -> Job:
       Workers(config.data.threads), labelled=True, recolour=recolour,
   )
   return Job(
-      config=config, free=FREE, plan=plan, mesh=mesh, reader=reader,
-      fingerprint=setup.splits.fingerprint(), best='test/top1',
+      config=config, free=evaluation.FREE, plan=plan, mesh=mesh, reader=reader,
+      fingerprint=evaluation.fingerprint(setup), best='test/top1',
       evaluate_every=config.test_every_steps or plan.steps_per_epoch,
       flops_per_image=None,
       notes=(setup.splits.note,) if setup.splits.note else (), **parts,
@@ -52,8 +50,20 @@ def make_job(setup: Setup, lr_per_256: float, recolour=None, **parts) -> Job:
 
 
 def make_plan(setup: Setup, lr_per_256: float) -> config_lib.Plan:
-  """The steps of a training on the images of `setup`."""
-  return config_lib.plan(setup.config, len(setup.splits.train), lr_per_256)
+  """The steps of a training on the images of `setup`.
+
+  Raises:
+    UserError: if they do not fill a batch.
+  """
+  count, config = len(setup.splits.train), setup.config
+  if count < config.batch_size:
+    raise UserError(
+        f'batch_size={config.batch_size} is larger than the {count} labelled '
+        f'training images (data.source={config.data.source!r}, '
+        f'data.labels_per_class={config.data.labels_per_class}). Allowed: at '
+        f'most {count}.'
+    )
+  return config_lib.plan(config, count, lr_per_256)
 
 
 def probe(setup: Setup, path: str) -> dict[str, Any]:
@@ -77,7 +87,7 @@ def probe(setup: Setup, path: str) -> dict[str, Any]:
   config, mesh = setup.config, setup.mesh
   rates = config.linear.lr_per_256
   parts = build(setup)
-  before = fingerprint(setup.variables)
+  before = evaluation.digest(setup.variables)
   init_key, step_key = jax.random.split(jax.random.key(config.seed))
   width = features.width(
       setup.run.model, setup.variables, train.image_shape(setup.run.config.data)
@@ -111,7 +121,7 @@ def probe(setup: Setup, path: str) -> dict[str, Any]:
           summary(rates, workdir)
       ),
   )
-  if fingerprint(setup.variables) != before:
+  if evaluation.digest(setup.variables) != before:
     raise RuntimeError('the probe changed the backbone')
   return results | {'backbone_sha256': before}
 
@@ -146,6 +156,8 @@ def _tester(setup: Setup, parts: linear.Probe):
   """Returns state -> accuracy of each head on the test images."""
   rates = setup.config.linear.lr_per_256
 
+  predict = jax.jit(functools.partial(linear.predict, parts))
+
   @functools.cache
   def test():  # The same at every time: the backbone is frozen.
     source, labels = sources.labelled(setup.splits.test)
@@ -155,8 +167,12 @@ def _tester(setup: Setup, parts: linear.Probe):
     return found, labels[read]
 
   def evaluate(state):
-    top1 = linear.accuracies(parts, state, *test())
-    return {'test/top1': float(np.max(top1))} | {
+    known, labels = test()
+    found = jax.device_get(predict(state, known))  # [L, n]
+    top1 = np.mean(found == labels, axis=1)
+    return {
+        'test/top1': float(np.max(top1)), 'test/images': len(labels)
+    } | {
         f'test/top1_rate_{rate:g}': float(x)
         for rate, x in zip(rates, top1, strict=True)
     }
@@ -184,11 +200,3 @@ def best(workdir: Any, name: str) -> float:
   """The largest value of a metric that the whole training logged."""
   rows = metrics.read_metrics(workdir / 'metrics.jsonl')
   return max(row[name] for row in rows if name in row and row['step'])
-
-
-def fingerprint(tree: PyTree) -> str:
-  """SHA-256 of all arrays of a tree."""
-  digest = hashlib.sha256()
-  for leaf in jax.tree.leaves(jax.device_get(tree)):
-    digest.update(np.ascontiguousarray(leaf).tobytes())
-  return digest.hexdigest()

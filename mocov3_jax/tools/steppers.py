@@ -81,13 +81,13 @@ def _serve(connection, build: Callable[[], Any]) -> None:
         connection.send((OutOfMemory, str(e).splitlines()[0]))
 
 
-def jax_step(config: ConfigDict, memory_share: float) -> Any:
+def jax_step(config: ConfigDict, memory_share: float, alone: bool) -> Any:
   """Builds a `JaxStep`; it may have that share of a GPU's memory."""
   # Read when the device is first used.
   os.environ['XLA_PYTHON_CLIENT_MEM_FRACTION'] = str(memory_share)
   from mocov3_jax.tools.jax_step import JaxStep
 
-  return JaxStep(config)
+  return JaxStep(config, alone)
 
 
 def torch_step(config: ConfigDict, compiled: bool) -> Any:

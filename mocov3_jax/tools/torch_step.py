@@ -123,14 +123,18 @@ class TorchStep:
     )
 
   def _check(self, config):
-    c = config.model
+    c, h, o = config.model, config.head, config.objective
     plain = c.positions == 'sincos' and c.readout == 'cls'
     plain &= c.patch_embed in ('frozen', 'learned') and c.mlp_norm == 'layer'
-    if not plain or c.small_images or (c.name in models.RESNETS and c.dim):
+    plain &= not c.small_images and not (c.name in models.RESNETS and c.dim)
+    plain &= h.hidden_bn and h.projector_out_bn and h.predictor_layers > 0
+    plain &= o.name == 'moco_v3' and o.symmetric
+    plain &= config.optimizer.name in ('adamw', 'lars')
+    if not plain:
       raise UserError(
-          f'model.name={c.name!r} with these model options has no PyTorch '
-          'step to compare with. Allowed: the ViTs and ResNets as they are; '
-          'or --against=none.'
+          f'model.name={c.name!r} with these options has no PyTorch step to '
+          'compare with. Allowed: MoCo v3 of the ViTs and ResNets as they are, '
+          'with adamw or lars; or --against=none.'
       )
 
   def _build_optimizer(self, config):
