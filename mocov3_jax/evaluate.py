@@ -16,6 +16,7 @@ import jax
 from ml_collections import ConfigDict, config_flags
 import numpy as np
 
+from mocov3_jax import checks
 from mocov3_jax import workdir as workdir_lib
 from mocov3_jax.data import sources
 from mocov3_jax.errors import unknown
@@ -76,6 +77,7 @@ def evaluate(config: ConfigDict, path: str) -> dict[str, Any]:
     Preempted: after SIGTERM or Ctrl-C, once the state is saved.
   """
   compilation.keep_compiled()
+  checks.validate_eval(config, jax.device_count())
   if config.protocol not in PROTOCOLS:
     raise unknown('protocol', config.protocol, PROTOCOLS)
   setup = evaluation.prepare(config, path)

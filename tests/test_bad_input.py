@@ -67,10 +67,14 @@ CASES = {
     ),
     'config of another command': (
         'train', ['--config=configs/eval_knn.py'],
-        ['unknown fields', 'protocol'],
+        ['unknown fields', 'checkpoint'],
     ),
     'recipe given to evaluate': (
         'evaluate', [CONFIG], ['unknown fields', 'augment.view1.blur_prob']
+    ),
+    'a picture of no run': (
+        'visualize', ['attention', '--checkpoint=/nowhere', '--out=/no/x.png'],
+        ["'/nowhere'"],
     ),
     'no numbers': (
         'train', [CONFIG, "--config.data.mean=('a',)"], ["data.mean=('a',)"]

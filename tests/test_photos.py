@@ -107,7 +107,7 @@ def test_a_folder_without_labels_gets_other_monitors(tmp_path):
       'evaluate', '--config=configs/eval_knn.py',
       f'--config.checkpoint={workdir}', f'--workdir={tmp_path / "eval"}',
   )
-  assert code == 2 and 'has no labels, which kNN needs' in err
+  assert code == 2 and "has no labels, which protocol='knn' needs" in err
   assert not (tmp_path / 'eval').exists()
   # It can be evaluated on other data, which has labels.
   other = tmp_path / 'other'

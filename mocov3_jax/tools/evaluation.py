@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 import numpy as np
 
-from mocov3_jax import checks, sharding
+from mocov3_jax import sharding
 from mocov3_jax import workdir as workdir_lib
 from mocov3_jax.data import catalog, sources
 from mocov3_jax.data.pipeline import epoch_order
@@ -53,13 +53,12 @@ def prepare(config: ConfigDict, path: str) -> Setup:
   """Opens everything; writes nothing but listings beside the workdir.
 
   Args:
-    config: as `eval_config()`, after overrides.
+    config: as `eval_config()`, checked.
     path: the workdir.
 
   Raises:
     UserError: for bad input.
   """
-  checks.validate_eval(config, jax.device_count())
   if not config.checkpoint:
     raise UserError(
         'required: --config.checkpoint=..., the workdir of a training run or '
