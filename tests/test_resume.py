@@ -192,7 +192,8 @@ def test_a_relative_workdir_works(tmp_path):
       f'--config.checkpoint={name}/checkpoints/20',
       f'--workdir={name}_eval',
   )
-  assert code == 0 and json.loads(out.splitlines()[-1])['checkpoint_step'] == 20, err
+  assert code == 0, err
+  assert json.loads(out.splitlines()[-1])['checkpoint_step'] == 20
 
 
 def test_evaluate_repeats_the_monitors_value(straight, tmp_path):
@@ -203,7 +204,8 @@ def test_evaluate_repeats_the_monitors_value(straight, tmp_path):
   )
   assert code == 0, err
   value = json.loads(out.splitlines()[-1])
-  assert value['knn/top1'] == result['knn/top1'] and value['checkpoint_step'] == STEPS
+  assert value['knn/top1'] == result['knn/top1']
+  assert value['checkpoint_step'] == STEPS
   assert json.loads((tmp_path / 'eval' / 'result.json').read_text()) == value
 
 
