@@ -6,7 +6,7 @@ import pytest
 import tiny
 
 from mocov3_jax import config as config_lib
-from mocov3_jax import loop, sharding, train
+from mocov3_jax import loop, sharding, train, train_step
 from mocov3_jax.data import pipeline
 
 
@@ -140,3 +140,31 @@ def test_one_process_holds_every_place_of_the_batch(devices):
   array = sharding.to_global(batch, mesh)
   np.testing.assert_array_equal(array, batch)
   assert len(array.sharding.device_set) == devices
+
+
+def test_the_gradient_in_passes_is_that_of_the_whole_batch():
+  views = jax.random.normal(jax.random.key(1), (64, 2, 8, 8, 1))
+  grads = []
+  for micro_batch in 0, 8:
+    config = tiny.config(micro_batch=micro_batch, **CALM)
+    method = train.build_method(config, config_lib.plan(config, 1437))
+    state = train_step.init_state(method, jax.random.key(0), (8, 8, 1))
+
+    def loss(params, method=method, state=state):
+      online, _ = method.model.apply(
+          {'params': params, 'batch_stats': state.batch_stats}, views,
+          train=True, mutable=['batch_stats'],
+      )
+      # Keys that are other images' projections, so that nothing is zero.
+      keys = online.replace(projections=online.projections[::-1])
+      return method.objective.loss(online, keys)[0]
+
+    grads.append(jax.device_get(jax.jit(jax.grad(loss))(state.params)))
+  whole, parts = (jax.tree_util.tree_leaves_with_path(g) for g in grads)
+  largest = max(np.abs(g).max() for _, g in whole)
+  for (path, wanted), (_, found) in zip(whole, parts, strict=True):
+    # Of gradients that are zero but for rounding, relative to the largest.
+    size = max(np.abs(wanted).max(), 1e-2 * largest)
+    np.testing.assert_allclose(
+        found, wanted, atol=1e-5 * size, err_msg=str(path)
+    )
