@@ -149,7 +149,8 @@ CASES = {
         ["checkpoint='docs'", 'workdir of a run'],
     ),
     'no checkpoint given': (
-        'evaluate', ['--config=configs/eval_knn.py'], ["checkpoint=''"]
+        'evaluate', ['--config=configs/eval_knn.py'],
+        ['required: --config.checkpoint=...'],
     ),
     'unknown protocol': (
         'evaluate',

@@ -97,7 +97,10 @@ def test_a_probe_reports_every_rate_last_and_best(run, tmp_path):
   assert len(found['backbone_sha256']) == 64
 
 
-@pytest.mark.parametrize('config', [LINEAR, FINETUNE], ids=['linear', 'tune'])
+@pytest.mark.parametrize(
+    'config', [LINEAR, pytest.param(FINETUNE, marks=pytest.mark.slow)],
+    ids=['linear', 'tune'],
+)
 def test_an_evaluation_that_was_stopped_goes_on_exactly(
     run, tmp_path, config
 ):

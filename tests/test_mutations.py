@@ -37,9 +37,8 @@ MUTATIONS = {
     ),
     'keys from the target before it moved': (
         'train_step.py',
-        "{'params': target_params, 'batch_stats': state.target_batch_stats}",
-        "{'params': state.target_params,\n"
-        "       'batch_stats': state.target_batch_stats}",
+        '      method, target_params, state.target_batch_stats, views\n',
+        '      method, state.target_params, state.target_batch_stats, views\n',
         'test_golden_step.py',
     ),
     'learning rate inside the LARS momentum': (

@@ -174,7 +174,12 @@ CALM = {
 }
 
 
-@pytest.mark.parametrize('changes', [METHODS['simclr'], METHODS['byol']])
+@pytest.mark.parametrize(
+    'changes', [
+        METHODS['simclr'],
+        pytest.param(METHODS['byol'], marks=pytest.mark.slow),
+    ],
+)
 def test_every_method_takes_the_same_steps_on_eight_devices(changes):
   images = np.random.default_rng(0).integers(0, 256, (64, 8, 8, 1), np.uint8)
   batch = pipeline.Batch(images, np.full(64, -1, np.int32))

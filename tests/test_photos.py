@@ -62,6 +62,7 @@ def test_a_folder_with_corrupt_files_trains_and_lists_them(straight, labelled):
   assert 'classes' in outcome[2] and 'no kNN' not in outcome[2]
 
 
+@pytest.mark.slow
 def test_a_killed_run_on_a_folder_continues_as_if_nothing_had_been(
     straight, labelled, tmp_path
 ):
@@ -77,6 +78,7 @@ def test_a_killed_run_on_a_folder_continues_as_if_nothing_had_been(
   assert sorted(bad_names(workdir)) == sorted(bad_names(straight[0]))
 
 
+@pytest.mark.slow
 def test_too_many_corrupt_files_end_the_run_after_a_save(labelled, tmp_path):
   workdir = tmp_path / 'run'
   arguments = flags(labelled, **{'data.max_unreadable': 0.01})

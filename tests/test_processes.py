@@ -103,6 +103,7 @@ def test_a_checkpoint_of_two_processes_continues_on_others(
   np.testing.assert_allclose(losses(workdir), losses(one), rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_passes_and_a_split_state_have_the_losses_of_neither(one, tmp_path):
   (result,) = finish(
       start(tmp_path / 'run', 1, micro_batch=4, fsdp_devices=2)

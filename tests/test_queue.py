@@ -91,6 +91,7 @@ def test_it_watches_a_run_without_changing_it(tmp_path):
   assert jax.device_count() == 8  # Features and queue lie on all of them.
 
 
+@pytest.mark.slow
 def test_it_is_restored_with_the_rest(tmp_path):
   overrides = {
       'schedule.steps': 12, 'schedule.warmup_epochs': 0.1,
