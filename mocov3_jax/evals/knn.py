@@ -97,6 +97,10 @@ def count_votes(
   return jax.lax.scan(add, votes, (weight.T, labels.T))[0]
 
 
+_find = jax.jit(nearest, static_argnames=('k', 'leave_one_out', 'mesh'))
+_vote = jax.jit(count_votes, static_argnames=('num_classes', 'temperature'))
+
+
 def capped_k(k: int, bank_size: int, num_classes: int) -> int:
   """k, but at most a sixth of the mean number of bank images a class.
 
@@ -126,17 +130,13 @@ def build(
   bank, queries = banked(knn, splits)
   classes = splits.train.num_classes
   k = capped_k(knn.k, len(bank[1]), classes)
-  find = jax.jit(nearest, static_argnames=('k', 'mesh'))
-  vote = jax.jit(
-      count_votes, static_argnames=('num_classes', 'temperature')
-  )
 
   def evaluate(params, batch_stats):
     asked, ask = extract(params, batch_stats, queries[0])
     known, remember = extract(params, batch_stats, bank[0])
-    similarity, index = find(asked, known, k=k, mesh=mesh)
+    similarity, index = _find(asked, known, k=k, mesh=mesh)
     labels = jnp.asarray(bank[1][remember])
-    votes = vote(
+    votes = _vote(
         similarity, labels[index], num_classes=classes,
         temperature=knn.temperature,
     )
@@ -196,18 +196,14 @@ def table(
     bank_labels = labels = np.concatenate([bank_labels, labels])
   classes = splits.train.num_classes
   ks = [capped_k(k, len(known), classes) for k in (knn.k, *knn.more_k)]
-  find = jax.jit(nearest, static_argnames=('k', 'leave_one_out', 'mesh'))
-  vote = jax.jit(
-      count_votes, static_argnames=('num_classes', 'temperature')
-  )
-  similarity, index = find(
+  similarity, index = _find(
       asked, known, k=max(ks), leave_one_out=knn.leave_one_out, mesh=mesh
   )
   voters = jnp.asarray(bank_labels)[index]
   rows = []
   for k in dict.fromkeys(ks):
     for temperature in (knn.temperature, *knn.more_temperatures):
-      votes = vote(
+      votes = _vote(
           similarity[:, :k], voters[:, :k], num_classes=classes,
           temperature=temperature,
       )

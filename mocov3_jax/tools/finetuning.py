@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mocov3_jax import augment, mixing, models, optim, sharding
+from mocov3_jax import augment, metrics, mixing, models, optim, sharding
 from mocov3_jax.data import sources
 from mocov3_jax.data.randaugment import RandAugment
 from mocov3_jax.data.workers import Workers
@@ -186,7 +186,8 @@ def _tester(setup: Setup, model: Classifier):
 
 def _summarise(state, results, workdir) -> None:
   del state
+  rows = metrics.read_metrics(workdir / 'metrics.jsonl')
   results |= {
       'finetune/top1': results['test/top1'],
-      'finetune/top1_best': probing.best(workdir, 'test/top1'),
+      'finetune/top1_best': max(probing.after_training(rows, 'test/top1')),
   }

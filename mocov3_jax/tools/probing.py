@@ -87,7 +87,6 @@ def probe(setup: Setup, path: str) -> dict[str, Any]:
   config, mesh = setup.config, setup.mesh
   rates = config.linear.lr_per_256
   parts = build(setup)
-  before = evaluation.digest(setup.variables)
   init_key, step_key = jax.random.split(jax.random.key(config.seed))
   width = features.width(
       setup.run.model, setup.variables, train.image_shape(setup.run.config.data)
@@ -111,16 +110,17 @@ def probe(setup: Setup, path: str) -> dict[str, Any]:
     )
     return state, values | training.from_batch(batch)
 
+  job = make_job(
+      setup, 1.0, init=jax.jit(init, out_shardings=placed),
+      step=functools.partial(step, setup.variables),
+      evaluate=_tester(setup, parts), advice='lower linear.lr_per_256',
+  )
   results = training.carry_out(
-      make_job(
-          setup, 1.0, init=jax.jit(init, out_shardings=placed),
-          step=functools.partial(step, setup.variables),
-          evaluate=_tester(setup, parts), advice='lower linear.lr_per_256',
-      ),
-      path, finish=lambda state, results, workdir: results.update(
+      job, path, finish=lambda state, results, workdir: results.update(
           summary(rates, workdir)
       ),
   )
+  before = job.fingerprint['backbone_sha256']
   if evaluation.digest(setup.variables) != before:
     raise RuntimeError('the probe changed the backbone')
   return results | {'backbone_sha256': before}
@@ -186,8 +186,8 @@ def summary(rates: tuple[float, ...], workdir: Any) -> dict[str, Any]:
   by_rate = {}
   for rate in rates:
     name = f'test/top1_rate_{rate:g}'
-    found = [row[name] for row in rows if name in row and row['step']]
-    by_rate[f'{rate:g}'] = {'last': found[-1], 'best': best(workdir, name)}
+    found = after_training(rows, name)
+    by_rate[f'{rate:g}'] = {'last': found[-1], 'best': max(found)}
   rate = max(by_rate, key=lambda r: by_rate[r]['last'])
   return {
       'linear/top1': by_rate[rate]['last'],
@@ -196,7 +196,6 @@ def summary(rates: tuple[float, ...], workdir: Any) -> dict[str, Any]:
   }
 
 
-def best(workdir: Any, name: str) -> float:
-  """The largest value of a metric that the whole training logged."""
-  rows = metrics.read_metrics(workdir / 'metrics.jsonl')
-  return max(row[name] for row in rows if name in row and row['step'])
+def after_training(rows: list[dict[str, Any]], name: str) -> list[float]:
+  """The values of a metric in metrics.jsonl, but for that before step 1."""
+  return [row[name] for row in rows if name in row and row['step']]
