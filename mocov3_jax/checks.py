@@ -158,7 +158,7 @@ def require_fields(config: ConfigDict, schema: ConfigDict) -> None:
   Raises:
     UserError: with the first of them.
   """
-  given, known = _flatten(config.to_dict()), _flatten(schema.to_dict())
+  given, known = flatten(config.to_dict()), flatten(schema.to_dict())
   for verb, fields in (
       ('has unknown', given.keys() - known.keys()),
       ('lacks', known.keys() - given.keys()),
@@ -201,7 +201,7 @@ def differences(
   Returns:
     One 'field: OLD in the workdir, NEW now' per field that differs.
   """
-  old, new = _flatten(saved), _flatten(now)
+  old, new = flatten(saved), flatten(now)
   return [
       f'{field}: {old.get(field, "absent")!r} in the workdir, '
       f'{new.get(field, "absent")!r} now'
@@ -211,11 +211,12 @@ def differences(
   ]
 
 
-def _flatten(tree: dict[str, Any], prefix: str = '') -> dict[str, Any]:
+def flatten(tree: dict[str, Any], prefix: str = '') -> dict[str, Any]:
+  """Nested dicts as one, with dotted names."""
   flat = {}
   for key, value in tree.items():
     if isinstance(value, dict):
-      flat |= _flatten(value, f'{prefix}{key}.')
+      flat |= flatten(value, f'{prefix}{key}.')
     else:
       flat[f'{prefix}{key}'] = value
   return flat

@@ -235,6 +235,7 @@ def train(config: ConfigDict, path: str) -> dict[str, Any]:
           notes=tuple(notes(config, splits, method)),
       ),
       path,
+      finish=training.keep_results,
   )
 
 

@@ -6,9 +6,11 @@ loop, evaluate and save between steps, save once more when stopped.
 
 from collections.abc import Callable, Iterator
 import contextlib
+import json
 import sys
 from typing import Any
 
+from etils import epath
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
@@ -78,6 +80,16 @@ def carry_out(
         results = run.results() | {'step': done, 'workdir': str(workdir)}
         finish(state, results, workdir)
         return results
+
+
+def keep_results(
+    state: State, results: dict[str, Any], workdir: epath.Path
+) -> None:
+  """A `finish`: writes result.json, which says that the run is done."""
+  del state
+  if distributed.is_primary():
+    text = json.dumps(results, indent=2) + '\n'
+    workdir_lib.write_whole(workdir / 'result.json', text)
 
 
 def from_batch(batch: Batch) -> dict[str, jax.Array]:

@@ -1,0 +1,129 @@
+"""Reads back what runs have left in their workdirs."""
+
+from collections.abc import Iterable, Iterator
+import dataclasses
+import fcntl
+import json
+from typing import Any
+
+from etils import epath
+
+from mocov3_jax import checks, metrics
+from mocov3_jax import workdir as workdir_lib
+from mocov3_jax.errors import UserError
+
+SWEEP = 'sweep.json'
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+  """A pre-training run, as its workdir tells it.
+
+  Attributes:
+    folder: the workdir.
+    config: flat, 'optimizer.lr_per_256': 1e-4, as config.json has it.
+    rows: of metrics.jsonl.
+    status: see `status`.
+    result: of result.json; empty until the run is done.
+    evaluations: the lines of results.jsonl, in the order they were made.
+  """
+
+  folder: epath.Path
+  config: dict[str, Any]
+  rows: list[dict[str, Any]]
+  status: str
+  result: dict[str, Any]
+  evaluations: list[dict[str, Any]]
+
+
+def read(folder: epath.Path) -> Run:
+  """Reads one run.
+
+  Raises:
+    UserError: if the folder is not the workdir of a pre-training run.
+  """
+  config = workdir_lib.read_training_config(folder).to_dict()
+  result = folder / 'result.json'
+  return Run(
+      folder=folder,
+      config=checks.flatten(config),
+      rows=metrics.read_metrics(folder / 'metrics.jsonl'),
+      status=status(folder),
+      result=json.loads(result.read_text()) if result.exists() else {},
+      evaluations=metrics.read_metrics(folder / 'results.jsonl'),
+  )
+
+
+def status(folder: epath.Path) -> str:
+  """What has become of the run in a folder.
+
+  Returns:
+    'absent' (not begun), 'running' (a process holds it), 'done', 'diverged'
+    (a metric became NaN or infinite), or 'stopped' (to be continued).
+  """
+  if not (folder / 'config.json').exists():
+    return 'absent'
+  if in_use(folder):
+    return 'running'
+  if (folder / 'result.json').exists():
+    return 'done'
+  rows = metrics.read_metrics(folder / 'metrics.jsonl')
+  return 'diverged' if rows and 'train/diverged' in rows[-1] else 'stopped'
+
+
+def in_use(folder: epath.Path) -> bool:
+  """Whether a process has claimed the workdir (see `workdir.claimed`)."""
+  path = folder / '.lock'
+  if not path.exists():
+    return False
+  with open(path) as file:
+    try:
+      # Shared, so that two who ask do not take each other for the run.
+      fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+      return True
+  return False
+
+
+def find(paths: Iterable[str]) -> list[Run]:
+  """Reads runs: workdirs, or folders of them (a sweep), in order.
+
+  Raises:
+    UserError: for a path that is neither, or that cannot be read.
+  """
+  found = {}
+  for path in paths:
+    folder = workdir_lib.absolute(path)
+    for run in sorted(_folders(path, folder)):
+      found[run] = read(run)
+  return list(found.values())
+
+
+def _folders(path: str, folder: epath.Path) -> Iterator[epath.Path]:
+  if (folder / 'config.json').exists():
+    yield folder
+    return
+  inside = [
+      p for p in (folder.iterdir() if folder.is_dir() else ())
+      if (p / 'config.json').exists() and (p / 'metrics.jsonl').exists()
+  ]
+  if not inside:
+    raise UserError(
+        f'{path!r} is no run, and no folder of runs. Allowed: the workdir of '
+        'a run, or a folder that holds some, such as that of a sweep.'
+    )
+  yield from inside
+
+
+def differing(runs: Iterable[Run]) -> dict[str, list[Any]]:
+  """The fields of the config in which runs differ, and the values of each."""
+  configs = [run.config for run in runs]
+  fields = dict.fromkeys(field for c in configs for field in c)
+  columns = {
+      field: [c[field] if field in c else None for c in configs]
+      for field in fields
+  }
+  return {
+      field: values for field, values in columns.items()
+      if any(value != values[0] for value in values)
+  }
