@@ -13,7 +13,7 @@ projection, AdamW, warm-up and half-cycle cosine. What differs, and why:
 
 After a colon, another method with the same network and rate: digits.py:simclr,
 digits.py:byol (heads without output BatchNorms, as the paper's appendix A has
-it for ViT).
+it for ViT), digits.py:swav (heads without any BatchNorm, as the same says).
 
 Command:
   python -m mocov3_jax.train --config=configs/digits.py --workdir=runs/digits
@@ -33,6 +33,10 @@ def get_config(objective='moco_v3'):
     c.head.predictor_layers = 0
   if objective == 'byol':
     c.head.projector_out_bn = c.head.predictor_out_bn = False
+  if objective == 'swav':
+    c.head.projector_out_bn = c.head.hidden_bn = False
+    c.head.prototypes = 100
+    c.objective.temperature = 0.1
   c.batch_size = 256
   c.data.source = 'digits'
   c.data.image_size = 8

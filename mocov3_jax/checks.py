@@ -22,16 +22,21 @@ _VIEWS = ('augment.view1', 'augment.view2')
 _AT_LEAST_ONE = (
     'batch_size fsdp_devices data.image_size data.prefetch model.patch_size '
     'head.projector_layers head.hidden_dim head.out_dim '
+    'objective.sinkhorn_iterations '
     'knn.k log.every_steps save.every_steps save.keep_latest'
 ).split()
 _NOT_NEGATIVE = (
-    'seed micro_batch head.predictor_layers model.depth model.dim '
-    'model.num_heads optimizer.lr_per_256 optimizer.weight_decay '
+    'seed micro_batch head.predictor_layers head.prototypes model.depth '
+    'model.dim model.num_heads objective.queue '
+    'optimizer.lr_per_256 optimizer.weight_decay '
     'optimizer.trust_coefficient schedule.epochs '
     'schedule.steps schedule.warmup_epochs knn.every_steps knn.bank_images '
     'knn.query_images data.threads save.keep_best'
 ).split()
-_POSITIVE = 'objective.temperature optimizer.eps knn.temperature'.split()
+_POSITIVE = (
+    'objective.temperature objective.sinkhorn_epsilon optimizer.eps '
+    'optimizer.patch_embed_clip knn.temperature'
+).split()
 _AT_MOST_ONE = (
     'objective.momentum', 'optimizer.momentum', 'data.max_unreadable',
     'knn.queue_share',
@@ -81,6 +86,15 @@ def validate(config: ConfigDict, device_count: int) -> None:
   for field in _BELOW_ONE:
     _require(field, config, lambda v: 0 <= v < 1, 'from 0 to below 1')
   _require('seed', config, lambda v: v < 2**32, 'below 2**32')
+  name = config.objective.name
+  _require(
+      'head.prototypes', config, lambda v: (v > 0) == (name == 'swav'),
+      f'above 0 with objective.name=swav, else 0; it is {name!r}',
+  )
+  _require(
+      'objective.queue', config, lambda v: v == 0 or name == 'moco_v3',
+      f'0, but with objective.name=moco_v3; it is {name!r}',
+  )
   for view in _VIEWS:
     _validate_view(view, config)
   _require('data.mean', config, lambda v: len(v) >= 1, 'a number a channel')

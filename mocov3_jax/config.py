@@ -57,11 +57,13 @@ def default_config() -> ConfigDict:
   c.log = ConfigDict()
   # Steps between two lines of metrics.jsonl. 1 shows every gradient spike.
   c.log.every_steps = 1
+  # Gradients of every block and head, not of the first and last layer alone.
+  c.log.blocks = False
 
   c.save = ConfigDict()
-  # Steps between two checkpoints (one more is saved at the end).
+  # Steps between two checkpoints (one more is saved at the end), the newest
+  # kept, and beside them the best by kNN (0 = none).
   c.save.every_steps = 1000
-  # Newest checkpoints kept; beside them the `keep_best` best by kNN (0 = none).
   c.save.keep_latest = 2
   c.save.keep_best = 1
   return c.lock()
@@ -77,13 +79,12 @@ def _data() -> ConfigDict:
   c.labels = 'auto'
   # Side of the square crop the model sees, pixels. [P] s5: 224.
   c.image_size = 224
-  # Mean and standard deviation of each channel, pixels in [0, 1]. [R]:
-  # ImageNet's.
+  # Of each channel, pixels in [0, 1]. [R]: ImageNet's.
   c.mean = (0.485, 0.456, 0.406)
   c.std = (0.229, 0.224, 0.225)
-  # Batches read ahead of the device. Host memory: that many uint8 batches.
+  # Batches read ahead of the device (uint8, in the host's memory), and threads
+  # that read and decode images; 0 = one a core.
   c.prefetch = 4
-  # Threads that read and decode images; 0 = one a core.
   c.threads = 0
   # Training stops when more than this share of an epoch's images could not
   # be read (each is replaced by another).
@@ -107,15 +108,13 @@ def view(blur_prob: float, solarize_prob: float) -> ConfigDict:
   c.contrast = 0.4
   c.saturation = 0.2
   c.hue = 0.1
-  # Grayscale.
-  c.gray_prob = 0.2
+  c.gray_prob = 0.2  # Grayscale.
   # Gaussian blur, and the range of its standard deviation, pixels.
   c.blur_prob = blur_prob
   c.blur_sigma = (0.1, 2.0)
   # Solarize: inverts pixels of 128 and more.
   c.solarize_prob = solarize_prob
-  # Horizontal flip.
-  c.flip_prob = 0.5
+  c.flip_prob = 0.5  # Horizontally.
   return c
 
 
@@ -133,8 +132,10 @@ def _model() -> ConfigDict:
   # ViT: side of a patch, pixels.
   c.patch_size = 16
   # ViT: 'frozen' = the random patch projection that [P] s4.2 finds stable;
-  # 'learned' = trained like the rest; 'conv' = a learned stem of
-  # convolutions with BatchNorm ([R]'s ViT-Conv).
+  # 'learned' = trained like the rest; with its gradient 'clipped' (see
+  # optimizer.patch_embed_clip), or with 'batch_norm' or 'weight_norm', which
+  # s4.2 tried as well; 'conv' = a learned stem of convolutions with BatchNorm
+  # ([R]'s ViT-Conv).
   c.patch_embed = 'frozen'
   # ViT: position embedding, 'sincos' (fixed), 'learned' or 'none', and what
   # makes one vector of the tokens: 'cls' = the class token after the final
@@ -145,8 +146,8 @@ def _model() -> ConfigDict:
   # ViT: before the blocks' MLPs, 'layer' norm, or 'batch' norm = the ViT-BN
   # of [P] s6.3 (about 1 point better).
   c.mlp_norm = 'layer'
-  # ViT: recompute each block in the backward pass, for less memory; run the
-  # blocks as one loop, for a shorter compilation. Neither changes a result.
+  # ViT: recompute blocks in the backward pass, for less memory; run them as
+  # one loop, for a shorter compilation. Neither changes a result.
   c.remat = False
   c.scan = False
   # ResNet: a 3x3 stem without stride and pooling, for 64 pixels and less.
@@ -160,34 +161,39 @@ def _model() -> ConfigDict:
 
 def _head() -> ConfigDict:
   c = ConfigDict()
-  # Layers of the projector and the predictor MLP. [P] s5: 3 and 2 for ViT;
-  # [R]: 2 and 2 for ResNet.
-  # 0 predictor layers = no predictor (s6.2: 75.5 instead of 76.5 %).
+  # Layers of the projector and the predictor MLP. [P] s5: 3 and 2 for ViT; [R]:
+  # 2 and 2 for ResNet. 0 = no predictor (s6.2: 75.5 instead of 76.5 %).
   c.projector_layers = 3
   c.predictor_layers = 2
   # Hidden and output width of both. [P] s5.
   c.hidden_dim = 4096
   c.out_dim = 256
-  # BatchNorm (no scale, no offset) on the predictor's output. [R]: true for
-  # ViT, false for ResNet.
-  c.predictor_out_bn = True
-  # The same on the projector's output, and BatchNorm (with both) before each
-  # ReLU. [P] App. A: BYOL with ViT has no output BatchNorms; s6.2: without
-  # any, MoCo v3 gives 74.4 instead of 76.5 %.
+  # BatchNorm (no scale, no offset) on their outputs. [R]: on ResNet's predictor
+  # not; [P] App. A: on neither in BYOL with ViT.
   c.projector_out_bn = True
+  c.predictor_out_bn = True
+  # BatchNorm (with both) before each ReLU. [P] s6.2: without any BatchNorm 74.4
+  # instead of 76.5 %.
   c.hidden_bn = True
+  # SwAV: prototypes in the place of a predictor (arXiv 2006.09882: 3000).
+  c.prototypes = 0
   return c
 
 
 def _objective() -> ConfigDict:
   c = ConfigDict()
-  # 'moco_v3', 'simclr' (no target, no predictor: head.predictor_layers=0) or
-  # 'byol' (no negatives).
+  # 'moco_v3', 'simclr' (no target, no predictor: head.predictor_layers=0),
+  # 'byol' (no negatives) or 'swav' (no target; see head.prototypes).
   c.name = 'moco_v3'
-  # MoCo v3: whether both views are queries.
-  c.symmetric = True
-  # Temperature of the softmax. [P] s5: 0.2 (ResNet-50: 1.0).
+  c.symmetric = True  # MoCo v3: whether both views are queries.
+  # MoCo v3: keys of earlier steps that are negatives too, for small batches.
+  # MoCo v2 (arXiv 2003.04297): 65536 with a batch of 256. [P] s3: 0.
+  c.queue = 0
+  # Temperature of the softmax. [P] s5: 0.2 (ResNet-50: 1.0). SwAV: 0.1.
   c.temperature = 0.2
+  # SwAV (arXiv 2006.09882): smoothness of the codes, rounds of balancing them.
+  c.sinkhorn_epsilon = 0.05
+  c.sinkhorn_iterations = 3
   # Momentum of the target network at the start, and how it moves: 'constant',
   # or 'cosine' = by a half cosine to 1 at the end. [P] s6.2: 0.99; [R]: cosine.
   c.momentum = 0.99
@@ -197,22 +203,23 @@ def _objective() -> ConfigDict:
 
 def _optimizer() -> ConfigDict:
   c = ConfigDict()
-  # 'adamw', 'lars' or 'lamb'.
-  c.name = 'adamw'
+  c.name = 'adamw'  # Or 'lars', 'lamb'.
   # Peak learning rate per 256 images: peak = lr_per_256 * batch_size / 256.
   # [P] s5; [R]: 1.5e-4 for ViT, 0.3 to 0.6 for ResNet-50 with LARS.
   c.lr_per_256 = 1.5e-4
   # Decoupled decay (AdamW, LAMB); added to the gradient (LARS). [R]: 0.1 for
   # AdamW, 1e-6 for LARS; [P] s4.1: 1e-3 for LAMB.
   c.weight_decay = 0.1
-  # AdamW and LAMB decay 'all' trainable tensors, as [R] does, or only
-  # 'matrices': weights of linear layers and convolutions. LARS always decays
-  # ndim > 1 alone.
+  # AdamW and LAMB decay 'all' trainable tensors, as [R], or only 'matrices':
+  # weights of linear layers and convolutions. LARS decays ndim > 1 alone.
   c.decay_mask = 'all'
   # Moments of AdamW and LAMB. [R]: PyTorch's defaults.
   c.b1 = 0.9
   c.b2 = 0.999
   c.eps = 1e-8
+  # With model.patch_embed=clipped: largest L2 norm of the gradient of the
+  # patch projection. [P] s4.2: "sufficiently small", without a number.
+  c.patch_embed_clip = 1e-2
   # LARS: heavy-ball momentum and trust coefficient. [R].
   c.momentum = 0.9
   c.trust_coefficient = 1e-3
@@ -223,8 +230,7 @@ def _schedule() -> ConfigDict:
   c = ConfigDict()
   # Passes over the data; an epoch drops the remainder of a batch, as [R].
   c.epochs = 300.0
-  # Optimizer steps in all; 0 = as many as `epochs` gives.
-  c.steps = 0
+  c.steps = 0  # Optimizer steps in all; 0 = as many as `epochs` gives.
   # Epochs of linear warm-up from 0; then half a cosine to 0. [P] s5: 40.
   c.warmup_epochs = 40.0
   return c
@@ -232,9 +238,8 @@ def _schedule() -> ConfigDict:
 
 def knn(c: ConfigDict) -> ConfigDict:
   """Adds what every kNN classification needs."""
-  # Weighted kNN classifier as in Wu et al. 2018 (arXiv 1805.01978): cosine
-  # similarity, votes weighted by exp(similarity / temperature). k is capped
-  # at a sixth of the mean number of bank images a class.
+  # Wu et al. 2018 (arXiv 1805.01978): votes by exp(cosine / temperature). k is
+  # capped at a sixth of the mean number of bank images a class.
   c.k = 200
   c.temperature = 0.07
   return c

@@ -212,18 +212,18 @@ def finetuning(
 OPTIMIZERS = {'adamw': adamw, 'lars': lars, 'lamb': lamb}
 
 
-def patch_embed_labels(params: PyTree) -> PyTree:
-  """Labels the backbone's patch projection 'frozen', all else 'trained'."""
-
-  def label(path, _):
-    names = [key.key for key in path]
-    return 'frozen' if names[:2] == ['backbone', 'patch_embed'] else 'trained'
-
-  return jax.tree_util.tree_map_with_path(label, params)
+def is_patch_embed(params: PyTree) -> PyTree:
+  """Marks the backbone's patch projection."""
+  return jax.tree_util.tree_map_with_path(
+      lambda path, _: [key.key for key in path[:2]]
+      == ['backbone', 'patch_embed'],
+      params,
+  )
 
 
 def build(
-    c: ConfigDict, learning_rate: Schedule, freeze_patch_embed: bool
+    c: ConfigDict, learning_rate: Schedule, freeze_patch_embed: bool,
+    clip_patch_embed: bool = False,
 ) -> optax.GradientTransformation:
   """Returns the optimizer that `config.optimizer` names.
 
@@ -232,6 +232,8 @@ def build(
     learning_rate: the rate as a function of the step.
     freeze_patch_embed: keep the patch projection out of the update. The
       gradient stops there anyway, but weight decay would still move it.
+    clip_patch_embed: scale its gradient down to at most a norm of
+      `c.patch_embed_clip` ([P] s4.2).
 
   Raises:
     UserError: for a name that is not in the table.
@@ -239,8 +241,11 @@ def build(
   if c.name not in OPTIMIZERS:
     raise unknown('optimizer.name', c.name, OPTIMIZERS)
   optimizer = OPTIMIZERS[c.name](c, learning_rate)
+  if clip_patch_embed:
+    clip = optax.clip_by_global_norm(c.patch_embed_clip)
+    optimizer = optax.chain(optax.masked(clip, is_patch_embed), optimizer)
   if not freeze_patch_embed:
     return optimizer
   return optax.partition(
-      {'trained': optimizer, 'frozen': optax.set_to_zero()}, patch_embed_labels
+      {True: optax.set_to_zero(), False: optimizer}, is_patch_embed
   )

@@ -67,7 +67,8 @@ def build_method(
       model=model,
       objective=objectives.build(config.objective),
       optimizer=optim.build(
-          config.optimizer, learning_rate, model.backbone.freeze_patch_embed
+          config.optimizer, learning_rate, model.backbone.freeze_patch_embed,
+          model.backbone.clip_patch_embed,
       ),
       augment=augment.build(
           augment.both_views(config.augment), config.data,
@@ -75,6 +76,7 @@ def build_method(
       ),
       learning_rate=learning_rate,
       momentum=optim.build_momentum(config.objective, plan.total_steps),
+      log_blocks=config.log.blocks,
       keep_features=config.knn.queue_share > 0,
   )
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from mocov3_jax.models import Embeddings, Network
-from mocov3_jax.objectives import Objective, feature_std
+from mocov3_jax.objectives import Objective, PastKeys, feature_std
 from mocov3_jax.optim import Schedule
 
 PyTree = Any
@@ -26,6 +26,8 @@ class TrainState:
     target_params: {'backbone', 'projector'} of the target (momentum) network.
     target_batch_stats: the target's own statistics, of its own batches.
     opt_state: of the optimizer.
+    past_keys: float32 [K, D], the newest first, where the objective keeps a
+      queue of keys; zeros are none yet. () where it does not.
   """
 
   step: jax.Array
@@ -34,6 +36,7 @@ class TrainState:
   target_params: PyTree
   target_batch_stats: PyTree
   opt_state: optax.OptState
+  past_keys: PastKeys
 
 
 @flax.struct.dataclass
@@ -46,6 +49,7 @@ class Method:
     optimizer: the optax chain; it ends with the learning rate.
     augment: (uint8 images, key) -> views [B, 2, S, S, C].
     learning_rate, momentum: schedules; the first is only logged here.
+    log_blocks: whether the metrics have the gradient of every block and head.
     keep_features: whether the metrics have 'features' of the first view,
       [B, dim], besides the scalars.
   """
@@ -56,6 +60,7 @@ class Method:
   augment: Callable[[jax.Array, jax.Array], jax.Array]
   learning_rate: Schedule
   momentum: Schedule
+  log_blocks: bool = False
   keep_features: bool = False
 
 
@@ -72,6 +77,7 @@ def init_state(
   views = jnp.zeros((2, 2, *image_shape))
   variables = method.model.init(key, views, train=True)
   params, batch_stats = variables['params'], statistics(variables)
+  queue = method.objective.queue
   return TrainState(
       step=jnp.zeros((), jnp.int32),
       params=params,
@@ -80,6 +86,9 @@ def init_state(
       target_params=jax.tree.map(jnp.copy, encoder(params)),
       target_batch_stats=jax.tree.map(jnp.copy, encoder(batch_stats)),
       opt_state=method.optimizer.init(params),
+      past_keys=(
+          jnp.zeros((queue, method.model.projector.out_dim)) if queue else ()
+      ),
   )
 
 
@@ -153,7 +162,7 @@ def train_step(
         {'params': params, 'batch_stats': state.batch_stats},
         views, train=True, mutable=['batch_stats'],
     )
-    loss, metrics = method.objective.loss(online, target)
+    loss, metrics = method.objective.loss(online, target, state.past_keys)
     return loss, (statistics(stats), online.features, metrics)
 
   grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
@@ -169,6 +178,7 @@ def train_step(
       target_params=target_params,
       target_batch_stats=target_stats,
       opt_state=opt_state,
+      past_keys=method.objective.remember(state.past_keys, target),
   ), metrics
 
 
@@ -263,19 +273,23 @@ def step_metrics(
 ) -> dict[str, jax.Array]:
   """What a study of stability needs to see at every step ([P] s4)."""
   backbone = method.model.backbone
-  first, last = (
-      grads['backbone'][name]
-      for name in (backbone.first_layer, backbone.last_block)
-  )
+  layers = {
+      'patch_embed': grads['backbone'][backbone.first_layer],
+      'last_block': grads['backbone'][backbone.blocks[-1]],
+  }
+  if method.log_blocks:
+    layers |= {
+        f'block_{i}': grads['backbone'][name]
+        for i, name in enumerate(backbone.blocks)
+    } | {name: grads[name] for name in grads if name != 'backbone'}
   kept = {'features': features[:, 0]} if method.keep_features else {}
+  # Exactly 0 where the projection is frozen: no gradient reaches it.
+  kept |= {f'grad_max/{name}': max_abs(g) for name, g in layers.items()}
   return kept | {
       'train/loss': loss,
       'train/lr': method.learning_rate(step),
       'train/momentum': method.momentum(step),
       'train/feature_std': feature_std(features[:, 0]),
-      # Exactly 0 where the projection is frozen: no gradient reaches it.
-      'grad_max/patch_embed': max_abs(first),
-      'grad_max/last_block': max_abs(last),
       'grad_norm/global': optax.tree.norm(grads),
   }
 

@@ -53,7 +53,7 @@ def step(request):
   method = Method(
       model=model,
       objective=objectives.Objective(
-          lambda online, key: objectives.moco_v3(
+          lambda online, key, past: objectives.moco_v3(
               online, key, temperature=float(arrays['T'])
           ), has_target=True,
       ),
@@ -69,6 +69,7 @@ def step(request):
       target_params=target['params'],
       target_batch_stats=target['batch_stats'],
       opt_state=base['params'],
+      past_keys=(),
   )
   views = jnp.asarray(golden.views(arrays['x1'], arrays['x2']))
   new, metrics = jax.jit(train_step, static_argnums=0)(

@@ -27,7 +27,7 @@ def train(dtype):
   method = Method(
       model=golden.tiny_vit(dtype),
       objective=objectives.Objective(
-          lambda online, target: objectives.moco_v3(
+          lambda online, target, past: objectives.moco_v3(
               online, target, temperature=CFG['moco_t']
           ), has_target=True,
       ),
@@ -45,6 +45,7 @@ def train(dtype):
       target_params=target['params'],
       target_batch_stats=target['batch_stats'],
       opt_state=method.optimizer.init(base['params']),
+      past_keys=(),
   )
   step = jax.jit(train_step, static_argnums=0)
   scale = ARRAYS['x_scale'].astype(np.float32)

@@ -12,6 +12,7 @@ from mocov3_jax import objectives, sharding, train, train_step
 from mocov3_jax.data import pipeline
 from mocov3_jax.errors import UserError
 from mocov3_jax.models import Embeddings
+from mocov3_jax.models.heads import Prototypes
 from mocov3_jax.tools import summary
 
 
@@ -162,6 +163,9 @@ METHODS = {
     'simclr': {'objective.name': 'simclr', 'head.predictor_layers': 0},
     'byol': {'objective.name': 'byol', 'head.projector_out_bn': False,
              'head.predictor_out_bn': False},
+    'swav': {'objective.name': 'swav', 'head.prototypes': 16,
+             'head.hidden_bn': False, 'head.projector_out_bn': False},
+    'queue': {'objective.queue': 200},
     'no predictor': {'head.predictor_layers': 0},
     'no BatchNorm': {'head.hidden_bn': False, 'head.projector_out_bn': False,
                      'head.predictor_out_bn': False},
@@ -177,6 +181,8 @@ CALM = {
 @pytest.mark.parametrize(
     'changes', [
         METHODS['simclr'],
+        METHODS['swav'],
+        pytest.param(METHODS['queue'], marks=pytest.mark.slow),
         pytest.param(METHODS['byol'], marks=pytest.mark.slow),
     ],
 )
@@ -228,3 +234,158 @@ def test_without_a_target_network_no_keys_are_computed():
     flops[name] = summary.step_flops(method, (8, 8, 1), 64)
   # Three passes of four through backbone and projector.
   assert flops['simclr'] < 0.8 * flops['no predictor']
+
+
+def test_past_keys_are_further_negatives():
+  online, target = embeddings()
+  past = np.zeros((7, 6), np.float32)  # The last two are none yet.
+  past[:5] = unit(np.random.default_rng(0).normal(size=(5, 6)))
+  q = unit(np.asarray(online.predictions))
+  k = unit(np.asarray(target.projections))
+  expected = 0.0
+  for a, b in (0, 1), (1, 0):
+    logits = np.concatenate([q[:, a] @ k[:, b].T, q[:, a] @ past[:5].T], 1)
+    expected -= 0.4 * np.diag(log_softmax(logits / 0.2, axis=1)).mean()
+  loss, metrics = objectives.moco_v3(
+      online, target, jnp.asarray(past), temperature=0.2
+  )
+  assert float(loss) == pytest.approx(expected, rel=1e-5)
+  assert float(metrics['train/loss_chance']) == pytest.approx(
+      0.8 * np.log(12 + 5)
+  )
+  grad = jax.grad(
+      lambda q: objectives.moco_v3(
+          online.replace(predictions=q), target, jnp.asarray(past),
+          temperature=0.2,
+      )[0]
+  )(online.predictions)
+  assert np.all(np.isfinite(grad))
+
+
+@pytest.mark.parametrize('symmetric, made', [(True, 24), (False, 12)])
+@pytest.mark.parametrize('length', [5, 30, 72])
+def test_the_queue_holds_exactly_the_last_keys(length, symmetric, made):
+  past, history = jnp.zeros((length, 6)), []
+  for step in range(4):
+    _, target = embeddings(seed=step)
+    past = objectives.remember(past, target, symmetric=symmetric)
+    keys = np.asarray(target.projections)[:, 0 if symmetric else 1 :]
+    history = [*unit(keys).reshape(-1, 6), *history]
+  assert len(history) == 4 * made
+  wanted = np.zeros((length, 6))
+  wanted[: len(history)] = history[:length]
+  np.testing.assert_allclose(past, wanted, atol=1e-6)
+
+
+def test_the_queue_of_a_run_holds_the_keys_of_its_steps():
+  c = tiny.config(**(CALM | {'objective.queue': 200}))
+  mesh = sharding.make_mesh(jax.devices()[:1])
+  method = train.build_method(c, config_lib.plan(c, 1437))
+  init, step = train.compile_functions(c, method, mesh)
+  images = np.random.default_rng(0).integers(0, 256, (64, 8, 8, 1), np.uint8)
+  batch = sharding.to_global(
+      pipeline.Batch(images, np.full(64, -1, np.int32)), mesh
+  )
+  state, levels, queues = init(), [], []
+  for _ in range(3):
+    state, values = step(state, batch)
+    levels.append(float(values['train/loss_chance']))
+    queues.append(np.asarray(state.past_keys))
+  # 0, 128 and then all 200 of the keys so far, beside the 64 of the batch.
+  np.testing.assert_allclose(levels, 0.8 * np.log([64, 192, 264]), rtol=1e-6)
+  np.testing.assert_array_equal(queues[1][128:], queues[0][:72])
+  np.testing.assert_array_equal(queues[2][128:], queues[1][:72])
+  np.testing.assert_allclose(np.linalg.norm(queues[2], axis=1), 1, rtol=1e-5)
+
+
+@pytest.mark.parametrize('seed', range(3))
+def test_codes_are_balanced(seed):
+  scores = jax.random.uniform(
+      jax.random.key(seed), (40, 8), minval=-1, maxval=1
+  )
+  codes = np.asarray(objectives.sinkhorn(scores / 0.05, 100))
+  np.testing.assert_allclose(codes.sum(1), 1, rtol=1e-5)
+  np.testing.assert_allclose(codes.sum(0), 40 / 8, rtol=1e-2)
+  # Balancing scales rows and columns: the cross-ratios stay.
+  logs = np.asarray(
+      objectives.sinkhorn(scores / 0.5, 50)
+  )
+  logs = np.log(logs) - np.asarray(scores) / 0.5
+  logs -= logs.mean(0) + logs.mean(1, keepdims=True) - logs.mean()
+  np.testing.assert_allclose(logs, 0, atol=1e-4)
+
+
+def test_three_rounds_of_sinkhorn_equal_a_direct_computation():
+  scores = np.random.default_rng(0).uniform(-1, 1, (12, 5)) / 0.05
+  q = np.exp(scores)
+  for _ in range(3):
+    q = q / q.sum(0, keepdims=True) / 5
+    q = q / q.sum(1, keepdims=True) / 12
+  np.testing.assert_allclose(
+      objectives.sinkhorn(jnp.asarray(scores, jnp.float32), 3), q * 12,
+      rtol=2e-4, atol=1e-6,
+  )
+
+
+def test_swav_swaps_the_codes_of_the_views():
+  scores = np.random.default_rng(1).uniform(-1, 1, (12, 2, 5))
+  online, _ = embeddings()
+  found, metrics = objectives.swav(
+      online.replace(predictions=jnp.asarray(scores, jnp.float32)), None,
+      temperature=0.1, epsilon=0.05, iterations=3,
+  )
+  expected = 0.0
+  for v in 0, 1:
+    q = np.exp(scores[:, v] / 0.05)
+    for _ in range(3):
+      q = q / q.sum(0, keepdims=True)
+      q = q / q.sum(1, keepdims=True)
+    p = log_softmax(scores[:, 1 - v] / 0.1, axis=1)
+    expected -= np.mean(np.sum(q * p, axis=1))
+  assert float(found) == pytest.approx(expected, rel=1e-5)
+  assert float(metrics['train/loss_chance']) == pytest.approx(2 * np.log(5))
+
+
+@pytest.mark.parametrize('name', ['moco_v3', 'simclr', 'byol', 'swav'])
+def test_a_collapsed_network_has_the_loss_that_the_log_says(name):
+  c = config_lib.default_config().objective
+  c.name = name
+  online, _ = embeddings()
+  same = online.replace(
+      predictions=jnp.ones((12, 2, 6)), projections=jnp.ones((12, 2, 6))
+  )
+  objective = objectives.build(c)
+  loss, metrics = objective.loss(
+      same, same if objective.has_target else None, ()
+  )
+  assert float(loss) == pytest.approx(
+      float(metrics['train/loss_collapsed']), abs=1e-5
+  )
+
+
+def test_codes_get_no_gradient():
+  scores = jax.random.uniform(jax.random.key(0), (12, 2, 5))
+  online, _ = embeddings()
+  loss = lambda s: objectives.swav(
+      online.replace(predictions=s), None, temperature=0.1, epsilon=0.05,
+      iterations=3,
+  )[0]
+  codes = [objectives.sinkhorn(scores[:, v] / 0.05, 3) for v in (0, 1)]
+  fixed = lambda s: -sum(
+      jnp.mean(jnp.sum(codes[v] * jax.nn.log_softmax(s[:, 1 - v] / 0.1), 1))
+      for v in (0, 1)
+  )
+  np.testing.assert_allclose(
+      jax.grad(loss)(scores), jax.grad(fixed)(scores), atol=1e-6
+  )
+
+
+def test_prototypes_give_cosines():
+  x = jax.random.normal(jax.random.key(0), (9, 6))
+  module = Prototypes(4)
+  params = module.init(jax.random.key(1), x, True)
+  found = module.apply(params, x, True)
+  kernel = np.asarray(params['params']['kernel'])
+  np.testing.assert_allclose(
+      found, unit(np.asarray(x)) @ unit(kernel.T).T, rtol=1e-5, atol=1e-6
+  )

@@ -157,7 +157,7 @@ def test_the_gradient_in_passes_is_that_of_the_whole_batch():
       )
       # Keys that are other images' projections, so that nothing is zero.
       keys = online.replace(projections=online.projections[::-1])
-      return method.objective.loss(online, keys)[0]
+      return method.objective.loss(online, keys, ())[0]
 
     grads.append(jax.device_get(jax.jit(jax.grad(loss))(state.params)))
   whole, parts = (jax.tree_util.tree_leaves_with_path(g) for g in grads)

@@ -49,7 +49,7 @@ def test_ten_lars_steps_in_float64():
     method = Method(
         model=model,
         objective=objectives.Objective(
-            lambda online, target: objectives.moco_v3(
+            lambda online, target, past: objectives.moco_v3(
                 online, target, temperature=1.0
             ), has_target=True,
         ),
@@ -102,6 +102,7 @@ def our_state(method, nets):
   return TrainState(
       step=jnp.zeros((), jnp.int32),
       opt_state=method.optimizer.init(tree['params']),
+      past_keys=(),
       **tree,
   )
 

@@ -56,13 +56,13 @@ def class_attention(
   # Nothing can be captured inside a loop or a rematerialised block. Without
   # them the network computes the same from the same parameters.
   plain = vit.clone(remat=False, scan=False)
-  place = (vit.last_block, 'attn', 'qkv')
+  place = (vit.blocks[-1], 'attn', 'qkv')
   _, captured = plain.apply(
       {'params': params, 'batch_stats': batch_stats}, images, train=False,
       capture_intermediates=lambda module, _: module.path == place,
       mutable=['intermediates'],
   )
-  block = captured['intermediates'][vit.last_block]
+  block = captured['intermediates'][vit.blocks[-1]]
   qkv = block['attn']['qkv']['__call__'][0].astype(jnp.float32)
   head_dim = vit.dim // vit.num_heads
   qkv = qkv.reshape(len(images), -1, 3, vit.num_heads, head_dim)

@@ -7,6 +7,8 @@ be done at every step. The paper does not say which view or encoder it takes;
 here the first view and the online network.
 """
 
+import dataclasses
+
 import flax.struct
 import jax
 import jax.numpy as jnp
@@ -53,10 +55,8 @@ def with_queue(state: TrainState, size: int, width: int) -> QueuedState:
       jnp.zeros((size, width)), jnp.full(size, -1, jnp.int32),
       jnp.zeros((), jnp.int32),
   )
-  return QueuedState(
-      state.step, state.params, state.batch_stats, state.target_params,
-      state.target_batch_stats, state.opt_state, queue,
-  )
+  fields = {f.name: state.__dict__[f.name] for f in dataclasses.fields(state)}
+  return QueuedState(**fields, queue=queue)
 
 
 def classify(

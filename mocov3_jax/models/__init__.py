@@ -9,9 +9,9 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from mocov3_jax.errors import UserError, unknown
-from mocov3_jax.models.heads import MlpHead
+from mocov3_jax.models.heads import MlpHead, Prototypes
 from mocov3_jax.models.resnet import ResNet
-from mocov3_jax.models.vit import ViT
+from mocov3_jax.models.vit import PATCH_EMBEDS, ViT
 from mocov3_jax.passes import Passes
 
 Backbone = ViT | ResNet
@@ -42,8 +42,8 @@ class Embeddings:
   Attributes:
     features: backbone output [B, 2, dim], float32.
     projections: projector output [B, 2, out_dim], float32.
-    predictions: predictor output [B, 2, out_dim], float32; None where the
-      network has no predictor (the target).
+    predictions: predictor output [B, 2, out_dim], or cosines with prototypes
+      [B, 2, prototypes], float32; None of the target, which has neither.
   """
 
   features: jax.Array
@@ -135,10 +135,11 @@ def build(
       hidden_bn=head.hidden_bn,
       dtype=backbone.dtype,
   )
+  predictor = heads(head.predictor_layers, out_bn=head.predictor_out_bn)
   return Network(
       backbone=backbone,
       projector=heads(head.projector_layers, out_bn=head.projector_out_bn),
-      predictor=heads(head.predictor_layers, out_bn=head.predictor_out_bn),
+      predictor=Prototypes(head.prototypes) if head.prototypes else predictor,
       passes=passes,
   )
 
@@ -161,7 +162,7 @@ def build_backbone(
   if model.name not in VITS and model.name not in RESNETS:
     raise unknown('model.name', model.name, [*VITS, *RESNETS])
   for field, given, allowed in (
-      ('patch_embed', model.patch_embed, ('frozen', 'learned', 'conv')),
+      ('patch_embed', model.patch_embed, PATCH_EMBEDS),
       ('positions', model.positions, ('sincos', 'learned', 'none')),
       ('readout', model.readout, ('cls', 'norm_pool', 'pool')),
       ('mlp_norm', model.mlp_norm, ('layer', 'batch')),

@@ -1,10 +1,10 @@
-"""The projection and prediction MLPs ([P] s5)."""
+"""The projection and prediction MLPs ([P] s5), and prototypes."""
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from mocov3_jax.models.layers import BatchNorm, torch_default
+from mocov3_jax.models.layers import BatchNorm, torch_default, unit
 
 
 class MlpHead(nn.Module):
@@ -49,3 +49,29 @@ class MlpHead(nn.Module):
       if not last:
         x = nn.relu(x)
     return x
+
+
+class Prototypes(nn.Module):
+  """Cosines with learned directions: the last layer of SwAV.
+
+  Caron et al. 2020 (arXiv 2006.09882), section 3.1. Scaled here at every use,
+  where the original scales the parameters themselves before every step: the
+  function is the same, a step along the sphere not quite.
+
+  Attributes:
+    count: of prototypes.
+  """
+
+  count: int
+
+  @nn.compact
+  def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+    """Maps [B, D] to cosines [B, count], in float32 or wider."""
+    del train
+    x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    kernel = self.param(
+        'kernel', torch_default(x.shape[-1]), (x.shape[-1], self.count)
+    )
+    return jnp.matmul(
+        unit(x), unit(kernel.T).T, precision=jax.lax.Precision.HIGHEST
+    )

@@ -26,6 +26,15 @@ def xavier(fan_in: int, fan_out: int) -> nn.initializers.Initializer:
   return uniform(math.sqrt(6 / (fan_in + fan_out)))
 
 
+def unit(x: jax.Array) -> jax.Array:
+  """Scales vectors (the last axis) to length 1.
+
+  The bound is PyTorch's: a zero vector stays zero instead of becoming NaN.
+  """
+  norm = jnp.sqrt(jnp.maximum(jnp.sum(x * x, -1, keepdims=True), 1e-24))
+  return x / norm
+
+
 class BatchNorm(nn.Module):
   """BatchNorm with the running statistics of PyTorch.
 

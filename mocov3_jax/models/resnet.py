@@ -87,13 +87,17 @@ class ResNet(nn.Module):
 
   # What the training step needs to know of a backbone: see `ViT`.
   has_batch_norm = True
-  freeze_patch_embed = False
+  freeze_patch_embed = clip_patch_embed = False
   first_layer = 'conv1'
 
   @property
-  def last_block(self) -> str:
-    """Name of the last block's parameters."""
-    return f'layer{len(self.stage_sizes)}_{self.stage_sizes[-1] - 1}'
+  def blocks(self) -> tuple[str, ...]:
+    """Names of the blocks' parameters, in their order."""
+    return tuple(
+        f'layer{stage + 1}_{block}'
+        for stage, blocks in enumerate(self.stage_sizes)
+        for block in range(blocks)
+    )
 
   @nn.compact
   def __call__(self, images: jax.Array, train: bool) -> jax.Array:

@@ -1,14 +1,57 @@
-"""The convolutional stem of the release's ViT-Conv models."""
+"""What makes tokens of images: a patch projection, or convolutions."""
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from mocov3_jax.models.layers import BatchNorm, torch_default
+from mocov3_jax.models.layers import BatchNorm, torch_default, xavier
+
+
+class PatchEmbed(nn.Module):
+  """A linear projection of each patch, with a bias.
+
+  Attributes:
+    patch_size: side of a patch, pixels.
+    dim: of a token.
+    batch_norm: whether to normalise the tokens over batch and places.
+    weight_norm: whether to learn direction and length of each output's weights
+      apart (Salimans & Kingma 2016, arXiv 1602.07868). They start as without.
+    dtype: of the arithmetic.
+  """
+
+  patch_size: int
+  dim: int
+  batch_norm: bool = False
+  weight_norm: bool = False
+  dtype: jnp.dtype = jnp.float32
+
+  @nn.compact
+  def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+    """Maps [B, H, W, C] to [B, H / patch_size, W / patch_size, dim]."""
+    size = self.patch_size
+    fan_in = size**2 * x.shape[-1]
+    kernel = self.param(
+        'kernel', xavier(fan_in, self.dim),
+        (size, size, x.shape[-1], self.dim),
+    )
+    bias = self.param('bias', nn.initializers.zeros, (self.dim,))
+    if self.weight_norm:
+      length = jnp.linalg.norm(kernel.reshape(fan_in, -1), axis=0)  # [dim]
+      scale = self.param('scale', lambda _: length) / length
+      kernel *= scale.reshape(1, 1, 1, -1)
+    x = jax.lax.conv_general_dilated(
+        x.astype(self.dtype), kernel.astype(self.dtype), (size, size), 'VALID',
+        dimension_numbers=('NHWC', 'HWIO', 'NHWC'),
+    ) + bias.astype(self.dtype).reshape(1, 1, 1, -1)
+    if self.batch_norm:
+      x = BatchNorm(dtype=self.dtype, name='bn')(x, train)
+    return x
 
 
 class ConvStem(nn.Module):
-  """Patches by convolutions of stride 2 (Xiao et al. 2021, arXiv 2106.14881).
+  """Patches by convolutions of stride 2: the stem of the release's ViT-Conv.
+
+  Xiao et al. 2021 (arXiv 2106.14881).
 
   log2(patch_size) bias-free 3x3 convolutions, each with BatchNorm and ReLU,
   the channels doubling up to `dim`; then a 1x1 convolution.

@@ -8,7 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from mocov3_jax.models.layers import BatchNorm, xavier
-from mocov3_jax.models.stem import ConvStem
+from mocov3_jax.models.stem import ConvStem, PatchEmbed
+
+# See `ViT.patch_embed`.
+PATCH_EMBEDS = (
+    'frozen', 'learned', 'clipped', 'batch_norm', 'weight_norm', 'conv'
+)
 
 
 def sincos_positions(height: int, width: int, dim: int) -> np.ndarray:
@@ -164,7 +169,9 @@ class ViT(nn.Module):
     dim, depth, num_heads: width, blocks and attention heads.
     patch_embed: 'frozen' = a random linear projection, with the gradient
       stopped right after it ([P] s4.2; the optimizer must leave it alone as
-      well); 'learned'; 'conv' = `ConvStem`, always learned.
+      well); 'learned'; 'clipped' = learned, of a gradient that the optimizer
+      must clip; 'batch_norm', 'weight_norm' = learned, with such a
+      normalisation ([P] s4.2 again); 'conv' = `ConvStem`, always learned.
     positions: 'sincos' (fixed), 'learned' or 'none' ([P] s6.2).
     readout: 'cls' = class token after the final LayerNorm; 'norm_pool' = mean
       over the tokens after it; 'pool' = mean over the tokens, no final
@@ -198,19 +205,25 @@ class ViT(nn.Module):
   first_layer = 'patch_embed'
 
   @property
-  def last_block(self) -> str:
-    """Name of the last block's parameters."""
-    return f'blocks_{self.depth - 1}'
+  def blocks(self) -> tuple[str, ...]:
+    """Names of the blocks' parameters, in their order."""
+    return tuple(f'blocks_{i}' for i in range(self.depth))
 
   @property
   def has_batch_norm(self) -> bool:
     """Whether an image's features depend on the others of its batch."""
-    return self.patch_embed == 'conv' or self.mlp_norm == 'batch'
+    normed = self.patch_embed in ('conv', 'batch_norm')
+    return normed or self.mlp_norm == 'batch'
 
   @property
   def freeze_patch_embed(self) -> bool:
     """Whether the first layer must not be updated."""
     return self.patch_embed == 'frozen'
+
+  @property
+  def clip_patch_embed(self) -> bool:
+    """Whether the first layer's gradient must be clipped."""
+    return self.patch_embed == 'clipped'
 
   @nn.compact
   def __call__(self, images: jax.Array, train: bool) -> jax.Array:
@@ -234,17 +247,12 @@ class ViT(nn.Module):
           self.patch_size, self.dim, self.dtype, name='patch_embed'
       )(images, train)
     else:
-      x = nn.Conv(
-          self.dim,
-          (self.patch_size, self.patch_size),
-          strides=self.patch_size,
-          padding='VALID',
-          dtype=self.dtype,
-          kernel_init=xavier(
-              images.shape[-1] * self.patch_size**2, self.dim
-          ),
-          name='patch_embed',
-      )(images)
+      x = PatchEmbed(
+          self.patch_size, self.dim,
+          batch_norm=self.patch_embed == 'batch_norm',
+          weight_norm=self.patch_embed == 'weight_norm',
+          dtype=self.dtype, name='patch_embed',
+      )(images, train)
     if self.freeze_patch_embed:
       x = jax.lax.stop_gradient(x)
     batch, rows, columns, _ = x.shape

@@ -6,7 +6,9 @@ loop, evaluate and save between steps, save once more when stopped.
 
 from collections.abc import Callable, Iterator
 import contextlib
+import importlib.metadata
 import json
+import platform
 import sys
 from typing import Any
 
@@ -56,6 +58,8 @@ def carry_out(
         workdir, save.keep_latest, save.keep_best, _warn, job.best
     )
     with contextlib.closing(checkpoints):
+      if distributed.is_primary():
+        write_environment(workdir, job.mesh)
       state, start = initial_state(job.init, checkpoints, job.mesh)
       run = Recorder(job, workdir, checkpoints, start)
       with contextlib.closing(run.writer):
@@ -90,6 +94,22 @@ def keep_results(
   if distributed.is_primary():
     text = json.dumps(results, indent=2) + '\n'
     workdir_lib.write_whole(workdir / 'result.json', text)
+
+
+def write_environment(workdir: epath.Path, mesh: Mesh) -> None:
+  """Writes environment.json: with what the run was last begun or continued."""
+  found = {
+      package: importlib.metadata.version(package)
+      for package in ('jax', 'jaxlib', 'flax', 'optax', 'numpy')
+  } | {
+      'python': platform.python_version(),
+      'backend': jax.default_backend(),
+      'device': mesh.devices.flat[0].device_kind,
+      'devices': mesh.size,
+      'processes': jax.process_count(),
+  }
+  text = json.dumps(found, indent=2) + '\n'
+  workdir_lib.write_whole(workdir / 'environment.json', text)
 
 
 def from_batch(batch: Batch) -> dict[str, jax.Array]:
