@@ -12,6 +12,7 @@ from mocov3_jax import config as config_lib
 from mocov3_jax import models
 from mocov3_jax.errors import UserError
 from mocov3_jax.models import vit
+from mocov3_jax.models.stem import PatchEmbed
 from mocov3_jax.models.vit import sincos_positions
 from mocov3_jax.tools import summary, torch_names
 
@@ -220,6 +221,7 @@ def test_readouts_and_positions(readout, positions, tokens):
     [
         {'mlp_norm': 'batch'},
         {'patch_embed': 'conv'},
+        {'patch_embed': 'batch_norm'},
         {'name': 'resnet18', 'dim': 4, 'depth': 0, 'num_heads': 0},
     ],
 )
@@ -285,3 +287,65 @@ def test_stochastic_depth_drops_whole_images_and_keeps_the_mean():
 def test_a_network_that_cannot_be_is_named(change, words):
   with pytest.raises(UserError, match=words):
     network(**change)
+
+
+def patches(**stem):
+  """A patch projection of 2x2 pixels, its variables and some images."""
+  module = PatchEmbed(2, 12, **stem)
+  images = jax.random.normal(jax.random.key(0), (5, 4, 6, 3))
+  return module, module.init(jax.random.key(1), images, True), images
+
+
+def test_a_patch_projection_is_one_matrix_for_all_patches():
+  module, variables, images = patches()
+  variables['params']['bias'] = jnp.arange(12.0)
+  found = module.apply(variables, images, True)
+  rows = images.reshape(5, 2, 2, 3, 2, 3).swapaxes(2, 3).reshape(5, 2, 3, 12)
+  kernel = variables['params']['kernel'].reshape(12, 12)
+  np.testing.assert_allclose(
+      found, np.asarray(rows) @ np.asarray(kernel) + np.arange(12.0),
+      rtol=1e-5, atol=1e-5,
+  )
+
+
+def test_weight_norm_starts_as_without_and_learns_length_and_direction():
+  plain, variables, images = patches()
+  normed, learned, _ = patches(weight_norm=True)
+  np.testing.assert_array_equal(
+      variables['params']['kernel'], learned['params']['kernel']
+  )
+  np.testing.assert_allclose(
+      plain.apply(variables, images, True), normed.apply(learned, images, True),
+      rtol=1e-5, atol=1e-6,
+  )
+  # Longer kernels are the same network, and their gradient has no part along
+  # themselves.
+  longer = jax.tree.map(lambda x: x, learned)
+  longer['params']['kernel'] *= 3
+  np.testing.assert_allclose(
+      normed.apply(longer, images, True), normed.apply(learned, images, True),
+      rtol=1e-5, atol=1e-6,
+  )
+  grads = jax.grad(
+      lambda v: jnp.sum(jnp.sin(normed.apply(v, images, True)))
+  )(learned)['params']
+  along = jnp.sum(grads['kernel'] * learned['params']['kernel'], (0, 1, 2))
+  np.testing.assert_allclose(along, np.zeros(12), atol=1e-4)
+  assert np.all(grads['scale'] != 0)
+
+
+def test_batch_norm_evens_out_the_tokens():
+  module, variables, images = patches(batch_norm=True)
+  tokens, _ = module.apply(
+      variables, 7 * images + 3, True, mutable=['batch_stats']
+  )
+  np.testing.assert_allclose(jnp.mean(tokens, (0, 1, 2)), 0, atol=1e-4)
+  np.testing.assert_allclose(jnp.std(tokens, (0, 1, 2)), 1, atol=1e-3)
+
+
+@pytest.mark.parametrize('kind', ['learned', 'clipped', 'weight_norm'])
+def test_only_the_frozen_projection_gets_no_gradient(kind):
+  for name in kind, 'frozen':
+    _, grads = outputs_and_gradients(network(patch_embed=name))
+    patch = grads['backbone']['patch_embed']
+    assert all(np.any(g) == (name != 'frozen') for g in jax.tree.leaves(patch))

@@ -71,6 +71,44 @@ def test_a_frozen_projection_is_left_alone_whatever_its_gradient(name):
     assert np.any(updates['backbone']['cls_token'])
 
 
+def test_clipping_shortens_the_gradient_of_the_projection_alone():
+  rng = np.random.default_rng(0)
+  params = {
+      'backbone': {
+          'patch_embed': {'kernel': jnp.ones((3, 3)), 'bias': jnp.ones(3)},
+          'cls_token': jnp.ones((1, 1, 3)),
+      },
+      'projector': {'kernel': jnp.ones((3, 3))},
+  }
+  grads = jax.tree.map(lambda p: jnp.asarray(rng.normal(size=p.shape)), params)
+  c = config_lib.default_config().optimizer
+  c.name = 'lars'
+  c.trust_coefficient, c.weight_decay = 1.0, 0.0
+  for limit in 1e-3, 1.0, 1e3:
+    c.patch_embed_clip = limit
+    updates = {}
+    for clip in True, False:
+      optimizer = optim.build(c, lambda step: 1.0, False, clip)
+      # Biases have no trust ratio: their first update is minus the gradient.
+      updates[clip], _ = optimizer.update(
+          grads, optimizer.init(params), params
+      )
+    patch = grads['backbone']['patch_embed']
+    norm = float(optax.tree.norm(patch))
+    np.testing.assert_allclose(
+        updates[True]['backbone']['patch_embed']['bias'],
+        -patch['bias'] * min(1, limit / norm), rtol=1e-5,
+    )
+    np.testing.assert_array_equal(
+        updates[True]['backbone']['cls_token'],
+        updates[False]['backbone']['cls_token'],
+    )
+    np.testing.assert_array_equal(
+        updates[True]['projector']['kernel'],
+        updates[False]['projector']['kernel'],
+    )
+
+
 def test_lamb_scales_adamws_update_to_the_size_of_each_tensor():
   c = config_lib.default_config().optimizer
   c.name = 'lamb'

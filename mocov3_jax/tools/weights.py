@@ -69,8 +69,14 @@ def network_shapes(config: ConfigDict) -> dict[Path, jax.ShapeDtypeStruct]:
   """All parameters and statistics of the network, by path.
 
   Raises:
-    UserError: if the config describes none.
+    UserError: if the config describes none, or one that PyTorch's names do not.
   """
+  if config.model.patch_embed in ('batch_norm', 'weight_norm'):
+    raise UserError(
+        f'model.patch_embed={config.model.patch_embed!r} has no place in the '
+        'checkpoints of the release and of timm. Allowed: a patch projection '
+        'without a normalisation.'
+    )
   size, channels = config.data.image_size, len(config.data.mean)
   network = models.build(config.model, config.head, size)
   views = jax.ShapeDtypeStruct((2, 2, size, size, channels), jnp.float32)
@@ -81,7 +87,17 @@ def network_shapes(config: ConfigDict) -> dict[Path, jax.ShapeDtypeStruct]:
 
 
 def full_places(config: ConfigDict) -> dict[str, Place]:
-  """The state_dict of the release: two encoders and the predictor."""
+  """The state_dict of the release: two encoders and the predictor.
+
+  Raises:
+    UserError: as `network_shapes`, and for SwAV, which the release has not.
+  """
+  if config.head.prototypes:
+    raise UserError(
+        f'head.prototypes={config.head.prototypes} have no place in a '
+        'checkpoint of the release. Allowed: .pth or .safetensors for a '
+        'backbone alone.'
+    )
   places = {}
   for path, leaf in network_shapes(config).items():
     collection, *rest = path
