@@ -11,7 +11,7 @@ from etils import epath
 import jax
 import numpy as np
 
-from mocov3_jax import checkpoint, metrics
+from mocov3_jax import checkpoint, metrics, stability
 from mocov3_jax.data.decode import Unreadable
 from mocov3_jax.data.pipeline import Batch, BatchReader, train_batches
 from mocov3_jax.errors import UserError
@@ -47,14 +47,19 @@ class Recorder:
     self._last_step = {}
     self._waits = collections.deque()  # Of batches not yet logged, seconds.
     self._unreadable = UnreadableImages(workdir)
+    self.writer = metrics.MetricWriter(workdir, start, is_primary())
+    # Read after the writer has dropped what comes again.
+    before = metrics.read_metrics(workdir / 'metrics.jsonl')
+    self._stability = stability.Watch()
+    for row in before:
+      self._stability.see(row['step'], row)
     epoch_start = start - start % plan.steps_per_epoch
     # Rows that log.every_steps left out are not counted again.
     self._unreadable_in_epoch = sum(
         row['data/unreadable']
-        for row in metrics.read_metrics(workdir / 'metrics.jsonl')
+        for row in before
         if epoch_start <= row['step'] < start and 'data/unreadable' in row
     )
-    self.writer = metrics.MetricWriter(workdir, start, is_primary())
     self._throughput = metrics.Throughput(config.batch_size)
     self._mfu_of_rate = None  # MFU of one image per second, where known.
     self.progress = metrics.Progress(
@@ -115,6 +120,7 @@ class Recorder:
       values['train/mfu'] = rate * self._mfu_of_rate
     if step % self._config.log.every_steps == 0:
       self.writer.write(step, values)
+    self._warn(step, values)
     self._last_step = values
     known = self.writer.latest | values
     self.progress.update(step, known, self._config.batch_size)
@@ -154,9 +160,15 @@ class Recorder:
       self.progress.note(
           f'step {step}/{self._plan.total_steps}  {describe(values)}'
       )
+      self._warn(step, values)
       if step and self.is_saving(step):
         self.writer.flush()
         self._checkpoints.save(step, state, values)
+
+  def _warn(self, step: int, values: dict[str, float]) -> None:
+    """Says what looks unstable."""
+    for warning in self._stability.see(step, values):
+      self.progress.note(warning)
 
   def results(self) -> dict[str, Any]:
     """The last value of everything, and what the random network had."""

@@ -1,0 +1,537 @@
+"""Planted spikes, dips and collapses are found, and nothing else."""
+
+import io
+import json
+import types
+
+from etils import epath
+from hypothesis import given, settings
+from hypothesis import strategies as st
+import numpy as np
+import pytest
+import tiny
+
+from mocov3_jax import config as config_lib
+from mocov3_jax import curves, metrics, stability
+from mocov3_jax.curves import Dip, Spike
+from mocov3_jax.data.pipeline import Batch
+from mocov3_jax.tools import recorder
+
+LAYERS = 'patch_embed', 'block_0', 'last_block'
+EVERY = 20  # Steps between two evaluations.
+SEEDS = range(200)
+FLANKS = {0: 1.0, 1: 0.4, 2: 0.2}  # Of a spike's log height, by distance.
+
+
+def gradient(rng, steps, sigma):
+  """Shrinks fast in the first steps, then by up to two orders of magnitude."""
+  time = np.arange(steps)
+  log = rng.uniform(-3, 0) - rng.uniform(0, 4.6) * time / steps
+  log += rng.uniform(1, 4) * np.exp(-time / 5)
+  return np.exp(log + rng.normal(0, sigma, steps))
+
+
+def knn_level(rng, count):
+  """A steep rise that saturates; without noise."""
+  start, rise = rng.uniform(0.05, 0.3), rng.uniform(0.3, 0.6)
+  rate = rng.uniform(6, 12) / count
+  return start + rise * (1 - np.exp(-rate * np.arange(count)))
+
+
+def noisy(rng, level, sigma):
+  """With the noise of held-out images, and rounded as a share of them is."""
+  return np.round((level + rng.normal(0, sigma, len(level))) * 500) / 500
+
+
+def as_rows(gradients, knn, every=EVERY, **more):
+  """The rows of a metrics.jsonl, in its order."""
+  rows = []
+  for step in range(len(next(iter(gradients.values())))):
+    if step % every == 0 and step // every < len(knn):
+      rows.append({'step': step, 'knn/top1': float(knn[step // every])})
+    rows.append({'step': step, **more} | {
+        f'grad_max/{layer}': values[step]
+        for layer, values in gradients.items()
+    })
+  return rows
+
+
+def smooth_run(seed, steps=800):
+  rng = np.random.default_rng(seed)
+  gradients = {
+      layer: gradient(rng, steps, rng.uniform(0.05, 0.3)) for layer in LAYERS
+  }
+  level = knn_level(rng, int(rng.integers(40, 150)))
+  return as_rows(
+      gradients, noisy(rng, level, rng.uniform(0.002, 0.015)), every=5
+  )
+
+
+def plant_spikes(rng, gradients, sigma, places, order, lags):
+  """Multiplies the gradients; returns the ratio of each, by layer."""
+  planted = {layer: [] for layer in order}
+  for place in places:
+    for layer in order:
+      lowest, highest = (5, 20) if layer == order[0] else (4, 8)
+      # Far out of the noise: 6 sigmas are certain to be none, the estimate of
+      # sigma is off by a fifth, and the top must stand out of the flanks.
+      ratio = rng.uniform(max(lowest, np.exp(12 * sigma)), highest)
+      width = rng.integers(1, 6)
+      for offset in range(-((width - 1) // 2), width // 2 + 1):
+        gradients[layer][place + lags[layer] + offset] *= (
+            ratio ** FLANKS[abs(offset)]
+        )
+      planted[layer].append(Spike(int(place + lags[layer]), ratio))
+  return planted
+
+
+def plant_dips(rng, level, sigma, places):
+  """Lowers the level; returns the dips, in evaluations."""
+  planted = []
+  for place in places:
+    depth = rng.uniform(max(0.06, 12 * sigma), 0.3)
+    fall, climb = int(rng.integers(1, 4)), int(rng.integers(2, 7))
+    low = place + fall
+    amount = depth + level[low] - level[place]
+    for i in range(1, fall + 1):
+      level[place + i] -= amount * i / fall
+    for i in range(1, climb):
+      level[low + i] -= amount * (1 - i / climb)
+    planted.append(Dip(place, low, low + climb, depth))
+  return planted
+
+
+def planted_run(seed, steps=2000, calm=1.0):
+  """Returns rows, spikes by layer, lags, dips, and the noise of both."""
+  rng = np.random.default_rng(seed)
+  sigma, knn_sigma = rng.uniform(0.03, 0.15), calm * rng.uniform(0.002, 0.006)
+  order = tuple(rng.permutation(LAYERS))
+  first, *others = order
+  lags = {first: 0} | {layer: int(rng.integers(1, 31)) for layer in others}
+  gradients = {layer: gradient(rng, steps, sigma) for layer in LAYERS}
+  places = [start + rng.integers(0, 20) for start in range(150, 1901, 220)]
+  spikes = plant_spikes(rng, gradients, sigma, places, order, lags)
+  level = knn_level(rng, steps // EVERY)
+  dips = plant_dips(
+      rng, level, knn_sigma,
+      [int(start + rng.integers(0, 5)) for start in (25, 55, 80)],
+  )
+  rows = as_rows(gradients, noisy(rng, level, knn_sigma))
+  return rows, spikes, lags, dips, sigma, knn_sigma
+
+
+def watched(rows, watch=None):
+  watch = watch or stability.Watch()
+  return [line for row in rows for line in watch.see(row['step'], row)]
+
+
+def test_every_planted_spike_is_found_in_its_layer_with_its_lag():
+  for seed in SEEDS:
+    rows, planted, lags, _, sigma, _ = planted_run(seed)
+    found = stability.analyse(rows)
+    first = min(lags, key=lambda layer: lags[layer])
+    for layer in LAYERS:
+      assert [s.step for s in found.spikes[layer]] == [
+          s.step for s in planted[layer]
+      ], (seed, layer)
+      for ours, true in zip(found.spikes[layer], planted[layer], strict=True):
+        assert abs(np.log(ours.ratio / true.ratio)) < 5 * sigma + 0.2, seed
+    del lags[first]
+    events = len(planted[first])
+    assert found.lead == curves.Lead(first, lags, events, events), seed
+
+
+def test_every_planted_dip_is_found_with_its_depth():
+  for seed in SEEDS:
+    rows, _, _, planted, _, sigma = planted_run(seed)
+    found = curves.dips(*stability.series(rows, 'knn/top1'))
+    assert len(found) == len(planted), (seed, found, planted)
+    for ours, true in zip(found, planted, strict=True):
+      assert abs(ours.start / EVERY - true.start) <= 3, seed
+      assert abs(ours.low / EVERY - true.low) <= 2, seed
+      assert true.low < ours.end / EVERY <= true.end + 2, seed
+      # The best and the lowest of several noisy values.
+      assert abs(ours.depth - true.depth) < 6 * sigma + 0.004, seed
+
+
+def test_a_smooth_noisy_run_gives_no_alarm():
+  for seed in SEEDS:
+    rows = smooth_run(seed)
+    found = stability.analyse(rows)
+    assert not found.dips and not any(found.spikes.values()), seed
+    assert found.lead.first is None
+    assert found.collapsed is found.stuck is found.diverged is None
+    assert found.describe() == 'Stable: no kNN dip, no gradient spike.'
+    assert watched(rows) == [], seed
+
+
+def test_a_long_noisy_gradient_gives_no_alarm():
+  for seed in range(5):
+    values = gradient(np.random.default_rng(seed), 10_000, 0.3)
+    assert curves.spikes(np.arange(10_000), values) == []
+
+
+def test_a_watch_warns_of_every_planted_event_once():
+  for seed in range(40):
+    rows, planted, lags, dips, _, _ = planted_run(seed, calm=0.5)
+    first = min(lags, key=lambda layer: lags[layer])
+    lines = watched(rows)
+    spoken = [line for line in lines if 'gradient of' in line]
+    assert len(spoken) == len(planted[first]), (seed, spoken)
+    for line, true in zip(spoken, planted[first], strict=True):
+      step = int(line.split()[2].rstrip(':'))
+      assert true.step - 2 <= step <= true.step, seed
+      assert f'gradient of {first} ' in line
+    # Those that follow are counted, but for layers that spike at one step.
+    follow = len({lag for lag in lags.values() if lag})
+    for line in spoken[1:]:
+      assert f'({follow} more like this since step' in line, seed
+    steps = [int(x.split()[2].rstrip(':')) for x in lines if 'kNN fell' in x]
+    assert len(steps) == len(dips), (seed, lines)
+    for step, dip in zip(steps, dips, strict=True):
+      assert dip.start < step / EVERY <= dip.end, seed
+
+
+@given(power=st.integers(-20, 20), seed=st.integers(0, 199))
+@settings(max_examples=20, deadline=None)
+def test_the_unit_of_a_gradient_does_not_matter(power, seed):
+  values = gradient(np.random.default_rng(seed), 1000, 0.15)[:300]
+  values[[100, 200]] *= 12
+  steps = np.arange(300)
+  before = curves.spikes(steps, values)
+  after = curves.spikes(steps, values * 2.0**power)
+  assert [s.step for s in before] == [s.step for s in after] == [100, 200]
+  np.testing.assert_allclose(
+      [s.ratio for s in before], [s.ratio for s in after]
+  )
+
+
+@given(shift=st.floats(-0.5, 0.5), seed=st.integers(0, 199))
+@settings(max_examples=20, deadline=None)
+def test_a_dip_does_not_depend_on_the_level(shift, seed):
+  rng = np.random.default_rng(seed)
+  level = knn_level(rng, 80)
+  plant_dips(rng, level, 0.004, [30, 55])
+  values = noisy(rng, level, 0.004)
+  steps = np.arange(80)
+  before, after = (curves.dips(steps, v) for v in (values, values + shift))
+  assert [d.low for d in before] == [d.low for d in after]
+  assert len(before) == 2
+  np.testing.assert_allclose(
+      [d.depth for d in before], [d.depth for d in after], atol=1e-12
+  )
+
+
+@given(st.lists(st.floats(0, 1), max_size=60))
+@settings(max_examples=100, deadline=None)
+def test_dips_are_ordered_and_deep_enough_on_any_curve(values):
+  found = curves.dips(np.arange(len(values)) * 25, np.asarray(values))
+  for dip in found:
+    assert dip.depth > curves.DIP_DEPTH
+    assert dip.start < dip.low
+    assert dip.end is None or dip.low < dip.end == dip.start + dip.width
+  for one, two in zip(found[:-1], found[1:], strict=True):
+    assert one.end <= two.start
+
+
+@given(st.lists(st.floats(0, allow_infinity=False), max_size=150))
+@settings(max_examples=50, deadline=None)
+def test_spikes_of_any_curve_are_high_and_apart(values):
+  found = curves.spikes(np.arange(len(values)), np.asarray(values))
+  for spike in found:
+    assert spike.ratio > curves.SPIKE_RATIO * 0.999
+  for one, two in zip(found[:-1], found[1:], strict=True):
+    assert one.step < two.step
+
+
+def test_a_slow_decline_is_one_dip_without_an_end():
+  rng = np.random.default_rng(0)
+  level = np.concatenate([np.linspace(0.2, 0.6, 30), np.linspace(0.6, 0.2, 90)])
+  found = curves.dips(np.arange(120) * 25, noisy(rng, level, 0.005))
+  assert len(found) == 1
+  assert found[0].end is None and found[0].width is None
+  assert found[0].low > 115 * 25 and abs(found[0].depth - 0.4) < 0.03
+
+
+def test_a_fall_at_the_last_evaluation_is_a_dip():
+  values = np.append(np.full(20, 0.5), 0.3)
+  found = curves.dips(np.arange(21), values)
+  assert found == [Dip(19, 20, None, pytest.approx(0.2))]
+
+
+def test_a_dip_starts_at_the_end_of_a_plateau():
+  values = np.full(40, 0.5)
+  values[3] = 0.51
+  values[30] = 0.3
+  assert curves.dips(np.arange(40), values) == [
+      Dip(29, 30, 31, pytest.approx(0.21))
+  ]
+
+
+def test_a_dip_ends_when_most_of_the_fall_is_made_good():
+  for back, end in (0.5, None), (0.54, 13):
+    values = np.full(40, back)
+    values[:10] = 0.6
+    values[10:13] = 0.3
+    found = curves.dips(np.arange(40), values)
+    assert found == [Dip(9, 10, end, pytest.approx(0.3))]
+
+
+def test_the_first_values_are_too_few_to_call_one_a_spike():
+  values = np.ones(100)
+  values[19] = 9
+  assert curves.spikes(np.arange(100), values) == []
+  values[20] = 99
+  assert curves.spikes(np.arange(100), values) == [
+      Spike(20, pytest.approx(99))
+  ]
+
+
+def test_a_gradient_that_grows_for_good_is_no_spike_afterwards():
+  rng = np.random.default_rng(0)
+  log = np.where(np.arange(600) < 300, 0.0, np.log(8)) + rng.normal(0, 0.1, 600)
+  assert curves.spikes(np.arange(600), np.exp(log)) == []
+
+
+def test_a_spike_in_the_last_steps_of_a_run_is_found():
+  values = gradient(np.random.default_rng(0), 200, 0.1)
+  values[198] *= 10
+  assert [s.step for s in curves.spikes(np.arange(200), values)] == [198]
+
+
+def test_a_frozen_layer_has_no_spikes():
+  assert curves.spikes(np.arange(200), np.zeros(200)) == []
+
+
+def test_steps_need_not_be_even():
+  rng = np.random.default_rng(0)
+  values = gradient(rng, 300, 0.1)
+  values[150] *= 9
+  steps = np.cumsum(rng.integers(1, 20, 300))
+  assert [s.step for s in curves.spikes(steps, values)] == [steps[150]]
+
+
+def spikes_at(*steps):
+  return [Spike(step, 5.0) for step in steps]
+
+
+def test_spikes_at_the_same_step_have_no_leader():
+  found = curves.lead({'a': spikes_at(10, 500), 'b': spikes_at(10, 500)})
+  assert found == curves.Lead(None, {'a': 0, 'b': 0}, 2, 0)
+
+
+def test_the_leader_is_first_in_most_events_and_the_lag_is_the_median():
+  found = curves.lead({
+      'a': spikes_at(100, 300, 507, 900), 'b': spikes_at(110, 320, 500, 940),
+      'c': spikes_at(2000),
+  })
+  assert found == curves.Lead('a', {'b': 15}, 4, 3)
+
+
+def test_spikes_too_far_apart_are_not_one_event():
+  apart = curves.MAX_LAG
+  for lag, events in (apart, 1), (apart + 1, 0):
+    found = curves.lead({'a': spikes_at(100), 'b': spikes_at(100 + lag)})
+    assert found.events == events
+  assert curves.lead({}) == curves.Lead(None, {}, 0, 0)
+
+
+def loss_rows(losses, spread=0.3, chance=4.0, **more):
+  return [
+      {'step': step, 'train/loss': loss, 'train/loss_chance': chance,
+       'train/feature_std': spread, **more}
+      for step, loss in enumerate(losses)
+  ]
+
+
+def test_features_that_lose_their_spread_are_collapsed():
+  alive, dead = loss_rows(np.full(100, 3.0)), loss_rows(np.full(30, 3.0), 1e-3)
+  for i, row in enumerate(dead):
+    row['step'] = 100 + i
+  assert stability.collapsed(alive + dead) == 100
+  assert stability.collapsed(alive + dead[:10]) is None
+  assert stability.collapsed(dead + alive) is None
+  # Features of images that look alike; such a network has learned.
+  assert stability.collapsed(loss_rows(np.full(100, 3.0), 0.02)) is None
+  lines = watched(alive + dead)
+  assert len(lines) == 1 and lines[0].startswith('warning: step 119: ')
+
+
+def test_equal_embeddings_of_features_that_differ_are_a_collapse():
+  collapse = {'train/loss_collapsed': 0.0}
+  losses = np.append(np.linspace(4.0, 0.0, 100), np.full(50, 1e-4))
+  byol = loss_rows(losses, **collapse)
+  assert stability.collapsed(byol) == 99
+  assert any('same features or embeddings' in x for x in watched(byol))
+  assert stability.collapsed(loss_rows([0.7] * 150, **collapse)) is None
+  # A contrastive loss is at its chance then, which says no more than that.
+  same = {'train/loss_collapsed': 4.0 - 1e-6}
+  contrastive = loss_rows([4.0] * 150, **same)
+  assert stability.collapsed(contrastive) is None
+  assert stability.stuck(contrastive) == 0
+  assert stability.collapsed(loss_rows([2.0] * 150, **same)) is None
+
+
+def test_a_loss_that_stays_at_chance_is_stuck():
+  rng = np.random.default_rng(0)
+  flat = 4.0 + rng.normal(0, 0.01, 1500)
+  assert stability.stuck(loss_rows(flat)) == 0
+  assert stability.stuck(loss_rows(np.append(flat, 3.9))) is None
+  fallen = np.concatenate([np.linspace(4, 2, 200), np.full(1100, 4.1)])
+  assert stability.stuck(loss_rows(fallen)) == 200
+  slow = np.concatenate([np.full(900, 4.0), np.linspace(4, 2, 600)])
+  assert stability.stuck(loss_rows(slow)) is None
+  lines = watched(loss_rows(np.full(5000, 4.0)))
+  assert len(lines) == 1 and lines[0].startswith('warning: step 1000: ')
+  assert watched(loss_rows(slow)) == []
+  # Said once, as what it is.
+  line, = watched(loss_rows(np.full(1500, 4.0), spread=0.0))
+  assert 'same features' in line
+
+
+def test_a_run_that_diverged_says_so_whatever_else_it_holds():
+  rows = loss_rows(np.linspace(4, 2, 100))
+  rows[-1]['train/loss'] = rows[-1]['grad_max/patch_embed'] = float('nan')
+  rows.append({'step': 100, 'train/diverged': 1.0})
+  found = stability.analyse(rows)
+  assert found.diverged == 100 and 'Diverged at step 100.' in found.describe()
+  assert found.stuck is None and found.collapsed is None
+
+
+@pytest.mark.parametrize('rows', [
+    [], [{'step': 0, 'knn/top1': 0.5}], loss_rows([3.0]),
+    as_rows({'patch_embed': np.zeros(100)}, np.zeros(10)),
+], ids=['none', 'one of kNN', 'one of the loss', 'zeros'])
+def test_runs_with_next_to_nothing_are_stable(rows):
+  found = stability.analyse(rows)
+  assert found.describe().startswith('Stable') and watched(rows) == []
+
+
+def test_a_series_has_the_rows_that_have_the_metric():
+  rows = [{'step': 3, 'a': 1.0}, {'step': 4}, {'step': 9, 'a': float('nan')},
+          {'step': 10, 'a': 2}]
+  steps, values = stability.series(rows, 'a')
+  assert steps.tolist() == [3, 10] and values.tolist() == [1.0, 2.0]
+  assert steps.dtype == np.int64 and values.dtype == np.float64
+
+
+def test_a_description_names_what_happened():
+  rows, spikes, lags, _, _, _ = planted_run(0)
+  text = stability.analyse(rows).describe()
+  first = min(lags, key=lambda layer: lags[layer])
+  assert f'{first} {len(spikes[first])}' in text and 'kNN dips: 3' in text
+  assert f'First in 8 of 8 events: {first}' in text
+
+
+@pytest.mark.parametrize('cut', [1, 160, 500, 901])
+def test_a_watch_that_read_the_log_goes_on_as_if_never_stopped(cut):
+  rows, *_ = planted_run(3)
+  straight, continued = stability.Watch(), stability.Watch()
+  watched(rows[:cut], straight)
+  watched(json.loads(json.dumps(rows[:cut])), continued)
+  assert watched(rows[cut:], continued) == watched(rows[cut:], straight) != []
+
+
+def test_a_watch_keeps_no_more_than_its_windows():
+  rng = np.random.default_rng(0)
+  watch = stability.Watch()
+  sizes = []
+  for step in range(1000):
+    watch.see(step, {'grad_max/a': rng.uniform(1, 2), 'knn/top1': 0.5})
+    sizes.append(sum(
+        len(part) for part in vars(watch).values() if hasattr(part, '__len__')
+    ))
+  assert max(sizes) == sizes[200]
+
+
+def test_warnings_do_not_flood():
+  rng = np.random.default_rng(0)
+  values = gradient(rng, 1000, 0.1)
+  values[100::15] *= 10
+  lines = watched(as_rows({'a': values}, []))
+  steps = [int(line.split()[2].rstrip(':')) for line in lines]
+  assert 2 <= len(lines) <= 5
+  assert min(np.diff(steps)) >= stability.SILENCE
+  assert all('more like this' in line for line in lines[1:])
+
+
+def test_a_fall_for_good_is_warned_of_once():
+  rng = np.random.default_rng(0)
+  level = np.append(np.full(30, 0.6), np.full(60, 0.35))
+  knn = noisy(rng, level + rng.normal(0, 0.01, 90), 0.01)
+  line, = watched([
+      {'step': 25 * i, 'knn/top1': value} for i, value in enumerate(knn)
+  ])
+  assert line.startswith('warning: step 750: kNN fell by 0.2')
+
+
+def test_a_dip_that_shows_only_afterwards_is_not_warned_of():
+  # Among so few values it may be noise; once the curve is known, it is none.
+  values = np.append([0.5, 0.55, 0.45, 0.5, 0.3, 0.5], np.full(40, 0.5))
+  values[6:] += np.tile([0, 0.01], 20)
+  assert len(curves.dips(np.arange(46), values)) == 1
+  assert watched([
+      {'step': 25 * i, 'knn/top1': value} for i, value in enumerate(values)
+  ]) == []
+
+
+@pytest.mark.parametrize('learned', [True, False])
+def test_freezing_the_projection_is_advised_where_it_learns(learned):
+  gradients = {layer: np.ones(100) for layer in LAYERS}
+  gradients['last_block'][60] = 9
+  if not learned:
+    gradients['patch_embed'][:] = 0
+  line, = watched(as_rows(gradients, []))
+  assert line.startswith('warning: step 60: gradient of last_block 9.0x its')
+  assert ('model.patch_embed=frozen' in line) == learned
+  assert 'optimizer.lr_per_256' in line and '\n' not in line
+
+
+def recorded(workdir, rows, start):
+  """The warnings of a Recorder that is fed the rows of a run from `start`."""
+  workdir.mkdir(exist_ok=True)
+  c = tiny.config(**{'schedule.epochs': 30.0})
+  job = types.SimpleNamespace(
+      config=c, plan=config_lib.plan(c, 1437), reader=None, evaluate_every=0,
+      evaluate=lambda row: {'knn/top1': row['knn/top1']},
+  )
+  checkpoints = types.SimpleNamespace(save=lambda *_: None)
+  run = recorder.Recorder(job, epath.Path(workdir), checkpoints, start)
+  shown = io.StringIO()
+  run.progress = metrics.Progress(job.plan.total_steps, shown)
+  batches = run.watch(start, lambda: False)
+  for row in rows:
+    if 'knn/top1' in row:
+      run.between_steps(row['step'], row)
+    else:
+      next(batches)
+      run.log(row['step'], {k: v for k, v in row.items() if k != 'step'})
+  run.writer.close()
+  lines = shown.getvalue().splitlines()
+  return [line for line in lines if line.startswith('warning')]
+
+
+def test_a_run_prints_its_warnings_and_so_does_its_continuation(
+    tmp_path, monkeypatch
+):
+  nothing = np.full(1, -1, np.int32)
+  monkeypatch.setattr(
+      recorder, 'train_batches', lambda *_: iter([Batch(None, nothing)] * 999)
+  )
+  rng = np.random.default_rng(0)
+  gradients = {layer: gradient(rng, 400, 0.1) for layer in LAYERS}
+  gradients['patch_embed'][[155, 200, 310]] *= 10
+  level = np.full(20, 0.6)
+  level[13:15] = 0.4
+  rows = as_rows(gradients, noisy(rng, level, 0.003), **{
+      'train/loss': 2.0, 'train/loss_chance': 4.0, 'train/stop': 0,
+      'data/unreadable': 0,
+  })
+  straight = recorded(tmp_path / 'straight', rows, 0)
+  steps = [int(line.split()[2].rstrip(':')) for line in straight]
+  assert steps == [155, 260] and 'gradient of patch_embed' in straight[0]
+  # Saved after 200 updates and evaluated there; killed at step 206.
+  saved = 200 + 200 // EVERY + 1
+  assert rows[saved - 1].keys() == {'step', 'knn/top1'}
+  before = recorded(tmp_path / 'two', rows[:saved + 6], 0)
+  assert before + recorded(tmp_path / 'two', rows[saved:], 200) == straight
