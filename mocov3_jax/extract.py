@@ -34,7 +34,7 @@ LAYERS = {
 
 def extract(
     checkpoint: str, source: str, out: str, *, layer: str = 'backbone',
-    encoder: str = 'query', labels: str = 'auto', batch_size: int = 256,
+    encoder: str = 'query', labels: str = '', batch_size: int = 256,
     threads: int = 0,
 ) -> dict[str, Any]:
   """Writes the features of all images of a source.
@@ -46,7 +46,8 @@ def extract(
     out: the .npz file; must not exist.
     layer: 'backbone' or 'projector'.
     encoder: 'query' or 'momentum'.
-    labels: as `config.data.labels`.
+    labels: as `config.data.labels`; '' = those of the run, or 'auto' of another
+      source.
     batch_size: images per forward pass over all devices.
     threads: that read and decode images; 0 = one a core.
 
@@ -67,7 +68,8 @@ def extract(
   run = trained.find(checkpoint)
   data = run.config.data
   splits = catalog.load(
-      source or data.source, labels if source else data.labels,
+      source or data.source,
+      labels or ('auto' if source else data.labels),
       path.parent / '.listings',
   )
   sources.check_channels(splits, source or data.source, len(data.mean))
@@ -141,7 +143,10 @@ if __name__ == '__main__':
   OUT = flags.DEFINE_string('out', None, 'The .npz file.', required=True)
   LAYER = flags.DEFINE_string('layer', 'backbone', 'backbone or projector.')
   ENCODER = flags.DEFINE_string('encoder', 'query', 'query or momentum.')
-  LABELS = flags.DEFINE_string('labels', 'auto', 'auto, none, or a CSV file.')
+  LABELS = flags.DEFINE_string(
+      'labels', '', 'auto, none, or a CSV file; default: the run\'s, or auto '
+      'of another --source.'
+  )
   BATCH_SIZE = flags.DEFINE_integer('batch_size', 256, 'Images at a time.')
   THREADS = flags.DEFINE_integer('threads', 0, 'That read; 0 = one a core.')
   cli.run(

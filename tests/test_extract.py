@@ -99,3 +99,12 @@ def test_a_flat_folder_has_names_and_no_labels(tmp_path, capsys):
   assert set(found['names']) == names
   with pytest.raises(UserError, match='new file'):
     extract.extract(str(tmp_path / 'run'), '', str(tmp_path / 'f.npz'))
+  # Labels that the run had not.
+  rows = [f'{name},{i % 2}' for i, name in enumerate(sorted(names))]
+  (tmp_path / 'labels.csv').write_text('\n'.join(['path,label', *rows]))
+  extract.extract(
+      str(tmp_path / 'run'), '', str(tmp_path / 'l.npz'), batch_size=16,
+      labels=str(tmp_path / 'labels.csv'),
+  )
+  found = arrays(tmp_path / 'l.npz')
+  assert len(found['labels']) == 30 and set(found['labels']) == {0, 1}

@@ -1,0 +1,40 @@
+"""MoCo v3 on 2,106 photo tiles: a set harder than digits, for the study.
+
+No row of the paper: the ViT recipe of its section 5 in small, for 32x32 tiles
+of fourteen pictures (`python docs/photo_tiles.py runs/photo_tiles` cuts them).
+Like configs/digits.py, with colour: 16 patches of 8x8 pixels, the paper's
+jitter and grayscale, crops of 20 % and more, flips; no blur, which wipes out
+images of this size.
+
+Command:
+  python docs/photo_tiles.py runs/photo_tiles
+  python -m mocov3_jax.train --config=configs/photo_tiles.py \\
+      --workdir=runs/photo
+Hardware and time: 2 CPU cores; see docs/study.md.
+Expected: see docs/study.md.
+"""
+
+from mocov3_jax.config import default_config
+
+
+def get_config(path='runs/photo_tiles'):
+  c = default_config()
+  c.batch_size = 256
+  c.data.source = f'folder:{path}'
+  c.data.image_size = 32
+  for view in (c.augment.view1, c.augment.view2):
+    view.crop_min = 0.2
+    view.blur_prob = 0.0
+  c.model.name = 'vit_ti'
+  c.model.patch_size = 8
+  c.model.dim = 64
+  c.model.depth = 4
+  c.model.num_heads = 4
+  c.head.hidden_dim = 512
+  c.head.out_dim = 128
+  c.optimizer.lr_per_256 = 4e-3
+  c.optimizer.b2 = 0.95
+  c.schedule.epochs = 80.0
+  c.schedule.warmup_epochs = 8.0
+  c.knn.every_steps = 20
+  return c
