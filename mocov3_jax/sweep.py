@@ -23,16 +23,13 @@ from mocov3_jax import checks, evaluate, train
 from mocov3_jax import config as config_lib
 from mocov3_jax import workdir as workdir_lib
 from mocov3_jax.errors import UserError, unknown
-from mocov3_jax.tools import (
-  cli,
-  runs,
-  sweep_folder,
-  sweep_grid,
-  sweep_scripts,
-  sweep_table,
-  sweeping,
-)
-from mocov3_jax.tools.sweep_grid import Grid, Point
+from mocov3_jax.tools import cli, runs
+from mocov3_jax.tools.sweeps import folder as sweep_folder
+from mocov3_jax.tools.sweeps import grid as sweep_grid
+from mocov3_jax.tools.sweeps import running as sweeping
+from mocov3_jax.tools.sweeps import scripts as sweep_scripts
+from mocov3_jax.tools.sweeps import table as sweep_table
+from mocov3_jax.tools.sweeps.grid import Grid, Point
 
 # Stands for the numbers of a run whose data is not here.
 SOME_PLAN = config_lib.Plan(1, 2, 1, 1.0)

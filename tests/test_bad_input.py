@@ -186,10 +186,60 @@ CASES = {
         'convert', ['--from=README.safetensors', '--to=README.md'],
         ['--to=README.md exists'],
     ),
+    'a report of no run': (
+        'report', ['--out=report.html'], ['no run was given', 'RUN']
+    ),
+    'a report of what is no run': (
+        'report', ['docs', '--out=report.html'], ["'docs' is no run"]
+    ),
+    'a report of runs that are not there': (
+        'report', ['/nowhere', '--out=report.html'], ["'/nowhere' is no run"]
+    ),
+    'a report in no folder': (
+        'report', ['docs', '--out=/nowhere/x.html'],
+        ['--out=/nowhere/x.html', '/nowhere is no folder'],
+    ),
+    'a report of no known kind': (
+        'report', ['docs', '--out=report.pdf'],
+        ['--out=report.pdf', '.html, .png, .csv'],
+    ),
+    'a report of an unknown format': (
+        'report', ['docs', '--out=report.html', '--format=htm'],
+        ["--format='htm'", "Did you mean 'html'"],
+    ),
+    'a report that goes nowhere': ('report', ['docs'], ['--out=...']),
     'an unknown encoder': (
         'convert',
         ['--from=docs', '--to=/nowhere/x.pth', '--encoder=key'],
         ["--encoder='key'", 'momentum, query'],
+    ),
+    'a sweep over no field': (
+        'sweep', [CONFIG, '--grid', 'optimizer.lr_per_265=1'],
+        ["'optimizer.lr_per_265'", "Did you mean 'optimizer.lr_per_256'"],
+    ),
+    'a sweep over nothing': (
+        'sweep', [CONFIG, '--grid', 'seed'], ["'seed'", 'FIELD=VALUE']
+    ),
+    'a sweep with a value of another type': (
+        'sweep', [CONFIG, '--grid', 'batch_size=64,1.5'], ['batch_size=1.5']
+    ),
+    'a sweep with a last value out of range': (
+        'sweep', [CONFIG, '--grid', 'schedule.warmup_epochs=1,1e6'],
+        ['warmup_epochs=1000000.0', 'no longer'],
+    ),
+    'a sweep without seeds': (
+        'sweep', [CONFIG, '--seeds=0'], ['--seeds=0']
+    ),
+    'a sweep evaluated by no protocol': (
+        'sweep', [CONFIG, '--evaluate=configs/eval_lin.py'],
+        ["'configs/eval_lin.py'", 'configs/eval_linear.py:small'],
+    ),
+    'a sweep for an unknown scheduler': (
+        'sweep', [CONFIG, '--print=pbs'], ['--print=pbs', 'slurm']
+    ),
+    'a sweep of pods without a volume': (
+        'sweep', [CONFIG, '--print=jobset', '--workdir=runs/sweep'],
+        ['--workdir=runs/sweep', '/mnt/mocov3/'],
     ),
 }
 
@@ -202,7 +252,7 @@ def outcomes(tmp_path_factory):
   def run(name):
     command, arguments, _ = CASES[name]
     folder = root / name.replace(' ', '_')
-    if command in ('train', 'evaluate'):
+    if command in ('train', 'evaluate', 'sweep'):
       arguments = [f'--workdir={folder}', *arguments]
     return tiny.run(command, *arguments), folder
 

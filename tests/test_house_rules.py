@@ -18,12 +18,14 @@ RECIPES = sorted((ROOT / 'configs').rglob('*.py'))
 LAYERS = {
     'errors': 0, 'config': 0, 'eval_config': 0, 'checks': 0, 'passes': 0,
     'models': 1, 'objectives': 1, 'image_ops': 1, 'augment': 1, 'mixing': 1,
+    'curves': 1, 'stability': 1,
     'optim': 2, 'sharding': 2, 'train_step': 2,
     'data': 3, 'checkpoint': 3, 'saved': 3, 'metrics': 3, 'workdir': 3,
     'loop': 4,
     'evals': 5,
     'tools': 6, 'train': 6, 'evaluate': 6, 'preview': 6, 'benchmark': 6,
     'extract': 6, 'convert': 6, 'plan': 6, 'visualize': 6,
+    'sweep': 6, 'report': 6,
 }
 
 

@@ -22,7 +22,10 @@ from mocov3_jax import metrics
 from mocov3_jax import sweep as sweep_lib
 from mocov3_jax import workdir as workdir_lib
 from mocov3_jax.errors import Preempted, UserError
-from mocov3_jax.tools import runs, sweep_grid, sweep_table, sweeping
+from mocov3_jax.tools import runs
+from mocov3_jax.tools.sweeps import grid as sweep_grid
+from mocov3_jax.tools.sweeps import running as sweeping
+from mocov3_jax.tools.sweeps import table as sweep_table
 
 # ml_collections reads config files by it.
 pytestmark = pytest.mark.filterwarnings('ignore:the load_module')

@@ -19,10 +19,10 @@ from mocov3_jax.tools import distributed
 BAD_INPUT, INTERRUPTED, PREEMPTED = 2, 130, 143
 
 
-Main = Callable[[], dict[str, Any] | None]
+Main = Callable[..., dict[str, Any] | None]
 
 
-def run(main: Main | dict[str, Main]) -> None:
+def run(main: Main | dict[str, Main], words: bool = False) -> None:
   """Runs a command and exits.
 
   Prints the result of `main` as one JSON object on the last line of stdout.
@@ -33,6 +33,8 @@ def run(main: Main | dict[str, Main]) -> None:
   Args:
     main: the command, which reads its flags; or commands by the word that
       chooses one of them, `python -m mocov3_jax.benchmark input`.
+    words: whether the command is given, as its one argument, the words that
+      are no flags.
   """
   _quieten()
   try:
@@ -40,14 +42,14 @@ def run(main: Main | dict[str, Main]) -> None:
       print(sys.modules['__main__'].__doc__)
       print(flags.FLAGS.main_module_help())
       return
-    words = _parse_flags(sys.argv)
+    given = _parse_flags(sys.argv)
     if isinstance(main, dict):
-      main = main[_choose(words, main)]
-    elif words:
+      main = main[_choose(given, main)]
+    elif given and not words:
       raise UserError(
-          f'unexpected argument {words[0]!r}. Allowed: flags, as --name=value.'
+          f'unexpected argument {given[0]!r}. Allowed: flags, as --name=value.'
       )
-    result = main()
+    result = main(given) if words else main()
     if result is not None:  # One process of several speaks for all.
       print(json.dumps(result), flush=True)
   except UserError as e:

@@ -26,6 +26,9 @@ class Run:
     status: see `status`.
     result: of result.json; empty until the run is done.
     evaluations: the lines of results.jsonl, in the order they were made.
+    data: of data.json: 'images' and 'classes' of the training set.
+    environment: of environment.json: versions and devices; empty where the
+      run recorded none.
   """
 
   folder: epath.Path
@@ -34,6 +37,8 @@ class Run:
   status: str
   result: dict[str, Any]
   evaluations: list[dict[str, Any]]
+  data: dict[str, Any] = dataclasses.field(default_factory=dict)
+  environment: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
 def read(folder: epath.Path) -> Run:
@@ -43,15 +48,27 @@ def read(folder: epath.Path) -> Run:
     UserError: if the folder is not the workdir of a pre-training run.
   """
   config = workdir_lib.read_training_config(folder).to_dict()
-  result = folder / 'result.json'
   return Run(
       folder=folder,
       config=checks.flatten(config),
       rows=metrics.read_metrics(folder / 'metrics.jsonl'),
       status=status(folder),
-      result=json.loads(result.read_text()) if result.exists() else {},
+      result=_object(folder / 'result.json'),
       evaluations=metrics.read_metrics(folder / 'results.jsonl'),
+      data=_object(folder / 'data.json'),
+      environment=_object(folder / 'environment.json'),
   )
+
+
+def _object(path: epath.Path) -> dict[str, Any]:
+  if not path.exists():
+    return {}
+  try:
+    return json.loads(path.read_text())
+  except ValueError as e:
+    raise UserError(
+        f'{path} is damaged: {e}. Allowed: the JSON object that a run wrote.'
+    ) from e
 
 
 def status(folder: epath.Path) -> str:

@@ -11,7 +11,7 @@ from mocov3_jax import checks
 from mocov3_jax import workdir as workdir_lib
 from mocov3_jax.errors import UserError
 from mocov3_jax.tools import runs
-from mocov3_jax.tools.sweep_grid import Grid, Point
+from mocov3_jax.tools.sweeps.grid import Grid, Point
 
 
 def check(path: str, grid: Grid, points: Sequence[Point]) -> None:

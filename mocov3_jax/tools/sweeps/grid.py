@@ -15,7 +15,7 @@ from ml_collections import ConfigDict, config_flags
 
 from mocov3_jax import checks
 from mocov3_jax.errors import UserError
-from mocov3_jax.tools import sweep_table
+from mocov3_jax.tools.sweeps import table as sweep_table
 
 SEED = 'seed'
 # A folder's name may have 255 bytes; checkpoints and such add nothing to it.

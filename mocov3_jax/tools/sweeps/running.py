@@ -17,7 +17,8 @@ from typing import Any
 from etils import epath
 
 from mocov3_jax.errors import Preempted
-from mocov3_jax.tools import cli, runs, sweep_table
+from mocov3_jax.tools import cli, runs
+from mocov3_jax.tools.sweeps import table as sweep_table
 
 # Seconds between two looks at runs that other processes hold.
 POLL = 5.0

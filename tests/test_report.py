@@ -1,0 +1,346 @@
+"""What a report says of runs, and that it says it in one safe page."""
+
+import csv
+import dataclasses
+import html
+import io
+import json
+import math
+import re
+
+from etils import epath
+import fake_runs
+from hypothesis import given
+from hypothesis import strategies as st
+import numpy as np
+from PIL import Image
+import pytest
+import tiny
+
+from mocov3_jax import config as config_lib
+from mocov3_jax import report, workdir
+from mocov3_jax.errors import UserError
+from mocov3_jax.tools import runs
+from mocov3_jax.tools.reports import curves as report_curves
+from mocov3_jax.tools.reports import data as report_data
+from mocov3_jax.tools.reports import page as report_page
+from mocov3_jax.tools.reports import tables as report_tables
+from mocov3_jax.tools.reports import words as report_words
+
+LIMIT = 5_000_000
+ODD = '<b>&"\'$x$ %{y} <script><i>'
+
+
+@pytest.fixture(scope='module')
+def sweep(tmp_path_factory):
+  return fake_runs.sweep(tmp_path_factory.mktemp('report') / 'sweep')
+
+
+@pytest.fixture(scope='module')
+def made(sweep):
+  return report_data.make(runs.find([str(sweep)]))
+
+
+@pytest.fixture(scope='module')
+def page(made):
+  return report_page.page(made, '2026-01-01')
+
+
+def one(folder, **options):
+  """The report of a single run of these rows."""
+  lines = fake_runs.rows(**options)
+  fake_runs.write(folder, lines, done='diverge_at' not in options)
+  return report_data.make(runs.find([str(folder)]))
+
+
+def charts(page):
+  found = re.search(r'type="application/json" id="charts">(.*?)</script>', page)
+  return json.loads(found[1])
+
+
+def plain(page):
+  """The page without its script and data."""
+  return re.sub(r'<(script|style).*?</\1>', '', page, flags=re.DOTALL)
+
+
+def test_the_page_is_small_and_loads_nothing(page):
+  assert len(page.encode()) < LIMIT
+  assert not re.search(r'(src|href|action)\s*=\s*["\']?\s*(https?:)?//', page)
+  assert not re.search(r'@import|url\(|<link [^>]*stylesheet', page)
+  assert "default-src 'none'" in page
+
+
+def test_each_run_and_its_status_are_in_the_table(made, page):
+  table = plain(page)
+  assert len(made.shown) == 12
+  for item, row in zip(made.shown, report_data.table(made), strict=True):
+    line = re.search(rf'<tr><th[^>]*>(?:(?!</tr>).)*{item.name}.*', table)[0]
+    assert row['status'] in line
+    assert report_words.percent(row['knn/top1']) in line
+  assert table.count('type="checkbox"') == 12
+
+
+def test_the_verdict_counts_what_was_planted(made):
+  text = report_words.verdict(made).replace('\u00a0', ' ')
+  assert '12 runs: 11 done, 1 diverged (lr0.03_learned_1).' in text
+  assert '4 of 12 have dips' in text
+  assert '16 gradient spikes; 8 of 8 events' in text
+  assert 'begin in the patch projection, 3 steps before the last' in text
+
+
+def test_seeds_are_averaged_setting_by_setting(page):
+  assert 'knn, mean' in page and 'linear, mean' in page
+  sweep = charts(page)['sweep']
+  means = [t for t in sweep['data'] if t['mode'] == 'lines+markers']
+  assert [t['name'] for t in means] == [
+      'patch_embed frozen: mean', 'patch_embed learned: mean'
+  ]
+  assert all(t['x'] == [0.001, 0.01, 0.03] for t in means)
+  assert sweep['layout']['xaxis']['type'] == 'log'
+  assert len(sweep['data']) == 2 + 12
+
+
+def test_every_kind_of_chart_is_there_with_its_marks(page):
+  found = charts(page)
+  assert set(found) == {
+      'sweep', 'knn', 'loss', 'spread', 'gradients', 'lr', 'rate'
+  }
+  marks = [t for t in found['knn']['data'] if t['name'].endswith(': dips')]
+  assert sum(len(t['x']) for t in marks) == 8
+  assert any(t['name'] == 'chance, 10.0\u00a0%' for t in found['knn']['data'])
+  marks = [t for t in found['gradients']['data'] if 'spikes' in t['name']]
+  assert sorted({x for t in marks for x in t['x']}) == [190, 193, 300, 303]
+
+
+def test_seeds_share_a_look_and_learned_ones_another_dash(made):
+  look = {item.name: (item.color, item.dash) for item in made.shown}
+  assert look['lr0.01_learned_0'] == look['lr0.01_learned_1']
+  assert look['lr0.01_learned_0'][0] == look['lr0.01_frozen_0'][0]
+  assert look['lr0.01_learned_0'][1] != look['lr0.01_frozen_0'][1]
+  assert len(set(look.values())) == 6
+
+
+def test_names_are_shown_and_not_obeyed(tmp_path):
+  lines = fake_runs.rows(60)
+  for name in ODD, 'plain':
+    fake_runs.write(
+        tmp_path / name, lines, environment={'jax': ODD},
+        **{'data.source': f'folder:{name}'},
+    )
+  made = report_data.make(runs.find([str(tmp_path)]))
+  page = report_page.page(made, '2026-01-01')
+  assert ODD not in page and html.escape(ODD) in page
+  assert charts(page)['knn']['data'][0]['name'] == ODD
+  assert page.count('</script>') == 3
+  assert report_figure_size(report.report_figure.png(made))[0] == 1600
+
+
+def test_names_that_are_no_text_are_shown_with_question_marks(tmp_path):
+  folder = tmp_path / 'run\udce9\n模型'
+  made = one(folder, steps=40)
+  assert made.shown[0].name == 'run??模型'
+  assert 'run??模型' in report_page.page(made, '')
+  assert report_figure_size(report.report_figure.png(made))[0] == 1600
+
+
+def test_json_cannot_end_its_script():
+  value = {'a</script><!--': ['&', '\u2028', '<b>']}
+  text = report_page.embedded(value)
+  assert not set('<>&') & set(text) and json.loads(text) == value
+  with pytest.raises(ValueError):
+    report_page.embedded([math.nan])
+
+
+@given(
+    st.lists(st.floats(-1e30, 1e30), min_size=1, max_size=400),
+    st.integers(4, 60),
+)
+def test_thinning_keeps_the_ends_and_extremes(values, limit):
+  values = np.array(values)
+  steps = np.arange(len(values)) * 3
+  x, y = report_curves.thin(steps, values, limit)
+  assert len(x) == len(y) <= max(limit, 0) or len(values) <= limit
+  assert x[0] == 0 and x[-1] == steps[-1]
+  assert y.min() == values.min() and y.max() == values.max()
+  assert (np.diff(x) > 0).all() and (values[x // 3] == y).all()
+
+
+def test_a_spike_in_a_hundred_thousand_steps_is_still_drawn():
+  values = np.ones(100_000)
+  values[77_777] = 9.0
+  x, y = report_curves.thin(np.arange(100_000), values, 40)
+  assert len(x) <= 40 and y[x == 77_777] == [9.0]
+
+
+def test_gradients_are_relative_to_their_own_running_median():
+  level = np.geomspace(1.0, 100.0, 5000)
+  level[2500] *= 8
+  ratio = report_curves.relative(level)
+  assert ratio[2500] == pytest.approx(8, rel=0.05)
+  assert np.delete(ratio, 2500)[200:-200] == pytest.approx(1, rel=0.05)
+
+
+def test_the_csv_has_the_facts_of_the_table(made):
+  text = report.as_csv(made)
+  assert '\r\n' in text
+  read = list(csv.DictReader(io.StringIO(text, newline='')))
+  rows = report_data.table(made)
+  assert list(read[0])[:4] == [
+      'run', 'model.patch_embed', 'optimizer.lr_per_256', 'seed'
+  ]
+  assert len(read) == len(rows) == 12
+  for line, row in zip(read, rows, strict=True):
+    for key, value in line.items():
+      assert value == (str(row[key]) if key in row else '')
+
+
+def report_figure_size(content):
+  image = Image.open(io.BytesIO(content))
+  image.load()
+  return image.size
+
+
+def test_the_figure_has_a_row_for_each_of_the_most_unstable_runs(made):
+  width, height = report_figure_size(report.report_figure.png(made))
+  assert width == 1600 and height == 100 * (4.6 + 4 * 2.5)
+
+
+def test_the_same_runs_give_the_same_bytes(made, page):
+  assert report_page.page(made, '2026-01-01') == page
+  figure = report.report_figure.png
+  assert figure(made) == figure(made)
+
+
+@pytest.mark.parametrize('kind', report.FORMATS)
+def test_the_suffix_says_the_format(sweep, tmp_path, kind):
+  out = tmp_path / f'r.{kind.upper()}'
+  told = []
+  result = report.report([str(sweep)], str(out), note=told.append)
+  assert result == {
+      'out': str(out), 'runs': 12, 'diverged': 1, 'dips': 8, 'spikes': 16,
+      'bytes': out.stat().st_size,
+  }
+  assert told and list(tmp_path.iterdir()) == [out]
+
+
+def test_a_run_without_labels_shows_its_rank_instead(tmp_path):
+  page = report_page.page(one(tmp_path / 'run', labels=False), '')
+  assert {'rank', 'loss'} <= set(charts(page)) and 'knn' not in charts(page)
+  assert 'No kNN accuracy was logged' in page
+
+
+def test_a_run_that_diverged_is_drawn_up_to_there(tmp_path):
+  made = one(tmp_path / 'run', diverge_at=305)
+  loss = charts(report_page.page(made, ''))['loss']['data'][0]
+  assert loss['x'][-1] == 304 and None not in loss['y']
+  assert 'The run diverged.' in report_words.verdict(made)
+  assert report_figure_size(report.report_figure.png(made))[0] == 1600
+
+
+def test_a_run_that_has_just_begun_has_a_report(tmp_path):
+  folder = fake_runs.write(tmp_path / 'run', [], done=False)
+  (folder / 'data.json').unlink()
+  made = report_data.make(runs.find([str(folder)]))
+  page = report_page.page(made, '')
+  assert charts(page) == {} and 'stopped' in page
+  assert report_figure_size(report.report_figure.png(made))[0] == 1600
+  assert len(report.as_csv(made).splitlines()) == 2
+
+
+def test_a_frozen_projection_has_no_curve_of_gradients(tmp_path):
+  page = report_page.page(one(tmp_path / 'run', frozen=True), '')
+  names = [t['name'] for t in charts(page)['gradients']['data']]
+  assert names == ['block 1', 'last block']
+
+
+def test_one_run_alone_needs_no_comparison(tmp_path):
+  made = one(tmp_path / 'run', spike_at=(300,), dip_at=(310,))
+  page = report_page.page(made, '')
+  assert 'Settings' not in plain(page) and 'Fields that differ' not in page
+  text = report_words.verdict(made)
+  assert text.startswith('The run is done. Its last kNN accuracy is ')
+  assert '1 dip in kNN accuracy' in text and '1 of 1 event' in text
+
+
+def test_where_runs_ran_is_told_or_said_to_be_unknown(tmp_path, page):
+  assert '<td class="wrap">0.10.2</td>' in page
+  assert 'Not recorded.' in report_page.page(one(tmp_path / 'run'), '')
+
+
+def test_heads_keep_the_group_where_the_name_alone_is_not_clear():
+  fields = ['augment.view1.hue', 'augment.view2.hue', 'optimizer.name']
+  assert report_data.short(fields) == [*fields[:2], 'name']
+
+
+def test_many_long_runs_still_make_a_small_page(tmp_path):
+  layers = [f'block_{i}' for i in range(4)]
+  made = one(tmp_path / 'run', steps=5000, layers=layers, spike_at=(2000,))
+  item = made.shown[0]
+  # 100,000 steps, of few that are made.
+  long = {
+      name: (np.arange(20 * len(steps)), np.tile(values, 20))
+      for name, (steps, values) in item.curves.items()
+  }
+  assert len(long['train/loss'][0]) == 100_000
+  many = report_data.Report(
+      [
+          dataclasses.replace(item, name=f'run_{n:020}', curves=long)
+          for n in range(50)
+      ], {'seed': list(range(50))}, [],
+  )
+  page = report_page.page(many, '')
+  assert len(page.encode()) < LIMIT
+  assert len(charts(page)['gradients']['data']) >= 50 * len(layers)
+
+
+def test_an_evaluation_is_no_run(tmp_path):
+  config = workdir.to_json(config_lib.default_config()) | {'protocol': 'knn'}
+  (tmp_path / 'config.json').write_text(json.dumps(config))
+  with pytest.raises(UserError, match='evaluation'):
+    report.report([str(tmp_path)], str(tmp_path / 'r.html'))
+  assert not (tmp_path / 'r.html').exists()
+
+
+def test_the_command_prints_one_object_and_its_progress(sweep, tmp_path):
+  out = tmp_path / 'r.csv'
+  code, told, progress = tiny.run('report', str(sweep), f'--out={out}')
+  assert code == 0, progress
+  assert json.loads(told.splitlines()[-1])['runs'] == 12
+  assert '12 run(s) read' in progress and out.exists()
+
+
+def test_static_files_are_part_of_the_package():
+  text = epath.Path(tiny.ROOT / 'pyproject.toml').read_text()
+  for kind in 'css', 'html', 'js':
+    assert (report_page.HERE / f'page.{kind}').exists()
+    assert f'"*.{kind}"' in text
+
+
+def luminance(color):
+  parts = [int(color[i:i + 2], 16) / 255 for i in (1, 3, 5)]
+  linear = [
+      x / 12.92 if x <= 0.03928 else ((x + 0.055) / 1.055) ** 2.4
+      for x in parts
+  ]
+  return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+
+def contrast(one, other):
+  low, high = sorted([luminance(one), luminance(other)])
+  return (high + 0.05) / (low + 0.05)
+
+
+@pytest.mark.parametrize('theme', [0, 1], ids=['light', 'dark'])
+def test_text_and_curves_stand_out_in_both_themes(theme):
+  css = (report_page.HERE / 'page.css').read_text()
+  block = css.split(':root')[1 + theme]
+  known = dict(re.findall(r'--(\w+): (#\w{6})', block))
+  for name in 'text', 'soft', 'good', 'bad', 'busy', 'accent':
+    for behind in 'page', 'head':
+      assert contrast(known[name], known[behind]) >= 4.5, name
+  for color in report_data.COLORS:
+    assert contrast(color, known['page']) >= 3, color
+
+
+def test_a_table_scrolls_in_its_own_box(made):
+  assert report_tables.runs(made).count('class="scroll" tabindex="0"') == 1
