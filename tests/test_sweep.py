@@ -587,7 +587,7 @@ def test_a_run_is_stopped_when_its_sweep_is_killed(tmp_path):
   process = subprocess.Popen(
       [sys.executable, '-c', (
           'import sys\n'
-          'from mocov3_jax.tools import sweeping\n'
+          'from mocov3_jax.tools.sweeps import running as sweeping\n'
           'with sweeping.Children() as children:\n'
           f'  children.start([sys.executable, "-c", {run!r}])\n'
       )], cwd=tiny.ROOT, stderr=subprocess.PIPE, text=True,
