@@ -344,3 +344,18 @@ def test_text_and_curves_stand_out_in_both_themes(theme):
 
 def test_a_table_scrolls_in_its_own_box(made):
   assert report_tables.runs(made).count('class="scroll" tabindex="0"') == 1
+
+
+@pytest.mark.parametrize('classes, drawn', [(10, True), (None, False)])
+def test_a_level_that_would_flatten_the_curves_is_not_drawn(
+    tmp_path, classes, drawn
+):
+  made = one(tmp_path / 'run')
+  chance = 1 / classes if classes else -5.0  # Below 0.3 by 9 times the range.
+  run = made.shown[0].run
+  shown = dataclasses.replace(
+      made.shown[0],
+      run=dataclasses.replace(run, data={'images': 9, 'classes': 1 / chance}),
+  )
+  found = report_data.chances(dataclasses.replace(made, shown=[shown]))
+  assert found == [chance if drawn else None]

@@ -77,7 +77,7 @@ def _knn(report: Report, limit: int) -> Chart:
         [_describe(dip) for dip in dips], 'triangle-down', item.color,
     )
   _add_levels(
-      chart, report, [item.chance for item in report.shown], data_lib.KNN,
+      chart, report, data_lib.chances(report), data_lib.KNN,
       lambda level: f'chance, {words.percent(level)}',
   )
   return chart

@@ -155,6 +155,22 @@ def _styles(
   return styles
 
 
+def chances(report: Report) -> list[float | None]:
+  """The accuracy of guessing, of each run, if it is to be drawn.
+
+  None where it is not known, or so far below the curves (digits: 10 % and 83 to
+  97 %) that they would be a flat line beside it.
+  """
+  values = [value for item in report.shown for value in item.curve(KNN)[1]]
+  if not values:
+    return [None] * len(report.shown)
+  least = min(values) - 2 * (max(values) - min(values))
+  return [
+      chance if chance is not None and chance > least else None
+      for chance in (item.chance for item in report.shown)
+  ]
+
+
 def layer_name(layer: str) -> str:
   """In words."""
   return LAYERS[layer] if layer in LAYERS else layer.replace('_', ' ')

@@ -130,16 +130,13 @@ def _level(axes: Any, level: float | None) -> None:
 
 def _knn(axes: Any, report: Report) -> None:
   _curves(axes, report, data_lib.KNN)
-  chances = {
-      item.chance for item in report.shown if len(item.curve(data_lib.KNN)[0])
-  }
   for item in report.shown:
     lows = [dip.low for dip in item.analysis.dips]
     axes.plot(
         lows, report_curves.at(item.curve(data_lib.KNN), lows), 'v',
         color=item.color, ms=8, mec='white', ls='none',
     )
-  for chance in chances:
+  for chance in set(data_lib.chances(report)):
     _level(axes, chance)
   axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
   axes.set_title('kNN accuracy (triangles: dips)')
