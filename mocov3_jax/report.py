@@ -63,8 +63,8 @@ def report(
         'that exists.'
     )
   found = runs.find(paths)
-  note(f'{len(found)} run(s) read; looking for dips and spikes')
-  made = data_lib.make(found)
+  note(f'{len(found)} run(s); looking for dips and spikes')
+  made = data_lib.make(map(runs.read, found))
   note(f'writing {path}')
   date = date or datetime.date.today().isoformat()
   content = {

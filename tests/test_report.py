@@ -38,7 +38,7 @@ def sweep(tmp_path_factory):
 
 @pytest.fixture(scope='module')
 def made(sweep):
-  return report_data.make(runs.find([str(sweep)]))
+  return report_data.make(map(runs.read, runs.find([str(sweep)])))
 
 
 @pytest.fixture(scope='module')
@@ -50,7 +50,7 @@ def one(folder, **options):
   """The report of a single run of these rows."""
   lines = fake_runs.rows(**options)
   fake_runs.write(folder, lines, done='diverge_at' not in options)
-  return report_data.make(runs.find([str(folder)]))
+  return report_data.make(map(runs.read, runs.find([str(folder)])))
 
 
 def charts(page):
@@ -127,7 +127,7 @@ def test_names_are_shown_and_not_obeyed(tmp_path):
         tmp_path / name, lines, environment={'jax': ODD},
         **{'data.source': f'folder:{name}'},
     )
-  made = report_data.make(runs.find([str(tmp_path)]))
+  made = report_data.make(map(runs.read, runs.find([str(tmp_path)])))
   page = report_page.page(made, '2026-01-01')
   assert ODD not in page and html.escape(ODD) in page
   assert charts(page)['knn']['data'][0]['name'] == ODD
@@ -240,7 +240,7 @@ def test_a_run_that_diverged_is_drawn_up_to_there(tmp_path):
 def test_a_run_that_has_just_begun_has_a_report(tmp_path):
   folder = fake_runs.write(tmp_path / 'run', [], done=False)
   (folder / 'data.json').unlink()
-  made = report_data.make(runs.find([str(folder)]))
+  made = report_data.make(map(runs.read, runs.find([str(folder)])))
   page = report_page.page(made, '')
   assert charts(page) == {} and 'stopped' in page
   assert report_figure_size(report.report_figure.png(made))[0] == 1600
@@ -306,7 +306,7 @@ def test_the_command_prints_one_object_and_its_progress(sweep, tmp_path):
   code, told, progress = tiny.run('report', str(sweep), f'--out={out}')
   assert code == 0, progress
   assert json.loads(told.splitlines()[-1])['runs'] == 12
-  assert '12 run(s) read' in progress and out.exists()
+  assert '12 run(s); ' in progress and out.exists()
 
 
 def test_static_files_are_part_of_the_package():

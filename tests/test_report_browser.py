@@ -45,7 +45,7 @@ def page(tmp_path_factory):
     fake_runs.write(sweep / name, lines, **{
         'optimizer.lr_per_256': 0.01, 'data.source': 'folder:/' + 90 * 'y',
     })
-  made = report_data.make(runs.find([str(sweep)]))
+  made = report_data.make(map(runs.read, runs.find([str(sweep)])))
   path = root / 'report.html'
   path.write_text(report_page.page(made, '2026-01-01'))
   return path.as_uri()

@@ -102,18 +102,19 @@ def in_use(folder: epath.Path) -> bool:
   return False
 
 
-def find(paths: Iterable[str]) -> list[Run]:
-  """Reads runs: workdirs, or folders of them (a sweep), in order.
+def find(paths: Iterable[str]) -> list[epath.Path]:
+  """Finds runs: workdirs, or folders of them (a sweep), in order.
+
+  Returns:
+    Their workdirs, each once.
 
   Raises:
-    UserError: for a path that is neither, or that cannot be read.
+    UserError: for a path that is neither.
   """
-  found = {}
-  for path in paths:
-    folder = workdir_lib.absolute(path)
-    for run in sorted(_folders(path, folder)):
-      found[run] = read(run)
-  return list(found.values())
+  return list(dict.fromkeys(
+      run for path in paths
+      for run in sorted(_folders(path, workdir_lib.absolute(path)))
+  ))
 
 
 def _folders(path: str, folder: epath.Path) -> Iterator[epath.Path]:

@@ -45,7 +45,7 @@ class Shown:
 
   Attributes:
     name: short, and different for each run of the report.
-    run: as read.
+    run: as read, but of its rows the last alone.
     analysis: what was unstable in it.
     color, dash: of its curves; of COLORS and DASHES.
     curves: the finite values of each metric.
@@ -101,8 +101,17 @@ class Report:
   grid: list[str]
 
 
-def make(runs: Sequence[runs_lib.Run]) -> Report:
-  """Analyses runs, names them, and gives them colours."""
+def make(read: Iterable[runs_lib.Run]) -> Report:
+  """Analyses runs, names them, and gives them colours.
+
+  Args:
+    read: the runs. Their rows, which are large as dicts, are let go one run
+      after another, but for the last row.
+  """
+  runs, found = [], []
+  for run in read:
+    found.append((stability.analyse(run.rows), report_curves.read(run.rows)))
+    runs.append(dataclasses.replace(run, rows=run.rows[-1:]))
   fields = runs_lib.differing(runs)
   grid = [
       field for field in fields
@@ -112,11 +121,10 @@ def make(runs: Sequence[runs_lib.Run]) -> Report:
   styles = _styles(runs, names, grid)
   return Report(
       [
-          Shown(
-              name, run, stability.analyse(run.rows), *style,
-              report_curves.read(run.rows),
+          Shown(name, run, analysis, *style, curves)
+          for name, run, style, (analysis, curves) in zip(
+              names, runs, styles, found, strict=True
           )
-          for name, run, style in zip(names, runs, styles, strict=True)
       ],
       fields, grid,
   )
