@@ -35,6 +35,7 @@ def get_config(objective='moco_v3'):
     c.head.projector_out_bn = c.head.predictor_out_bn = False
   if objective == 'swav':
     c.head.projector_out_bn = c.head.hidden_bn = False
+    c.head.predictor_layers = 0
     c.head.prototypes = 100
     c.objective.temperature = 0.1
   c.batch_size = 256

@@ -92,6 +92,11 @@ def validate(config: ConfigDict, device_count: int) -> None:
       f'above 0 with objective.name=swav, else 0; it is {name!r}',
   )
   _require(
+      'head.predictor_layers', config,
+      lambda v: v == 0 or not config.head.prototypes,
+      '0 with head.prototypes, which take their place',
+  )
+  _require(
       'objective.queue', config, lambda v: v == 0 or name == 'moco_v3',
       f'0, but with objective.name=moco_v3; it is {name!r}',
   )

@@ -217,8 +217,8 @@ def _optimizer() -> ConfigDict:
   c.b1 = 0.9
   c.b2 = 0.999
   c.eps = 1e-8
-  # With model.patch_embed=clipped: largest L2 norm of the gradient of the
-  # patch projection. [P] s4.2: "sufficiently small", without a number.
+  # With model.patch_embed=clipped: largest L2 norm of that gradient. [P] s4.2
+  # has no number. AdamW divides a factor out: it evens out spikes, no more.
   c.patch_embed_clip = 1e-2
   # LARS: heavy-ball momentum and trust coefficient. [R].
   c.momentum = 0.9

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 import contextlib
 import json
+import os
 import sys
 import time
 from typing import Any, TextIO
@@ -13,6 +14,8 @@ from tensorboardX import SummaryWriter
 from mocov3_jax import workdir as workdir_lib
 
 Values = dict[str, float]
+# Bytes of a row of metrics.jsonl, at most.
+LONGEST_ROW = 2**16
 
 
 def read_metrics(path: epath.Path) -> list[dict[str, Any]]:
@@ -30,6 +33,21 @@ def read_metrics(path: epath.Path) -> list[dict[str, Any]]:
     except json.JSONDecodeError:
       break
   return rows
+
+
+def read_last(path: epath.Path) -> dict[str, Any]:
+  """The last row of a metrics.jsonl alone; empty if there is none."""
+  if not path.exists():
+    return {}
+  with open(path, 'rb') as file:
+    file.seek(max(0, os.fstat(file.fileno()).st_size - LONGEST_ROW))
+    lines = file.read().decode(errors='replace').splitlines()
+  for line in reversed(lines):
+    try:
+      return json.loads(line)
+    except json.JSONDecodeError:
+      continue  # Cut off by a kill, or by the place where reading began.
+  return {}
 
 
 class MetricWriter:

@@ -21,8 +21,8 @@ GRADIENTS = 'grad_max/'  # The names of the curves to look for spikes in.
 FIRST_LAYER = 'grad_max/patch_embed'
 
 # Of train/feature_std: the spacing of bfloat16 numbers below 1. In that
-# arithmetic nothing is left to tell images apart. Not higher: of images that
-# look alike, features with a spread of 0.02 can still give a kNN of 0.9.
+# arithmetic nothing is left to tell images apart. Not higher: images that look
+# alike have features that do (docs/what-normal-looks-like.md).
 COLLAPSED_STD = 2.0**-8
 # A loss this near (as a share of chance) to that of equal embeddings, or not
 # even this far below chance, is the same.
@@ -33,6 +33,8 @@ LASTING_ROWS = 20
 # run, a third.
 STUCK_STEPS = 1000
 
+# Steps from row to row, at most, to tell a lag of 20 ([P] Fig. 4).
+COARSEST = 5
 # Steps for which Watch does not repeat itself: one event spans fewer.
 SILENCE = 200
 
@@ -134,33 +136,6 @@ class Analysis:
   stuck: int | None
   diverged: int | None
 
-  def describe(self) -> str:
-    """Says it in a few plain sentences."""
-    parts = []
-    if self.dips:
-      deepest = max(self.dips, key=lambda dip: dip.depth)
-      parts.append(
-          f'kNN dips: {len(self.dips)}, the deepest by {deepest.depth:.3f} at '
-          f'step {deepest.low}.'
-      )
-    counts = [f'{k} {len(those)}' for k, those in self.spikes.items() if those]
-    if counts:
-      parts.append(f'Gradient spikes: {", ".join(counts)}.')
-    if self.lead.first is not None:
-      lags = ', '.join(f'{k} {v:g}' for k, v in self.lead.lags.items())
-      parts.append(
-          f'First in {self.lead.led} of {self.lead.events} events: '
-          f'{self.lead.first}; steps to the others: {lags}.'
-      )
-    for step, text in (
-        (self.collapsed, 'Collapsed since'),
-        (self.stuck, 'Loss at its chance level since'),
-        (self.diverged, 'Diverged at'),
-    ):
-      if step is not None:
-        parts.append(f'{text} step {step}.')
-    return ' '.join(parts) or 'Stable: no kNN dip, no gradient spike.'
-
 
 def analyse(rows: Rows) -> Analysis:
   """Analyses a run: all rows of its metrics.jsonl, in order."""
@@ -171,9 +146,12 @@ def analyse(rows: Rows) -> Analysis:
       name.removeprefix(GRADIENTS): spikes(*series(rows, name))
       for name in names
   }
+  steps, _ = series(rows, FIRST_LAYER)
+  # Rows too far apart do not tell which layer was first.
+  coarse = len(steps) > 1 and np.median(np.diff(steps)) > COARSEST
   return Analysis(
-      dips(*series(rows, 'knn/top1')), found, lead(found), collapsed(rows),
-      stuck(rows), diverged(rows),
+      dips(*series(rows, 'knn/top1')), found, lead({} if coarse else found),
+      collapsed(rows), stuck(rows), diverged(rows),
   )
 
 
@@ -187,7 +165,7 @@ class Watch:
   def __init__(self):
     self._seen = {}  # Layer -> its last gradients; a ring, 0 = none yet.
     self._places = collections.Counter()  # Of a ring: values so far.
-    self._crossed = {}  # Layer -> step at which it was last in a spike.
+    self._crossed = {}  # Layer -> how manieth value was last in a spike.
     self._knn = collections.deque(maxlen=curves.WINDOW)
     self._dip_said = -math.inf  # Step of the last warning of one.
     self._first_learns = False
@@ -233,9 +211,9 @@ class Watch:
       self._places[layer] += 1
       if ratio:
         last = self._crossed.pop(layer, -math.inf)
-        if step - last > curves.SPIKE_GAP:
+        if self._places[layer] - last > curves.SPIKE_GAP:
           beginning[layer] = ratio
-        self._crossed[layer] = step
+        self._crossed[layer] = self._places[layer]
     if FIRST_LAYER in values:
       self._first_learns = values[FIRST_LAYER] > 0
     if not beginning:

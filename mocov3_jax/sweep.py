@@ -137,7 +137,7 @@ def summarise(
   for point in points:
     folder = workdir_lib.absolute(path) / point.name
     if (folder / 'config.json').exists():
-      found.append(runs.read(folder))
+      found.append(runs.read(folder, rows=False))
     else:  # It failed before it began.
       c = checks.flatten(workdir_lib.to_json(point.config))
       found.append(runs.Run(folder, c, [], 'absent', {}, []))
@@ -187,7 +187,7 @@ def sweep(
   return {
       'workdir': str(workdir_lib.absolute(path)), 'runs': len(found),
       'done': statuses.count('done'), 'diverged': statuses.count('diverged'),
-      'failed': len(failed), 'table': rows,
+      'table': rows,
   }
 
 

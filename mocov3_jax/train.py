@@ -147,14 +147,15 @@ def compile_functions(
 
 
 def load_source(config: ConfigDict, cache: Any = None) -> sources.Splits:
-  """Opens the data, and checks that the normalisation fits its channels.
+  """Opens the data, and checks that the config fits it.
 
   Args:
     config: of the run.
     cache: where listings of image folders are kept; None = nowhere.
 
   Raises:
-    UserError: for an unknown source, or the wrong number of channels.
+    UserError: for an unknown source, the wrong number of channels, or a
+      monitor that needs labels where there are none.
   """
   splits = catalog.load(config.data.source, config.data.labels, cache)
   channels = sources.channels(splits.train)
@@ -163,6 +164,11 @@ def load_source(config: ConfigDict, cache: Any = None) -> sources.Splits:
         f'data.mean={config.data.mean} has {len(config.data.mean)} values, but '
         f'data.source={config.data.source!r} has {channels} channels. Allowed: '
         f'one a channel.'
+    )
+  if config.knn.queue_share and splits.test is None:
+    raise UserError(
+        f'knn.queue_share={config.knn.queue_share} needs labels, and '
+        f'data.source={config.data.source!r} has none. Allowed: 0.'
     )
   return splits
 
@@ -184,11 +190,6 @@ def build_monitor(
 ):
   """Returns the evaluator between steps: kNN, or, without labels, others."""
   if splits.test is None:
-    if config.knn.queue_share:
-      raise UserError(
-          f'knn.queue_share={config.knn.queue_share} needs labels, and '
-          f'data.source={config.data.source!r} has none. Allowed: 0.'
-      )
     _, key = run_keys(config.seed)
     return label_free.build(method.model, method.augment, mesh, reader, key)
   extract = features.extractor(

@@ -5,6 +5,7 @@ import contextlib
 import fcntl
 import json
 import os
+import time
 from typing import Any
 
 from etils import epath
@@ -16,8 +17,8 @@ from mocov3_jax.errors import UserError
 
 # What a command writes beside config.json, and must not write over.
 OUTPUTS = (
-    'bad_images.txt', 'checkpoints', 'data.json', 'metrics.jsonl',
-    'result.json', 'tensorboard',
+    'bad_images.txt', 'checkpoints', 'data.json', 'environment.json',
+    'metrics.jsonl', 'result.json', 'results.jsonl', 'tensorboard',
 )
 
 
@@ -123,13 +124,18 @@ def _check_unused(path: str, workdir: epath.Path) -> None:
 def _locked(path: str, workdir: epath.Path) -> Iterator[None]:
   # The kernel drops the lock with the process, however that ends.
   with open(workdir / '.lock', 'w') as file:
-    try:
-      fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as e:
-      raise UserError(
-          f'--workdir={path} is in use by another process. Allowed: to wait '
-          'until it ends, or another workdir.'
-      ) from e
+    for attempt in range(20):
+      try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        break
+      except BlockingIOError as e:
+        if attempt == 19:
+          raise UserError(
+              f'--workdir={path} is in use by another process. Allowed: to '
+              'wait until it ends, or another workdir.'
+          ) from e
+        # Somebody may be looking whether a run is going on, for a moment.
+        time.sleep(0.05)
     yield
 
 
@@ -176,6 +182,15 @@ def read_config(workdir: epath.Path) -> ConfigDict:
     ) from e
 
 
+def refuse_evaluation(config: ConfigDict, workdir: epath.Path) -> None:
+  """Raises UserError unless the config is that of a pre-training run."""
+  if 'protocol' in config:
+    raise UserError(
+        f'{workdir} is the workdir of an evaluation. Allowed: that of the '
+        'training run.'
+    )
+
+
 def read_training_config(workdir: epath.Path) -> ConfigDict:
   """Reads the config of the training run in `workdir`.
 
@@ -183,11 +198,7 @@ def read_training_config(workdir: epath.Path) -> ConfigDict:
     UserError: as `read_config`, or if it is not one of this version.
   """
   config = read_config(workdir)
-  if 'protocol' in config:
-    raise UserError(
-        f'{workdir} is the workdir of an evaluation. Allowed: that of the '
-        'training run.'
-    )
+  refuse_evaluation(config, workdir)
   try:
     checks.require_fields(config, config_lib.default_config())
   except UserError as e:

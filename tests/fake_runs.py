@@ -26,7 +26,7 @@ def rows(
       block come `lag` steps later.
     frozen: whether the patch projection is.
     labels: whether kNN is logged, or else the effective rank.
-    diverge_at: the step of the last row, with NaN.
+    diverge_at: the step of the last row, which says so.
     layers: others whose gradients are logged.
   """
   noise = np.random.default_rng(seed)
@@ -44,8 +44,7 @@ def rows(
       break
     row = _row(step, steps, noise, frozen, spike_at, lag, layers)
     if step == diverge_at:
-      broken = {'train/loss': math.nan, 'grad_norm/global': math.nan}
-      found += [row | broken, {'step': step, 'train/diverged': 1.0}]
+      found.append({'step': step, 'train/diverged': 1.0})
       break
     found.append(row)
   return found
@@ -105,6 +104,8 @@ def write(
   (folder / 'results.jsonl').write_text(_lines(
       {
           'protocol': protocol, f'{protocol}/top1': top1,
+          'checkpoint_step': lines[-1]['step'], 'encoder': 'query',
+          'settings': {'data': {'labels_per_class': 0}},
           'workdir': str(folder / f'eval_{protocol}'),
       } for protocol, top1 in evaluations
   ))

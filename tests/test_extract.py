@@ -5,7 +5,7 @@ import photos
 import pytest
 import tiny
 
-from mocov3_jax import extract, train
+from mocov3_jax import convert, extract, train
 from mocov3_jax.data import catalog
 from mocov3_jax.errors import UserError
 from mocov3_jax.tools import trained
@@ -108,3 +108,20 @@ def test_a_flat_folder_has_names_and_no_labels(tmp_path, capsys):
   )
   found = arrays(tmp_path / 'l.npz')
   assert len(found['labels']) == 30 and set(found['labels']) == {0, 1}
+
+
+@pytest.mark.parametrize('kind', ['batch_norm', 'weight_norm'])
+def test_a_normed_projection_is_used_like_any_other(kind, tmp_path):
+  config = tiny.config(**{
+      'schedule.steps': 2, 'schedule.warmup_epochs': 0.0,
+      'knn.every_steps': 0, 'model.patch_embed': kind,
+  })
+  train.train(config, str(tmp_path / 'run'))
+  extract.extract(str(tmp_path / 'run'), '', str(tmp_path / 'f.npz'))
+  found = arrays(tmp_path / 'f.npz')['features']
+  assert found.shape == (1797, 16) and np.all(np.isfinite(found))
+  # Only files of PyTorch have no names for it.
+  with pytest.raises(UserError, match=f'patch_embed={kind!r} has no place'):
+    convert.convert(
+        str(tmp_path / 'run'), str(tmp_path / 'x.pth'), 'query', None, 0, ()
+    )

@@ -109,6 +109,34 @@ def test_clipping_shortens_the_gradient_of_the_projection_alone():
     )
 
 
+def test_under_adam_a_limit_evens_out_spikes_and_a_tiny_one_freezes():
+  rng = np.random.default_rng(0)
+  start = {'backbone': {'patch_embed': {'kernel': jnp.zeros((8, 8))}}}
+  grads = rng.normal(size=(40, 8, 8)) / 8
+  c = config_lib.default_config().optimizer
+  c.weight_decay = 0.0
+
+  def way(limit, spike):
+    c.patch_embed_clip = limit
+    optimizer = optim.build(c, lambda step: 1e-2, False, True)
+    params, state = start, optimizer.init(start)
+    for i, g in enumerate(grads):
+      g = jnp.asarray(g * (spike if i == 20 else 1), jnp.float32)
+      updates, state = optimizer.update(
+          {'backbone': {'patch_embed': {'kernel': g}}}, state, params
+      )
+      params = optax.apply_updates(params, updates)
+    return np.asarray(params['backbone']['patch_embed']['kernel'])
+
+  free, spiked = way(1e9, 1), way(1e9, 30)
+  np.testing.assert_allclose(way(0.1, 30), way(0.1, 1), atol=1e-5)
+  assert np.linalg.norm(spiked - free) > 0.3 * np.linalg.norm(free)
+  # A factor common to all steps is divided out again, down to eps.
+  norm = np.linalg.norm
+  assert norm(way(1e-4, 1)) == pytest.approx(norm(free), rel=0.2)
+  assert norm(way(1e-10, 1)) < 0.02 * norm(free)
+
+
 def test_lamb_scales_adamws_update_to_the_size_of_each_tensor():
   c = config_lib.default_config().optimizer
   c.name = 'lamb'

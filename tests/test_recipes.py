@@ -4,11 +4,11 @@ import jax
 import numpy as np
 import photos
 import pytest
-from test_house_rules import RECIPES, recipe
+from test_house_rules import RECIPES, ROOT, recipe
 import tiny
 
+from mocov3_jax import checks, train
 from mocov3_jax import config as config_lib
-from mocov3_jax import train
 from mocov3_jax.tools import summary, weights
 from mocov3_jax.train_step import init_state
 
@@ -102,3 +102,19 @@ def test_an_epoch_count_that_is_no_row_is_named():
   )
   assert code == 2
   assert '100, 300, 800, 1000' in err
+
+
+def test_the_instability_recipe_is_that_of_digits_but_for_what_it_says():
+  flat = {
+      name: checks.flatten(loaded(ROOT / f'configs/{name}.py').to_dict())
+      for name in ('digits', 'digits_instability')
+  }
+  differ = {
+      field for field, value in flat['digits'].items()
+      if flat['digits_instability'][field] != value
+  }
+  assert differ == {
+      'model.patch_embed', 'optimizer.lr_per_256', 'optimizer.b2',
+      'schedule.epochs', 'schedule.warmup_epochs', 'knn.every_steps',
+      'log.blocks', 'save.every_steps',
+  }

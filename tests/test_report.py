@@ -159,7 +159,7 @@ def test_thinning_keeps_the_ends_and_extremes(values, limit):
   values = np.array(values)
   steps = np.arange(len(values)) * 3
   x, y = report_curves.thin(steps, values, limit)
-  assert len(x) == len(y) <= max(limit, 0) or len(values) <= limit
+  assert len(x) == len(y) == len(values) or len(x) <= limit < len(values)
   assert x[0] == 0 and x[-1] == steps[-1]
   assert y.min() == values.min() and y.max() == values.max()
   assert (np.diff(x) > 0).all() and (values[x // 3] == y).all()
@@ -192,6 +192,12 @@ def test_the_csv_has_the_facts_of_the_table(made):
   for line, row in zip(read, rows, strict=True):
     for key, value in line.items():
       assert value == (str(row[key]) if key in row else '')
+  # As they were planted.
+  wild, = (r for r in read if r['run'] == 'lr0.01_learned_0')
+  assert (wild['status'], wild['dips'], wild['spikes']) == ('done', '2', '4')
+  assert (wild['leader'], wild['leader_steps']) == ('patch_embed', '3.0')
+  calm, = (r for r in read if r['run'] == 'lr0.01_frozen_1')
+  assert (calm['dips'], calm['spikes'], calm['leader']) == ('0', '0', '')
 
 
 def report_figure_size(content):
@@ -346,16 +352,14 @@ def test_a_table_scrolls_in_its_own_box(made):
   assert report_tables.runs(made).count('class="scroll" tabindex="0"') == 1
 
 
-@pytest.mark.parametrize('classes, drawn', [(10, True), (None, False)])
+@pytest.mark.parametrize('lowest, drawn', [(0.83, False), (0.3, True)])
 def test_a_level_that_would_flatten_the_curves_is_not_drawn(
-    tmp_path, classes, drawn
+    tmp_path, lowest, drawn
 ):
-  made = one(tmp_path / 'run')
-  chance = 1 / classes if classes else -5.0  # Below 0.3 by 9 times the range.
-  run = made.shown[0].run
-  shown = dataclasses.replace(
-      made.shown[0],
-      run=dataclasses.replace(run, data={'images': 9, 'classes': 1 / chance}),
-  )
-  found = report_data.chances(dataclasses.replace(made, shown=[shown]))
-  assert found == [chance if drawn else None]
+  lines = [
+      {'step': 10 * i, 'knn/top1': float(value), 'knn/k': 20}
+      for i, value in enumerate(np.linspace(lowest, 0.97, 30))
+  ]
+  fake_runs.write(tmp_path / 'run', lines)
+  made = report_data.make(map(runs.read, runs.find([str(tmp_path / 'run')])))
+  assert report_data.chances(made) == [0.1 if drawn else None]

@@ -17,6 +17,10 @@ from mocov3_jax import config as config_lib
 STEPS = 60
 
 
+# The queue is a part of the state, too.
+CHANGES = {'schedule.steps': STEPS, 'objective.queue': 100}
+
+
 @pytest.fixture(scope='module', autouse=True)
 def compilation_cache(tmp_path_factory):
   """Lets the runs of this file share their compiled programs."""
@@ -29,14 +33,14 @@ def compilation_cache(tmp_path_factory):
 
 def arguments(workdir, **overrides):
   return [
-      *tiny.flags(**{'schedule.steps': STEPS, **overrides}),
+      *tiny.flags(**(CHANGES | overrides)),
       f'--workdir={workdir}',
   ]
 
 
 def final_state(workdir):
   """All arrays of the checkpoint after the last step."""
-  c = tiny.config(**{'schedule.steps': STEPS})
+  c = tiny.config(**CHANGES)
   plan = config_lib.plan(c, 1437)
   mesh = sharding.make_mesh(jax.devices()[:1])
   init, _ = train.compile_functions(c, train.build_method(c, plan), mesh)
@@ -92,13 +96,15 @@ def test_the_last_line_tells_the_results(straight):
 
 def test_the_same_line_again_changes_nothing(straight):
   workdir, result = straight
-  before = (workdir / 'metrics.jsonl').read_text()
+  kept = 'metrics.jsonl', 'result.json', 'environment.json'
+  before = {name: (workdir / name).read_text() for name in kept}
+  assert json.loads(before['result.json']) == result
   code, out, err = tiny.run('train', *arguments(workdir))
   assert code == 0, err
   again = json.loads(out.splitlines()[-1])
   assert again['knn/top1'] == result['knn/top1']
   assert again['knn/top1_init'] == result['knn/top1_init']
-  assert (workdir / 'metrics.jsonl').read_text() == before
+  assert before == {name: (workdir / name).read_text() for name in kept}
 
 
 @pytest.mark.parametrize('rows', [1, 35])

@@ -37,6 +37,7 @@ def run_steps(config, devices, steps=10):
 CALM = {
     'model.dim': 32, 'head.hidden_dim': 128, 'head.out_dim': 32,
     'optimizer.lr_per_256': 1e-3,
+    'objective.queue': 256,
 }
 
 

@@ -102,7 +102,11 @@ def play(command, folder, diverged=False):
   text = json.dumps(workdir_lib.to_json(config))
   (folder / 'config.json').write_text(text)
   if 'mocov3_jax.evaluate' in command:
-    result = {'protocol': 'linear', 'linear/top1': 0.75, 'workdir': str(folder)}
+    result = {
+        'protocol': 'linear', 'linear/top1': 0.75, 'workdir': str(folder),
+        'checkpoint_step': 4, 'encoder': 'query',
+        'settings': workdir_lib.to_json(config),
+    }
     with open(pathlib.Path(flag(command, 'config.checkpoint'))
               / 'results.jsonl', 'a') as file:
       file.write(json.dumps(result) + '\n')

@@ -5,8 +5,9 @@ projection, two crops of 224 pixels, no BatchNorm in the heads (appendix A).
 The paper gives neither learning rate nor weight decay for SwAV: here those of
 its BYOL row, 1e-4 per 256 images, and of its SimCLR row, 0.1. 3000 prototypes,
 temperature 0.1 and codes of epsilon 0.05 in 3 rounds, from SwAV's own paper
-(arXiv 2006.09882). Left out: its multi-crop, its queue, and holding the
-prototypes still during the first epoch.
+(arXiv 2006.09882). The projector is MoCo v3's (3 layers, 4096 wide, 256 out),
+and weight decay moves the prototypes as all else. Left out: SwAV's multi-crop,
+its queue, and holding the prototypes still during the first epoch.
 
 Command:
   python -m mocov3_jax.train --config=configs/imagenet/swav_vit_b16.py \\
@@ -25,6 +26,7 @@ def get_config(epochs='100'):
   c = default_config()
   c.objective.name = 'swav'
   c.objective.temperature = 0.1
+  c.head.predictor_layers = 0
   c.head.prototypes = 3000
   c.head.projector_out_bn = c.head.hidden_bn = False
   c.data.source = 'tfds:imagenet2012'

@@ -126,7 +126,7 @@ def build(
         f'micro_batch cannot be used with model.name={model.name!r}, '
         f'model.patch_embed={model.patch_embed!r}, model.mlp_norm='
         f'{model.mlp_norm!r}: its BatchNorms need the statistics of the whole '
-        'batch. Allowed: micro_batch=0, or a ViT with LayerNorm and patches.'
+        'batch. Allowed: micro_batch=0, or a trunk without BatchNorm.'
     )
   heads = functools.partial(
       MlpHead,

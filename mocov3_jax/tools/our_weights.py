@@ -103,6 +103,8 @@ def train_state(weights: Weights) -> tuple[TrainState | None, set[Path]]:
     keys = _keys(path)
     if keys[-1] in ('step', 'count'):
       return np.asarray(weights.step, leaf.dtype)
+    if keys[0] == 'past_keys':  # No file has them; zeros are none yet.
+      return np.zeros(leaf.shape, leaf.dtype)
     for slot in SLOTS:
       if keys[0] == 'opt_state' and slot in keys:
         keys = keys[keys.index(slot) :]

@@ -120,7 +120,7 @@ class Recorder:
       values['train/mfu'] = rate * self._mfu_of_rate
     if step % self._config.log.every_steps == 0:
       self.writer.write(step, values)
-    self._warn(step, values)
+      self._warn(step, values)  # What is written, so that it can be read again.
     self._last_step = values
     known = self.writer.latest | values
     self.progress.update(step, known, self._config.batch_size)

@@ -22,7 +22,7 @@ class Run:
   Attributes:
     folder: the workdir.
     config: flat, 'optimizer.lr_per_256': 1e-4, as config.json has it.
-    rows: of metrics.jsonl.
+    rows: of metrics.jsonl, where they were asked for.
     status: see `status`.
     result: of result.json; empty until the run is done.
     evaluations: the lines of results.jsonl, in the order they were made.
@@ -41,17 +41,22 @@ class Run:
   environment: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
-def read(folder: epath.Path) -> Run:
-  """Reads one run.
+def read(folder: epath.Path, rows: bool = True) -> Run:
+  """Reads one run, of this version or an earlier one.
+
+  Args:
+    folder: the workdir.
+    rows: whether to read the metrics of all steps as well.
 
   Raises:
     UserError: if the folder is not the workdir of a pre-training run.
   """
-  config = workdir_lib.read_training_config(folder).to_dict()
+  config = workdir_lib.read_config(folder)
+  workdir_lib.refuse_evaluation(config, folder)
   return Run(
       folder=folder,
-      config=checks.flatten(config),
-      rows=metrics.read_metrics(folder / 'metrics.jsonl'),
+      config=checks.flatten(config.to_dict()),
+      rows=metrics.read_metrics(folder / 'metrics.jsonl') if rows else [],
       status=status(folder),
       result=_object(folder / 'result.json'),
       evaluations=metrics.read_metrics(folder / 'results.jsonl'),
@@ -84,8 +89,8 @@ def status(folder: epath.Path) -> str:
     return 'running'
   if (folder / 'result.json').exists():
     return 'done'
-  rows = metrics.read_metrics(folder / 'metrics.jsonl')
-  return 'diverged' if rows and 'train/diverged' in rows[-1] else 'stopped'
+  last = metrics.read_last(folder / 'metrics.jsonl')
+  return 'diverged' if 'train/diverged' in last else 'stopped'
 
 
 def in_use(folder: epath.Path) -> bool:
@@ -124,6 +129,8 @@ def _folders(path: str, folder: epath.Path) -> Iterator[epath.Path]:
   inside = [
       p for p in (folder.iterdir() if folder.is_dir() else ())
       if (p / 'config.json').exists() and (p / 'metrics.jsonl').exists()
+      # Evaluations may lie beside the runs.
+      and 'protocol' not in workdir_lib.read_config(p)
   ]
   if not inside:
     raise UserError(

@@ -128,7 +128,7 @@ class TorchStep:
     plain &= c.patch_embed in ('frozen', 'learned') and c.mlp_norm == 'layer'
     plain &= not c.small_images and not (c.name in models.RESNETS and c.dim)
     plain &= h.hidden_bn and h.projector_out_bn and h.predictor_layers > 0
-    plain &= o.name == 'moco_v3' and o.symmetric
+    plain &= o.name == 'moco_v3' and o.symmetric and not o.queue
     plain &= config.optimizer.name in ('adamw', 'lars')
     if not plain:
       raise UserError(

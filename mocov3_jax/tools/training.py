@@ -58,9 +58,11 @@ def carry_out(
         workdir, save.keep_latest, save.keep_best, _warn, job.best
     )
     with contextlib.closing(checkpoints):
-      if distributed.is_primary():
-        write_environment(workdir, job.mesh)
       state, start = initial_state(job.init, checkpoints, job.mesh)
+      if start < total and distributed.is_primary():
+        # It is not done, even if it was before its last checkpoint was lost.
+        (workdir / 'result.json').unlink(missing_ok=True)
+        write_environment(workdir, job.mesh)
       run = Recorder(job, workdir, checkpoints, start)
       with contextlib.closing(run.writer):
         run.announce(start)
@@ -89,11 +91,14 @@ def carry_out(
 def keep_results(
     state: State, results: dict[str, Any], workdir: epath.Path
 ) -> None:
-  """A `finish`: writes result.json, which says that the run is done."""
+  """A `finish`: writes result.json, which says that the run is done.
+
+  Not again when a run that is done is repeated: that one knows less of it.
+  """
   del state
-  if distributed.is_primary():
-    text = json.dumps(results, indent=2) + '\n'
-    workdir_lib.write_whole(workdir / 'result.json', text)
+  path = workdir / 'result.json'
+  if distributed.is_primary() and not path.exists():
+    workdir_lib.write_whole(path, json.dumps(results, indent=2) + '\n')
 
 
 def write_environment(workdir: epath.Path, mesh: Mesh) -> None:

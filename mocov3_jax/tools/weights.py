@@ -69,14 +69,8 @@ def network_shapes(config: ConfigDict) -> dict[Path, jax.ShapeDtypeStruct]:
   """All parameters and statistics of the network, by path.
 
   Raises:
-    UserError: if the config describes none, or one that PyTorch's names do not.
+    UserError: if the config describes none.
   """
-  if config.model.patch_embed in ('batch_norm', 'weight_norm'):
-    raise UserError(
-        f'model.patch_embed={config.model.patch_embed!r} has no place in the '
-        'checkpoints of the release and of timm. Allowed: a patch projection '
-        'without a normalisation.'
-    )
   size, channels = config.data.image_size, len(config.data.mean)
   network = models.build(config.model, config.head, size)
   views = jax.ShapeDtypeStruct((2, 2, size, size, channels), jnp.float32)
@@ -86,12 +80,22 @@ def network_shapes(config: ConfigDict) -> dict[Path, jax.ShapeDtypeStruct]:
   return torch_names.flatten(shapes)
 
 
+def _require_names(config: ConfigDict) -> None:
+  if config.model.patch_embed in ('batch_norm', 'weight_norm'):
+    raise UserError(
+        f'model.patch_embed={config.model.patch_embed!r} has no place in the '
+        'checkpoints of the release and of timm. Allowed: a patch projection '
+        'without a normalisation.'
+    )
+
+
 def full_places(config: ConfigDict) -> dict[str, Place]:
   """The state_dict of the release: two encoders and the predictor.
 
   Raises:
-    UserError: as `network_shapes`, and for SwAV, which the release has not.
+    UserError: for a network that the release has no names for.
   """
+  _require_names(config)
   if config.head.prototypes:
     raise UserError(
         f'head.prototypes={config.head.prototypes} have no place in a '
@@ -121,7 +125,11 @@ def backbone_places(
     config: of the run.
     encoder: 'query' or 'momentum'.
     classes: outputs of the linear classifier; 0 = there is none.
+
+  Raises:
+    UserError: for a backbone that timm has no names for.
   """
+  _require_names(config)
   fields, head = FIELDS[ENCODERS[encoder]], head_name(config)
   places, shapes = {}, network_shapes(config)
   for path, leaf in shapes.items():

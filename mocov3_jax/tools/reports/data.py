@@ -153,7 +153,11 @@ def _styles(
       for run, name in zip(runs, names, strict=True)
   ]
   order = list(dict.fromkeys(keys))
-  kinds = sorted({run.config[PATCH] for run in runs}) if PATCH in grid else ['']
+  # Frozen is solid and learned dash-dotted, whichever others there are.
+  kinds = [''] if PATCH not in grid else sorted(
+      {run.config[PATCH] for run in runs} | {'frozen', 'learned'},
+      key=lambda kind: (kind != 'frozen', kind != 'learned', kind),
+  )
   styles = []
   for run, key in zip(runs, keys, strict=True):
     again, color = divmod(order.index(key), len(COLORS))

@@ -145,8 +145,8 @@ def table(
 
 
 def sweep(report: Report) -> str:
-  """The means over the seeds of each point of the grid, if there is one."""
-  if not report.grid:
+  """The means over the seeds of each point of the grid; '' of a single run."""
+  if len(report.shown) == 1:
     return ''
   rows = sweep_table.aggregate([i.run for i in report.shown], report.grid)
   metrics = sweep_table.metrics_of(rows)

@@ -265,7 +265,7 @@ def _progress(
 ) -> str:
   text = f'{place} {outcome} in {_clock(seconds[-1])}'
   if outcome == 'done':
-    result = runs.read(job.folder).result
+    result = runs.read(job.folder, rows=False).result
     if sweep_table.MONITOR in result:
       text += f', kNN {100 * result[sweep_table.MONITOR]:.1f} %'
   if waiting:

@@ -69,17 +69,23 @@ def measured(run: runs_lib.Run) -> dict[str, float]:
 
 
 def evaluated(run: runs_lib.Run) -> dict[str, float]:
-  """The newest top-1 accuracy of each evaluation of a run.
+  """The newest top-1 accuracy of each evaluation of a run's last step.
 
   Returns:
     {'eval_linear_small/top1': ...}, by the folder of the evaluation where that
     lies in the run's own, as a sweep has it; {'eval_PROTOCOL/top1': ...} else.
+    Else, those of the target network or of a few labels are left out.
   """
   found = {}
   for line in run.evaluations:
+    if run.result and line['checkpoint_step'] != run.result['step']:
+      continue
     folder = epath.Path(line['workdir'])
     # By name, so that runs may be moved.
     inside = folder.parent.name == run.folder.name
+    few = line['settings']['data']['labels_per_class']
+    if not inside and (few or line['encoder'] != 'query'):
+      continue
     name = folder.name if inside else f'eval_{line["protocol"]}'
     found[f'{name}/top1'] = line[f'{line["protocol"]}/top1']
   return found
