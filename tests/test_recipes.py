@@ -72,7 +72,8 @@ def test_a_recipe_can_be_built_full_size(path):
   )
   # bfloat16 is for arithmetic; what is kept is float32.
   for tree in state.params, state.target_params, state.batch_stats:
-    assert {x.dtype.name for x in jax.tree.leaves(tree)} == {'float32'}
+    # SwAV's heads have no BatchNorm, so no statistics.
+    assert {x.dtype.name for x in jax.tree.leaves(tree)} <= {'float32'}
 
 
 @pytest.mark.parametrize(
