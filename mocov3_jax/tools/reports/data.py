@@ -176,7 +176,7 @@ def chances(report: Report) -> list[float | None]:
   values = [value for item in report.shown for value in item.curve(KNN)[1]]
   if not values:
     return [None] * len(report.shown)
-  least = min(values) - 2 * (max(values) - min(values))
+  least = 2 * min(values) - max(values)
   return [
       chance if chance is not None and chance > least else None
       for chance in (item.chance for item in report.shown)

@@ -135,10 +135,10 @@ def embedded(value: Any) -> str:
 
 
 def _body(report: Report, charts: dict[str, Any]) -> str:
-  parts = [report_tables.runs(report), report_tables.sweep(report)]
+  parts = [report_tables.sweep(report)]
   if 'sweep' in charts:
     parts.append(_chart('sweep', report))
-  parts.append(_unit(report))
+  parts += [report_tables.runs(report), _unit(report)]
   parts += [_chart(n, report) for n in ('knn', 'rank') if n in charts]
   if 'knn' not in charts:
     parts.append(
@@ -190,11 +190,14 @@ def _legend(name: str, report: Report) -> str:
 
 
 def _one_run(report: Report) -> str:
-  # The one with the most spikes is worth a look first.
   spikes = [
       sum(map(len, item.analysis.spikes.values())) for item in report.shown
   ]
-  chosen = spikes.index(max(spikes))
+  # The one with the most spikes, or the deepest dip, is worth a look first.
+  chosen = max(range(len(spikes)), key=lambda number: (
+      spikes[number],
+      max((d.depth for d in report.shown[number].analysis.dips), default=0.0),
+  ))
   options = ''.join(
       f'<option value="{number}"{" selected" if number == chosen else ""}>'
       f'{escape(item.name)} ({words.count(count, "spike")})</option>'

@@ -99,7 +99,9 @@ def _box(number: int, item: Shown) -> str:
 
 def swatch(item: Shown) -> str:
   """How the curves of a run are drawn, and its name."""
-  return f'{stroke(item.color, item.dash)}<span>{escape(item.name)}</span>'
+  # The names of a sweep's runs are long, and best broken between fields.
+  name = escape(item.name).replace(',', ',<wbr>')
+  return f'{stroke(item.color, item.dash)}<span>{name}</span>'
 
 
 def stroke(color: str, dash: str = '') -> str:
