@@ -89,7 +89,7 @@ def validate(config: ConfigDict, device_count: int) -> None:
   name = config.objective.name
   _require(
       'head.prototypes', config, lambda v: (v > 0) == (name == 'swav'),
-      f'above 0 with objective.name=swav, else 0; it is {name!r}',
+      f'above 0 if objective.name is swav, and 0 if not; here it is {name!r}',
   )
   _require(
       'head.predictor_layers', config,
@@ -98,7 +98,7 @@ def validate(config: ConfigDict, device_count: int) -> None:
   )
   _require(
       'objective.queue', config, lambda v: v == 0 or name == 'moco_v3',
-      f'0, but with objective.name=moco_v3; it is {name!r}',
+      f'0 where objective.name is {name!r}: only moco_v3 keeps a queue',
   )
   for view in _VIEWS:
     _validate_view(view, config)

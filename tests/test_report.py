@@ -363,3 +363,18 @@ def test_a_level_that_would_flatten_the_curves_is_not_drawn(
   fake_runs.write(tmp_path / 'run', lines)
   made = report_data.make(map(runs.read, runs.find([str(tmp_path / 'run')])))
   assert report_data.chances(made) == [0.1 if drawn else None]
+
+
+def test_a_run_that_ends_below_its_random_network_is_named(tmp_path):
+  for name, last in ('falls', 0.7), ('rises', 0.9):
+    lines = [
+        {'step': 10 * i, 'knn/top1': float(value), 'knn/k': 20}
+        for i, value in enumerate(np.linspace(0.72, last, 30))
+    ]
+    fake_runs.write(tmp_path / name, lines)
+  verdict = lambda *names: report_words.verdict(report_data.make(
+      map(runs.read, runs.find([str(tmp_path / n) for n in names]))
+  ))
+  assert 'Below their random network: falls.' in verdict('falls', 'rises')
+  assert 'less than the random network' in verdict('falls')
+  assert 'random network' not in verdict('rises')

@@ -9,7 +9,12 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.gridspec import GridSpec
 from matplotlib.lines import Line2D
-from matplotlib.ticker import FuncFormatter, NullFormatter, PercentFormatter
+from matplotlib.ticker import (
+  FuncFormatter,
+  LogLocator,
+  NullFormatter,
+  PercentFormatter,
+)
 
 from mocov3_jax.tools.reports import charts as report_charts
 from mocov3_jax.tools.reports import curves as report_curves
@@ -138,7 +143,7 @@ def _knn(axes: Any, report: Report) -> None:
     )
   for chance in set(data_lib.chances(report)):
     _level(axes, chance)
-  axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+  axes.yaxis.set_major_formatter(PercentFormatter(1))
   axes.set_title('kNN accuracy (triangles: dips)')
 
 
@@ -167,6 +172,7 @@ def _gradients(axes: Any, item: Shown, last: bool) -> None:
     )
   axes.set_yscale('log')
   axes.yaxis.set_major_formatter(FuncFormatter(lambda v, _: f'{v:g}×'))
+  axes.yaxis.set_major_locator(LogLocator(subs=(1, 3)))
   axes.yaxis.set_minor_formatter(NullFormatter())
   axes.set_title(f'{item.name}: gradient / running median (crosses: spikes)')
   axes.legend(frameon=False, loc='upper right', ncols=2)

@@ -57,16 +57,15 @@ def runs(report: Report) -> str:
       name for item in report.shown for name in sweep_table.evaluated(item.run)
   )
   columns = [c for c in COLUMNS if any(c[1] in row for row in rows)]
-  head = [
-      'run', *data_lib.short(fields), 'status', *(c[0] for c in columns)
-  ]
+  # The settings come last: the name of a sweep's run has them already.
+  head = ['run', 'status', *(c[0] for c in columns)]
+  numeric = [n for n, c in enumerate(columns, 2) if c[3]]
+  numeric += range(len(head), len(head) + len(evaluations))
   head += [_evaluation(name) for name in evaluations]
-  numeric = [n for n, c in enumerate(columns, 2 + len(fields)) if c[3]]
-  numeric += range(len(head) - len(evaluations), len(head))
+  head += data_lib.short(fields)
   body = []
   for number, row in enumerate(rows):
     cells = [_box(number, report.shown[number])]
-    cells += [_value(row[field]) for field in fields]
     said = [row['status'], *(w for w in ('collapsed', 'stuck') if row[w])]
     cells.append(f'<span class="{row["status"]}">{", ".join(said)}</span>')
     cells += [escape(c[2](row)) if c[1] in row else NONE for c in columns]
@@ -74,6 +73,7 @@ def runs(report: Report) -> str:
         words.percent(row[name]) if name in row else NONE
         for name in evaluations
     ]
+    cells += [_value(row[field]) for field in fields]
     body.append(cells)
   buttons = ''.join(
       f'<button type="button" data-all="{value}">{text}</button>'

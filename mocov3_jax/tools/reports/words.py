@@ -22,8 +22,8 @@ ALONE = {
 def verdict(report: Report) -> str:
   """One paragraph: how the runs ended, and what was unstable in them."""
   return ' '.join(filter(None, (
-      _endings(report), _accuracy(report), _dips(report), _spikes(report),
-      _failures(report),
+      _endings(report), _accuracy(report), _below_random(report),
+      _dips(report), _spikes(report), _failures(report),
   )))
 
 
@@ -56,6 +56,20 @@ def _accuracy(report: Report) -> str:
       f'The highest last kNN accuracy is {last}, of {best["run"]}; at step 0 '
       f'it was {first}.'
   )
+
+
+def _below_random(report: Report) -> str:
+  # That falls short of a dip, or never comes back from one, is no less bad.
+  rows = data_lib.table(report)
+  below = [
+      item for item, row in zip(report.shown, rows, strict=True)
+      if 'knn/top1' in row and row['knn/top1'] < row['knn/top1_init']
+  ]
+  if not below:
+    return ''
+  if len(report.shown) == 1:
+    return 'That is less than the random network had.'
+  return f'Below their random network: {_names(below)}.'
 
 
 def _dips(report: Report) -> str:
