@@ -110,7 +110,10 @@ def test_a_flat_folder_has_names_and_no_labels(tmp_path, capsys):
   assert len(found['labels']) == 30 and set(found['labels']) == {0, 1}
 
 
-@pytest.mark.parametrize('kind', ['batch_norm', 'weight_norm'])
+@pytest.mark.parametrize(
+    'kind',
+    [pytest.param('batch_norm', marks=pytest.mark.slow), 'weight_norm'],
+)
 def test_a_normed_projection_is_used_like_any_other(kind, tmp_path):
   config = tiny.config(**{
       'schedule.steps': 2, 'schedule.warmup_epochs': 0.0,

@@ -54,7 +54,10 @@ def one_process(folder):
   return read_run(folder, 1, 0, 8)
 
 
-@pytest.mark.parametrize('processes, first', [(2, 0), (4, 0), (2, 5), (4, 3)])
+@pytest.mark.parametrize(
+    'processes, first',
+    [(2, 0), (2, 5), (4, 3), pytest.param(4, 0, marks=pytest.mark.slow)],
+)
 def test_any_number_of_processes_sees_the_same(
     folder, one_process, processes, first
 ):

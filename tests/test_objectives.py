@@ -181,8 +181,8 @@ CALM = {
 
 @pytest.mark.parametrize(
     'changes', [
-        METHODS['simclr'],
         METHODS['swav'],
+        pytest.param(METHODS['simclr'], marks=pytest.mark.slow),
         pytest.param(METHODS['queue'], marks=pytest.mark.slow),
         pytest.param(METHODS['byol'], marks=pytest.mark.slow),
     ],

@@ -15,7 +15,7 @@ from mocov3_jax.train_step import init_state
 TRAINING = [p for p in RECIPES if not p.stem.startswith('eval_')]
 # These run in the suite, the others in the slow tests: most of the time goes
 # into compiling much the same again, and a ResNet-50 takes a minute.
-RUN = ('digits', 'vit_s16', 'vit_conv_s16')
+RUN = ('digits', 'vit_s16')
 
 
 def loaded(path):

@@ -230,7 +230,6 @@ def test_a_sweep_ends_with_a_table_and_does_nothing_twice(tmp_path, capsys):
   assert len(players.started) == len(set(players.started)) == 8
   assert {k: v for k, v in result.items() if k != 'table'} == {
       'workdir': str(tmp_path), 'runs': 8, 'done': 8, 'diverged': 0,
-      'failed': 0,
   }
   assert len(result['table']) == 4
   row = result['table'][1]
@@ -253,7 +252,7 @@ def test_a_run_that_diverged_is_in_the_table_and_not_in_the_mean(tmp_path):
   acts = {'5e-05,seed=1': 'NaN'}
   result, _ = sweep(tmp_path, RATES, seeds=3, acts=acts)
   row = result['table'][0]
-  assert result['diverged'] == 1 and result['failed'] == 0
+  assert result['diverged'] == 1
   assert (row['seeds'], row['done'], row['diverged']) == (3, 2, 1)
   assert row['knn/top1_mean'] == pytest.approx(0.6)
   again, players = sweep(tmp_path, RATES, seeds=3)
@@ -414,8 +413,18 @@ def test_the_table_leaves_out_what_runs_without_labels_lack(tmp_path):
 
 
 def test_an_evaluation_elsewhere_is_named_by_its_protocol(tmp_path):
-  line = {'protocol': 'knn', 'workdir': '/out/7', 'knn/top1': 0.25}
-  found = runs.Run(tmp_path, {}, [], 'done', {'knn/top1': 0.5}, [line])
+  line = {
+      'protocol': 'knn', 'workdir': '/out/7', 'knn/top1': 0.25,
+      'checkpoint_step': 9, 'encoder': 'query',
+      'settings': {'data': {'labels_per_class': 0}},
+  }
+  few = {'settings': {'data': {'labels_per_class': 10}}}
+  lines = [line] + [
+      line | {'knn/top1': 0.125} | other
+      for other in ({'checkpoint_step': 5}, {'encoder': 'momentum'}, few)
+  ]
+  result = {'step': 9, 'knn/top1': 0.5}
+  found = runs.Run(tmp_path, {}, [], 'done', result, lines)
   (row,) = sweep_table.aggregate([found], [])
   assert row['knn/top1_mean'] == 0.5 and row['eval_knn/top1_mean'] == 0.25
   assert row['knn/top1_sd'] is None
