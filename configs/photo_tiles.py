@@ -10,8 +10,9 @@ Command:
   python docs/photo_tiles.py runs/photo_tiles
   python -m mocov3_jax.train --config=configs/photo_tiles.py \\
       --workdir=runs/photo
-Hardware and time: 2 CPU cores; see docs/study.md.
-Expected: see docs/study.md.
+Hardware and time: 2 CPU cores, about two minutes for 40 epochs.
+Expected: kNN 0.73 at random initialisation, 0.80 after 40 epochs (0.792 to
+  0.812 over rates and seeds, with b2 0.999; docs/study.md). 80 were not run.
 """
 
 from mocov3_jax.config import default_config
