@@ -83,18 +83,20 @@ def moco_v3(
 
 
 def remember(
-    past_keys: jax.Array, target: Embeddings, *, symmetric: bool
-) -> jax.Array:
+    past_keys: PastKeys, target: Embeddings, *, symmetric: bool
+) -> PastKeys:
   """The newest keys before the older ones, as many as there were.
 
   Args:
-    past_keys: [K, D], of length 1; zeros where there is none yet.
+    past_keys: [K, D], of length 1; zeros where there is none yet. Or ().
     target: its projections were this step's keys, of view 2 alone where the
       loss is not symmetric.
 
   Returns:
     [K, D]: the last K keys, the newest first.
   """
+  if not len(past_keys):
+    return past_keys
   keys = target.projections if symmetric else target.projections[:, 1:]
   keys = unit(keys.reshape(-1, keys.shape[-1]))
   return jnp.concatenate([keys, past_keys])[: len(past_keys)]
@@ -242,21 +244,14 @@ class Objective(NamedTuple):
   )
 
 
-def _moco_v3(c: ConfigDict) -> Objective:
-  loss = functools.partial(
-      moco_v3, temperature=c.temperature, symmetric=c.symmetric
-  )
-  if not c.queue:
-    return Objective(loss, has_target=True)
-  return Objective(
-      loss, has_target=True, queue=c.queue,
-      remember=functools.partial(remember, symmetric=c.symmetric),
-  )
-
-
 # What each reads of `config.objective`.
 OBJECTIVES = {
-    'moco_v3': _moco_v3,
+    'moco_v3': lambda c: Objective(
+        functools.partial(
+            moco_v3, temperature=c.temperature, symmetric=c.symmetric
+        ), has_target=True, queue=c.queue,
+        remember=functools.partial(remember, symmetric=c.symmetric),
+    ),
     'simclr': lambda c: Objective(
         functools.partial(simclr, temperature=c.temperature), has_target=False
     ),

@@ -6,7 +6,7 @@ the run goes on.
 """
 
 import collections
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 import dataclasses
 import math
 
@@ -16,6 +16,7 @@ from mocov3_jax import curves
 from mocov3_jax.curves import Dip, Lead, Spike, dips, lead, spikes
 
 Rows = Sequence[Mapping[str, float]]
+NOTHING = np.empty(0, np.int64), np.empty(0)
 
 GRADIENTS = 'grad_max/'  # The names of the curves to look for spikes in.
 FIRST_LAYER = 'grad_max/patch_embed'
@@ -51,16 +52,29 @@ APART = (
 LEARN = 'another learning rate, a longer warm-up'
 
 
+def all_series(
+    rows: Iterable[Mapping[str, float]]
+) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+  """The steps (int64 [n]) and finite values (float64 [n]) of each metric."""
+  found: dict[str, tuple[list[int], list[float]]] = {}
+  for row in rows:
+    for name, value in row.items():
+      if math.isfinite(value):
+        steps, values = found.setdefault(name, ([], []))
+        steps.append(row['step'])
+        values.append(value)
+  return {
+      name: (np.asarray(steps, np.int64), np.asarray(values, np.float64))
+      for name, (steps, values) in found.items()
+  }
+
+
 def series(rows: Rows, name: str) -> tuple[np.ndarray, np.ndarray]:
-  """The steps (int64 [n]) and finite values (float64 [n]) of one metric."""
-  found = [
-      (row['step'], row[name]) for row in rows
-      if name in row and math.isfinite(row[name])
+  """That of one metric; empty if it was not logged."""
+  own = [
+      {'step': row['step'], name: row[name]} for row in rows if name in row
   ]
-  return (
-      np.asarray([step for step, _ in found], np.int64),
-      np.asarray([value for _, value in found], np.float64),
-  )
+  return all_series(own).setdefault(name, NOTHING)
 
 
 def is_collapsed(row: Mapping[str, float]) -> bool:
@@ -139,19 +153,18 @@ class Analysis:
 
 def analyse(rows: Rows) -> Analysis:
   """Analyses a run: all rows of its metrics.jsonl, in order."""
-  names = dict.fromkeys(
-      name for row in rows for name in row if name.startswith(GRADIENTS)
-  )
+  every = all_series(rows)
   found = {
-      name.removeprefix(GRADIENTS): spikes(*series(rows, name))
-      for name in names
+      name.removeprefix(GRADIENTS): spikes(*curve)
+      for name, curve in every.items() if name.startswith(GRADIENTS)
   }
-  steps, _ = series(rows, FIRST_LAYER)
+  steps, _ = every.setdefault(FIRST_LAYER, NOTHING)
   # Rows too far apart do not tell which layer was first.
   coarse = len(steps) > 1 and np.median(np.diff(steps)) > COARSEST
   return Analysis(
-      dips(*series(rows, 'knn/top1')), found, lead({} if coarse else found),
-      collapsed(rows), stuck(rows), diverged(rows),
+      dips(*every.setdefault('knn/top1', NOTHING)), found,
+      lead({} if coarse else found), collapsed(rows), stuck(rows),
+      diverged(rows),
   )
 
 

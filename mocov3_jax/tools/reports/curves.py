@@ -1,8 +1,6 @@
-"""Curves out of the rows of a run; thinned, smoothed, made relative."""
+"""Curves of a run; thinned, smoothed, made relative."""
 
-from collections.abc import Iterable, Mapping, Sequence
-import math
-from typing import Any
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -16,21 +14,6 @@ CURVE_POINTS = 2000
 FEWEST_POINTS = 40
 # Logged values over which the throughput is smoothed, by the median.
 SMOOTH = 21
-
-
-def read(rows: Iterable[Mapping[str, Any]]) -> dict[str, Curve]:
-  """The finite values of each metric in the rows of a metrics.jsonl."""
-  found: dict[str, tuple[list[int], list[float]]] = {}
-  for row in rows:
-    for name, value in row.items():
-      if math.isfinite(value):
-        steps, values = found.setdefault(name, ([], []))
-        steps.append(row['step'])
-        values.append(value)
-  return {
-      name: (np.array(steps), np.array(values, np.float64))
-      for name, (steps, values) in found.items()
-  }
 
 
 def at(curve: Curve, steps: Sequence[int]) -> list[float]:

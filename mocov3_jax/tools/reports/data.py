@@ -11,7 +11,6 @@ import numpy as np
 
 from mocov3_jax import checks, stability
 from mocov3_jax.tools import runs as runs_lib
-from mocov3_jax.tools.reports import curves as report_curves
 from mocov3_jax.tools.reports.curves import Curve
 from mocov3_jax.tools.sweeps import table as sweep_table
 
@@ -110,7 +109,7 @@ def make(read: Iterable[runs_lib.Run]) -> Report:
   """
   runs, found = [], []
   for run in read:
-    found.append((stability.analyse(run.rows), report_curves.read(run.rows)))
+    found.append((stability.analyse(run.rows), stability.all_series(run.rows)))
     runs.append(dataclasses.replace(run, rows=run.rows[-1:]))
   fields = runs_lib.differing(runs)
   grid = [
