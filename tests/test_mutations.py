@@ -15,11 +15,16 @@ import tiny
 # name: (file, what is there, what the mistake writes, the tests that see it)
 MUTATIONS = {
     'tanh GELU': (
-        'models/vit.py', 'nn.gelu(x, approximate=False)',
-        'nn.gelu(x, approximate=True)', 'test_golden_step.py',
+        'models/block.py', 'jax.lax.erf(wide / math.sqrt(2))',
+        'jnp.tanh(0.7978845608 * (wide + 0.044715 * wide**3))',
+        'test_golden_step.py',
     ),
     'BatchNorm epsilon 1e-6': (
         'models/layers.py', 'epsilon: float = 1e-5', 'epsilon: float = 1e-6',
+        'test_golden_step.py',
+    ),
+    'attention weights not computed from the queries': (
+        'models/block.py', 'to_weights - mean', 'to_weights',
         'test_golden_step.py',
     ),
     'biased running variance': (
@@ -61,7 +66,7 @@ MUTATIONS = {
         'test_golden_step.py',
     ),
     'q, k and v initialised as one matrix': (
-        'models/vit.py',
+        'models/block.py',
         "kernel_init=xavier(dim, dim), name='qkv'",
         "kernel_init=xavier(dim, 3 * dim), name='qkv'",
         'test_models.py',

@@ -1,13 +1,12 @@
 """The vision transformer of MoCo v3 (Dosovitskiy et al. 2021; [P] s5)."""
 
-import math
-
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mocov3_jax.models.layers import BatchNorm, xavier
+from mocov3_jax.models.block import Block
+from mocov3_jax.models.layers import LayerNorm
 from mocov3_jax.models.stem import ConvStem, PatchEmbed
 
 # See `ViT.patch_embed`.
@@ -38,127 +37,6 @@ def sincos_positions(height: int, width: int, dim: int) -> np.ndarray:
       [np.sin(row), np.cos(row), np.sin(column), np.cos(column)], axis=1
   )
   return np.pad(table, ((1, 0), (0, 0)))[None].astype(np.float32)
-
-
-@jax.custom_vjp
-def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-  """Scaled dot-product attention, the softmax in float32 or wider.
-
-  The backward pass keeps the weights once, in the dtype of `q`; autodiff
-  would keep them three times, in float32. (`jax.nn.dot_product_attention`
-  rounds the softmax to float32 even where the rest is float64.)
-
-  Args:
-    q, k, v: [B, T, heads, head_dim].
-
-  Returns:
-    [B, T, heads, head_dim], of the dtype of `q`.
-  """
-  return _attend_forward(q, k, v)[0]
-
-
-def _attend_forward(q, k, v):
-  wide = jnp.promote_types(q.dtype, jnp.float32)
-  logits = jnp.einsum('bqhd,bkhd->bhqk', q, k, preferred_element_type=wide)
-  weights = jax.nn.softmax(logits / math.sqrt(q.shape[-1])).astype(q.dtype)
-  return jnp.einsum('bhqk,bkhd->bqhd', weights, v), (q, k, v, weights)
-
-
-def _attend_backward(kept, g):
-  q, k, v, weights = kept
-  wide = jnp.promote_types(q.dtype, jnp.float32)
-  to_v = jnp.einsum('bhqk,bqhd->bkhd', weights, g)
-  to_weights = jnp.einsum('bqhd,bkhd->bhqk', g, v, preferred_element_type=wide)
-  w = weights.astype(wide)
-  to_logits = w * (to_weights - jnp.sum(w * to_weights, -1, keepdims=True))
-  to_logits = (to_logits / math.sqrt(q.shape[-1])).astype(q.dtype)
-  to_q = jnp.einsum('bhqk,bkhd->bqhd', to_logits, k)
-  to_k = jnp.einsum('bhqk,bqhd->bkhd', to_logits, q)
-  return to_q, to_k, to_v
-
-
-attend.defvjp(_attend_forward, _attend_backward)
-
-
-class Attention(nn.Module):
-  """Multi-head self-attention; q, k and v from one matrix."""
-
-  num_heads: int
-  dtype: jnp.dtype
-
-  @nn.compact
-  def __call__(self, x: jax.Array, tokens: int) -> jax.Array:
-    """Maps [B * T, D] to the same, within each group of T = `tokens`."""
-    dim = x.shape[-1]
-    # One matrix for speed; its thirds are initialised as three matrices.
-    qkv = nn.Dense(
-        3 * dim, dtype=self.dtype, kernel_init=xavier(dim, dim), name='qkv'
-    )(x)
-    qkv = qkv.reshape(-1, tokens, 3, self.num_heads, dim // self.num_heads)
-    x = attend(qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]).reshape(-1, dim)
-    return nn.Dense(
-        dim, dtype=self.dtype, kernel_init=xavier(dim, dim), name='proj'
-    )(x)
-
-
-class Mlp(nn.Module):
-  """The two-layer perceptron of a block, with the exact (erf) GELU."""
-
-  hidden_dim: int
-  dtype: jnp.dtype
-
-  @nn.compact
-  def __call__(self, x: jax.Array) -> jax.Array:
-    """Maps [B * T, D] to the same."""
-    dim, hidden = x.shape[-1], self.hidden_dim
-    x = nn.Dense(
-        hidden, dtype=self.dtype, kernel_init=xavier(dim, hidden), name='fc1'
-    )(x)
-    x = jax.checkpoint(lambda x: nn.gelu(x, approximate=False))(x)
-    return nn.Dense(
-        dim, dtype=self.dtype, kernel_init=xavier(hidden, dim), name='fc2'
-    )(x)
-
-
-class Block(nn.Module):
-  """A pre-norm transformer block.
-
-  Attributes:
-    num_heads, mlp_dim: attention heads, hidden width of the MLP.
-    mlp_norm: before the MLP, 'layer' or 'batch' (ViT-BN, [P] s6.3).
-    drop_path: probability with which an image skips a branch in training
-      (stochastic depth, Huang et al. 2016); draws from the rng 'drop_path'.
-    dtype: of the arithmetic.
-  """
-
-  num_heads: int
-  mlp_dim: int
-  mlp_norm: str
-  drop_path: float
-  dtype: jnp.dtype
-
-  @nn.compact
-  def __call__(self, x: jax.Array, tokens: int, train: bool) -> jax.Array:
-    """Maps [B * T, D] to the same, within each group of T = `tokens`."""
-    y = nn.LayerNorm(epsilon=1e-6, dtype=self.dtype, name='norm1')(x)
-    y = Attention(self.num_heads, self.dtype, name='attn')(y, tokens)
-    x = x + self._dropped(y, tokens, train)
-    if self.mlp_norm == 'batch':
-      y = BatchNorm(dtype=self.dtype, name='norm2')(x, train)
-    else:
-      y = nn.LayerNorm(epsilon=1e-6, dtype=self.dtype, name='norm2')(x)
-    y = Mlp(self.mlp_dim, self.dtype, name='mlp')(y)
-    return x + self._dropped(y, tokens, train)
-
-  def _dropped(self, y: jax.Array, tokens: int, train: bool) -> jax.Array:
-    if not train or self.drop_path == 0:
-      return y
-    keep = 1 - self.drop_path
-    images = jax.random.bernoulli(
-        self.make_rng('drop_path'), keep, (len(y) // tokens, 1)
-    )
-    # Scaled, so that the mean is that of evaluation.
-    return y * (jnp.repeat(images, tokens, axis=0) / keep).astype(y.dtype)
 
 
 class ViT(nn.Module):
@@ -234,11 +112,11 @@ class ViT(nn.Module):
     # Tokens as rows of one matrix: on CPU, a gradient that contracts over two
     # axes takes a third longer than over one. Elsewhere it is all the same.
     x = self._blocks(x.reshape(-1, self.dim), tokens, train)
-    x = x.reshape(batch, tokens, self.dim)
+    x = x.reshape(batch, -1, self.dim)
     if self.readout == 'cls':
       x = x[:, 0]
     if self.readout != 'pool':
-      x = nn.LayerNorm(epsilon=1e-6, dtype=self.dtype, name='norm')(x)
+      x = LayerNorm(dtype=self.dtype, name='norm')(x)
     return x if self.readout == 'cls' else jnp.mean(x, axis=1)
 
   def _embed(self, images: jax.Array, train: bool) -> jax.Array:
@@ -274,8 +152,8 @@ class ViT(nn.Module):
     return x + jnp.asarray(table, x.dtype)
 
   def _blocks(self, x: jax.Array, tokens: int, train: bool) -> jax.Array:
-    # Arguments 2 and 3 (after self and x) are Python values.
-    block = nn.remat(Block, static_argnums=(2, 3)) if self.remat else Block
+    # Arguments from 2 on (after self and x) are Python values.
+    block = nn.remat(Block, static_argnums=(2, 3, 4)) if self.remat else Block
     arguments = self.num_heads, self.dim * self.mlp_ratio, self.mlp_norm
     if self.scan and not self.is_initializing():
       one = block(*arguments, 0.0, self.dtype, parent=None)
@@ -284,11 +162,16 @@ class ViT(nn.Module):
           lambda *leaves: jnp.stack(leaves),
           *[params[f'blocks_{i}'] for i in range(self.depth)],
       )
-      body = lambda x, p: (one.apply({'params': p}, x, tokens, train), None)
+      body = lambda x, p: (
+          one.apply({'params': p}, x, tokens, train, tokens), None
+      )
       return jax.lax.scan(body, x, stacked)[0]
     for i in range(self.depth):
       rate = self.drop_path * i / max(self.depth - 1, 1)
+      # Of the last block, only what is read; BatchNorm needs all the tokens.
+      last = i == self.depth - 1 and self.mlp_norm == 'layer'
+      queries = 1 if last and self.readout == 'cls' else tokens
       x = block(*arguments, rate, self.dtype, name=f'blocks_{i}')(
-          x, tokens, train
+          x, tokens, train, queries
       )
     return x

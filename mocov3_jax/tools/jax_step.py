@@ -28,12 +28,14 @@ class JaxStep:
 
     Args:
       config: of the run.
-      alone: on the first device, instead of all.
+      alone: on the first device, instead of all; on a CPU on all its devices,
+        since they share its cores.
 
     Raises:
       UserError: for a bad config.
     """
-    devices = jax.devices()[:1] if alone else jax.devices()
+    one = alone and jax.default_backend() != 'cpu'
+    devices = jax.devices()[:1] if one else jax.devices()
     checks.validate(config, len(devices))
     # The compiler is to be timed, not a cache of what it made before.
     jax.config.update('jax_enable_compilation_cache', False)
@@ -79,7 +81,8 @@ class JaxStep:
             self._method, self._image_shape, self._config.batch_size
         ),
         'peak_flops': peak and peak * count,
-        'ceiling_flops': count * matmul_flops(
+        # The devices of a CPU share its cores.
+        'ceiling_flops': (1 if kind == 'cpu' else count) * matmul_flops(
             models.DTYPES[self._config.model.dtype]
         ),
     }

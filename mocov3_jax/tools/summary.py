@@ -10,7 +10,7 @@ import jax
 from jax.extend import core
 import jax.numpy as jnp
 
-from mocov3_jax.models import Network, ViT
+from mocov3_jax.models import Network, ViT, layers
 from mocov3_jax.passes import Passes
 from mocov3_jax.train_step import Method, abstract_state, train_step
 
@@ -93,7 +93,7 @@ def step_flops(
   """Operations that a training step needs, all devices together.
 
   Each product once forward and twice backward: without augmentation, and
-  without what `micro_batch` and remat compute again.
+  without what is computed again for want of memory.
   """
   model = method.model.clone(passes=Passes())
   if isinstance(model.backbone, ViT):
@@ -101,26 +101,40 @@ def step_flops(
   # The views come in whole.
   plain = method.replace(model=model, augment=lambda images, key: images)
   views = jax.ShapeDtypeStruct((batch_size, 2, *image_shape), jnp.float32)
-  return traced_flops(plain, views)
+  return traced_flops(plain, views, once_more=False)
 
 
-def traced_flops(method: Method, images: jax.ShapeDtypeStruct) -> float:
-  """Operations in the matrix products of a step as it is traced."""
+def traced_flops(
+    method: Method, images: jax.ShapeDtypeStruct, once_more: bool = True
+) -> float:
+  """Operations in the matrix products of a step as it is traced.
+
+  Args:
+    method, images: of the step.
+    once_more: whether to count what `layers.once_more` marks.
+  """
   state = abstract_state(method, images.shape[2:])
   key = jax.eval_shape(lambda: jax.random.key(0))
   step = lambda key, state, images: train_step(method, key, state, images)
-  return 2.0 * macs(jax.make_jaxpr(step)(key, state, images).jaxpr)
+  jaxpr = jax.make_jaxpr(step)(key, state, images).jaxpr
+  return 2.0 * macs(jaxpr, once_more)
 
 
-def macs(jaxpr: core.Jaxpr) -> int:
+def macs(jaxpr: core.Jaxpr, once_more: bool = True) -> int:
   """Multiply-adds in the matrix products and convolutions of a program.
 
   Bodies of loops count as often as they run, which XLA's own analysis does
   not do.
+
+  Args:
+    jaxpr: the program.
+    once_more: whether to count what `layers.once_more` marks.
   """
   total = 0
   for eqn in jaxpr.eqns:
     name = eqn.primitive.name
+    if not once_more and layers.is_once_more(eqn):
+      continue
     if name == 'dot_general':
       (contracted, _), _ = eqn.params['dimension_numbers']
       shape = eqn.invars[0].aval.shape
@@ -137,7 +151,9 @@ def macs(jaxpr: core.Jaxpr) -> int:
           // (outputs * zeros)
       )
     times = eqn.params['length'] if name == 'scan' else 1
-    total += times * sum(macs(inner) for inner in _inner(eqn))
+    total += times * sum(
+        macs(inner, once_more) for inner in _inner(eqn)
+    )
   return total
 
 
