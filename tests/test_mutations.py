@@ -23,7 +23,7 @@ MUTATIONS = {
         'models/layers.py', 'epsilon: float = 1e-5', 'epsilon: float = 1e-6',
         'test_golden_step.py',
     ),
-    'attention weights not computed from the queries': (
+    'gradient of the softmax without its mean': (
         'models/block.py', 'to_weights - mean', 'to_weights',
         'test_golden_step.py',
     ),
