@@ -9,7 +9,6 @@ import time
 from typing import Any, TextIO
 
 from etils import epath
-from tensorboardX import SummaryWriter
 
 from mocov3_jax import workdir as workdir_lib
 
@@ -82,6 +81,9 @@ class MetricWriter:
     text = ''.join(json.dumps(row) + '\n' for row in rows)
     workdir_lib.write_whole(self._path, text)
     self._file = self._path.open('a')
+    # Imports PyTorch where that is installed: seconds, and 0.4 GiB.
+    from tensorboardX import SummaryWriter
+
     # TensorBoard drops all it has of this step and later.
     self._board = SummaryWriter(
         str(workdir / 'tensorboard'), purge_step=step

@@ -2,6 +2,8 @@
 
 import importlib.util
 import json
+import subprocess
+import sys
 
 import jax
 import photos
@@ -32,6 +34,16 @@ def test_input_is_compared_with_the_pillow_chain(tmp_path):
   ratio = rates['1 threads'] / rates['1 Pillow processes']
   assert abs(result['ratio_by_cores']['1'] - ratio) < 1e-6
   assert 'times the Pillow chain' in err
+
+
+def test_our_step_is_measured_without_pytorch_in_its_process():
+  # tensorboardX imports PyTorch where there is one.
+  code = (
+      'import sys\n'
+      'from mocov3_jax.tools import jax_step\n'
+      'assert not {"torch", "tensorboardX"} & set(sys.modules)\n'
+  )
+  subprocess.run([sys.executable, '-c', code], cwd=tiny.ROOT, check=True)
 
 
 def test_the_share_of_the_augmentation_is_measured():

@@ -258,6 +258,32 @@ def test_attention_is_that_of_the_textbook(queries):
     )
 
 
+@pytest.mark.parametrize(('dtype', 'scale', 'close'), [
+    # Logits beyond 1000, of which float32 rounds away some 1e-4.
+    ('float32', 10, 1e-4),
+    ('bfloat16', 1, 2e-2), ('bfloat16', 3, 2e-2),
+])
+def test_attention_keeps_its_precision(dtype, scale, close):
+  shape = 2, 33, 3, 2, 16
+  qkv = (scale * jax.random.normal(jax.random.key(0), shape)).astype(dtype)
+  toward = jax.random.normal(jax.random.key(1), (2, 33, 2, 16)).astype(dtype)
+
+  def exact(qkv):
+    q, k, v = (jnp.swapaxes(qkv[:, :, i], 1, 2) for i in range(3))
+    weights = jax.nn.softmax(q @ jnp.swapaxes(k, 2, 3) / 4)
+    return jnp.swapaxes(weights @ v, 1, 2)
+
+  got, pull = jax.vjp(lambda x: block.attend(x, 33), qkv)
+  gradient = pull(toward)[0]
+  assert got.dtype == gradient.dtype == qkv.dtype
+  with jax.enable_x64(True):
+    wanted, pull = jax.vjp(exact, qkv.astype(jnp.float64))
+    wanted = wanted, pull(toward.astype(jnp.float64))[0]
+    for a, b in zip((got, gradient), wanted, strict=True):
+      a = np.asarray(a, np.float64)
+      assert np.linalg.norm(a - b) < close * np.linalg.norm(b)
+
+
 def test_norm_and_gelu_are_flaxs():
   with jax.enable_x64(True):
     keys = jax.random.split(jax.random.key(0), 3)

@@ -27,6 +27,10 @@ MUTATIONS = {
         'models/block.py', 'to_weights - mean', 'to_weights',
         'test_golden_step.py',
     ),
+    'softmax without its maximum': (
+        'models/block.py', 'logits - jnp.max(logits, -1, keepdims=True)',
+        'logits', 'test_models.py',
+    ),
     'biased running variance': (
         'models/layers.py', 'self.momentum * (unbiased',
         'self.momentum * (var', 'test_golden_step.py',
