@@ -34,7 +34,7 @@ class JaxStep:
     Raises:
       UserError: for a bad config.
     """
-    one = alone and jax.default_backend() != 'cpu'
+    one = alone and not share_cores()
     devices = jax.devices()[:1] if one else jax.devices()
     checks.validate(config, len(devices))
     # The compiler is to be timed, not a cache of what it made before.
@@ -81,11 +81,15 @@ class JaxStep:
             self._method, self._image_shape, self._config.batch_size
         ),
         'peak_flops': peak and peak * count,
-        # The devices of a CPU share its cores.
-        'ceiling_flops': (1 if kind == 'cpu' else count) * matmul_flops(
+        'ceiling_flops': (1 if share_cores() else count) * matmul_flops(
             models.DTYPES[self._config.model.dtype]
         ),
     }
+
+
+def share_cores() -> bool:
+  """Whether the devices are those of a CPU: as fast together as one alone."""
+  return jax.default_backend() == 'cpu'
 
 
 def matmul_flops(dtype: jnp.dtype) -> float:

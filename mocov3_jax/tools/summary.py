@@ -151,9 +151,7 @@ def macs(jaxpr: core.Jaxpr, once_more: bool = True) -> int:
           // (outputs * zeros)
       )
     times = eqn.params['length'] if name == 'scan' else 1
-    total += times * sum(
-        macs(inner, once_more) for inner in _inner(eqn)
-    )
+    total += times * sum(macs(inner, once_more) for inner in _inner(eqn))
   return total
 
 
