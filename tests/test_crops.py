@@ -13,7 +13,7 @@ import tiny
 
 from mocov3_jax import augment
 from mocov3_jax.data import crops, pipeline
-from mocov3_jax.data.decode import Encoded
+from mocov3_jax.data.decode import Encoded, Unreadable
 
 VIEW = tiny.config().augment.view1
 
@@ -130,6 +130,25 @@ def test_crops_of_a_large_jpeg_equal_those_without_its_scaled_decoding(name):
         box=(left, top, left + width, top + height),
     )
     assert np.abs(got.astype(int) - np.asarray(expected)).mean() < 2
+
+
+def test_a_small_jpeg_of_any_height_is_decoded_smaller():
+  photo = photos.photographs()['china'][100:220, 100:204]
+  box = crops.Box(0, 8, 96, 96)
+  (expected,) = cut(jpeg(np.ascontiguousarray(photo[:96])), [box], 8)
+  for height in range(97, 121):  # 97 rows become 13, which is 1/7.5.
+    encoded = jpeg(np.ascontiguousarray(photo[:height]))
+    got, _ = cut(encoded, [box, crops.Box(height - 96, 0, 96, 96)], 8)
+    np.testing.assert_array_equal(got, expected)
+
+
+def test_a_jpeg_that_decodes_to_another_size_is_unreadable(monkeypatch):
+  encoded = jpeg(photos.photographs()['china'])
+  decode = encoded.pixels
+  monkeypatch.setattr(encoded, 'pixels', lambda shrink: decode(shrink)[1:])
+  for side in 64, 400:
+    with pytest.raises(Unreadable, match='pixels at 1/'):
+      cut(encoded, [crops.Box(0, 0, side, side)], 64)
 
 
 def test_a_jpeg_is_not_decoded_smaller_than_its_smallest_crop(monkeypatch):

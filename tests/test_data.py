@@ -204,3 +204,30 @@ def test_every_tenth_labelled_image_is_held_out():
   assert numbers == [5, 15, 25, 35, 45]
   assert len(rest) == 45
   assert not set(numbers) & {rest.read(i).item() for i in range(45)}
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.integers(0, 4), min_size=1, max_size=60), st.booleans())
+def test_labels_change_the_held_out_only_where_a_class_would_vanish(
+    labels, ordered
+):
+  labels = np.array(sorted(labels) if ordered else labels, np.int32)
+  plain = np.arange(len(labels))[::10]
+  rest, held = sources.hold_out(
+      numbered(len(labels)), np.arange(len(labels)), labels
+  )
+  assert sorted([*rest.indices, *held.indices]) == list(range(len(labels)))
+  assert set(labels[rest.indices]) == set(labels)
+  vanishing = set(labels) - set(np.delete(labels, plain))
+  if not vanishing:
+    assert held.indices.tolist() == plain.tolist()
+
+
+def test_the_next_image_is_held_out_in_place_of_the_last_of_its_class():
+  labels = np.repeat([0, 1, 2, 3], [1, 1, 20, 1]).astype(np.int32)
+  _, held = sources.hold_out(numbered(43), np.arange(20, 43), labels)
+  assert held.indices.tolist() == [22, 30, 40]
+  rest, held = sources.hold_out(
+      numbered(12), np.arange(12), np.arange(12, dtype=np.int32)
+  )
+  assert len(rest) == 12 and len(held) == 0

@@ -7,9 +7,12 @@ import time
 import numpy as np
 from PIL import Image
 import pytest
+import tiny
 
 from mocov3_jax.data import catalog, listing
 from mocov3_jax.errors import UserError
+from mocov3_jax.eval_config import eval_config
+from mocov3_jax.tools import evaluation
 
 
 def plant(root, *paths):
@@ -54,6 +57,26 @@ def test_subfolders_are_classes_and_every_tenth_image_is_held_out(tmp_path):
   assert labels(splits.train) == [
       name.startswith('cat') for name in names(splits.train)
   ]
+
+
+def test_a_folder_with_a_class_of_one_image_can_be_evaluated(tmp_path):
+  plant(tmp_path, 'ant/0.png', *(f'cat/{i:02}.png' for i in range(15)))
+  splits = catalog.load(f'folder:{tmp_path}')
+  assert names(splits.test) == ['cat/00.png', 'cat/09.png']
+  training = tiny.config(**{
+      'data.source': f'folder:{tmp_path}', 'data.mean': (0.5, 0.5, 0.5),
+  })
+  found = evaluation.load_splits(
+      eval_config(), training, tmp_path / '.listings'
+  )
+  assert (len(found.bank), len(found.test)) == (14, 2)
+
+
+def test_classes_of_one_image_each_leave_none_to_test_on(tmp_path):
+  plant(tmp_path, 'a/1.png', 'b/2.png')
+  splits = catalog.load(f'folder:{tmp_path}')
+  assert len(splits.train) == 2 and splits.test is None
+  assert '2 images without labels to test on' in splits.note
 
 
 @pytest.mark.parametrize('test', ['val', 'valid', 'validation', 'test'])
@@ -171,12 +194,13 @@ def test_a_csv_may_label_train_alone(tmp_path):
 
 def test_hidden_folders_and_what_is_no_file_are_skipped(tmp_path):
   plant(
-      tmp_path, 'a/1.png', 'b/2.png', '.thumbnails/3.png', 'a/.cache/4.png'
+      tmp_path, 'a/1.png', 'a/5.png', 'b/2.png', '.thumbnails/3.png',
+      'a/.cache/4.png',
   )
   os.mkfifo(tmp_path / 'a' / 'pipe.jpg')
   splits = catalog.load(f'folder:{tmp_path}')
   assert splits.train.num_classes == 2
-  assert len(splits.train) + len(splits.test) == 2
+  assert len(splits.train) + len(splits.test) == 3
 
 
 def test_the_fingerprint_tells_other_images(tmp_path):
@@ -255,6 +279,17 @@ def test_a_folder_that_changes_right_now_is_not_kept(tmp_path):
   plant(root, '1.png')
   catalog.load(f'folder:{root}', 'auto', cache)
   assert not cache.exists()
+
+
+def test_a_listing_made_with_other_suffixes_is_not_used(tmp_path, monkeypatch):
+  root, cache = tmp_path / 'root', tmp_path / '.listings'
+  plant(root, '1.png')
+  (root / '2.new').write_text('x')
+  age(root)
+  load = lambda: names(catalog.load(f'folder:{root}', 'none', cache).train)
+  assert load() == ['1.png'] and cache.exists()
+  monkeypatch.setattr(listing, 'SUFFIXES', (*listing.SUFFIXES, b'.new'))
+  assert load() == ['1.png', '2.new']
 
 
 def test_a_damaged_listing_is_made_anew(tmp_path):

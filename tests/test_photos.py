@@ -2,10 +2,20 @@
 
 import json
 import shutil
+import signal
 
+import jax
+import jax.numpy as jnp
 import photos
+from PIL import Image
 import pytest
 import tiny
+
+from mocov3_jax import config as config_lib
+from mocov3_jax import sharding, train
+from mocov3_jax.errors import Preempted, UserError
+from mocov3_jax.tools import training
+from mocov3_jax.tools.job import Job
 
 SMALL = {
     'data.image_size': 32, 'data.mean': '(.485,.456,.406)',
@@ -80,19 +90,114 @@ def test_a_killed_run_on_a_folder_continues_as_if_nothing_had_been(
 
 @pytest.mark.slow
 def test_too_many_corrupt_files_end_the_run_after_a_save(labelled, tmp_path):
-  workdir = tmp_path / 'run'
-  arguments = flags(labelled, **{'data.max_unreadable': 0.01})
+  folder, workdir = tmp_path / 'folder', tmp_path / 'run'
+  shutil.copytree(labelled, folder)
+  arguments = flags(folder, **{'data.max_unreadable': 0.01})
   code, out, err = tiny.run('train', f'--workdir={workdir}', *arguments)
   assert code == 2 and out == '' and 'Traceback' not in err
   assert 'data.max_unreadable=0.01' in err and 'bad_images.txt' in err
   step = max(int(p.name) for p in (workdir / 'checkpoints').iterdir())
   assert f'Step {step} is saved' in err
-  # The same limit ends it again at once.
+  # The same limit ends it again, once as many more could not be read.
   code, _, again = tiny.run('train', f'--workdir={workdir}', *arguments)
-  assert code == 2 and f'up to step {step},' in again
-  # The same line with a higher limit goes on where it ended.
-  final = result(tiny.run('train', f'--workdir={workdir}', *flags(labelled)))
+  assert code == 2 and f'continuing at step {step}\n' in again
+  later = max(int(p.name) for p in (workdir / 'checkpoints').iterdir())
+  assert later > step and f'Step {later} is saved' in again
+  # With a higher limit it goes on where it ended.
+  other = tmp_path / 'other'
+  shutil.copytree(workdir, other)
+  final = result(tiny.run('train', f'--workdir={other}', *flags(folder)))
   assert final['step'] == 16
+  # And so does the same line, once the files are mended.
+  photos.write_tiles(folder, tile=48, each=16)
+  final = result(tiny.run('train', f'--workdir={workdir}', *arguments))
+  assert final['step'] == 16
+  rows = tiny.metrics(workdir)
+  assert not any(
+      row['data/unreadable'] for row in rows
+      if row['step'] >= later and 'train/loss' in row
+  )
+
+
+def small_job(folder, evaluate=lambda state: {'test/top1': 0.0}):
+  """64 images in 8 steps an epoch, 6 of which may be bad; learns nothing."""
+  c = tiny.config(**{
+      'data.source': f'folder:{folder}', 'data.mean': (0.5,) * 3,
+      'data.std': (0.5,) * 3, 'data.max_unreadable': 0.1, 'batch_size': 8,
+      'save.every_steps': 100,
+  })
+  mesh = sharding.make_mesh()
+  source = train.load_source(c).train
+
+  @jax.jit
+  def step(state, batch):
+    values = {'train/loss': jnp.ones(()), 'train/loss_chance': jnp.ones(())}
+    return {'step': state['step'] + 1}, values | training.from_batch(batch)
+
+  return Job(
+      config=c, free=(), plan=config_lib.plan(c, 64), mesh=mesh,
+      reader=train.make_reader(c, source, sharding.local_positions(mesh, 8)),
+      fingerprint={}, step=step, evaluate=evaluate, evaluate_every=0,
+      init=jax.jit(
+          lambda: {'step': jnp.zeros((), jnp.int32)},
+          out_shardings=sharding.replicated(mesh),
+      ),
+      best='test/top1', flops_per_image=None, advice='', notes=(),
+  )
+
+
+@pytest.fixture
+def spoil(tmp_path):
+  """Empties the first `count` images of these steps; f() mends them."""
+  folder = tmp_path / 'small'
+  folder.mkdir()
+
+  def write():
+    for i in range(64):
+      Image.new('RGB', (9, 9), (i, 0, 0)).save(folder / f'{i:02}.png')
+
+  def spoil(steps=(), count=0):
+    write()
+    reader = small_job(folder).reader
+    for step in steps:
+      for index in reader.indices(step)[:count].tolist():
+        (folder / reader.source.name(index)).write_bytes(b'')
+    return folder
+
+  return spoil
+
+
+def test_the_same_line_goes_on_once_the_files_are_mended(spoil, tmp_path):
+  folder, workdir = spoil(range(8), 2), str(tmp_path / 'run')
+  # The eighth is noticed while one more step is being computed.
+  with pytest.raises(UserError, match=r'10 images .* step 0 up to step 5, .*'):
+    training.carry_out(small_job(folder), workdir)
+  # Six in the three steps left of this epoch are not too many, as the rule is.
+  with pytest.raises(UserError, match=r'images .* step 8 up to step 1\d, .*'):
+    training.carry_out(small_job(folder), workdir)
+  spoil()
+  done = training.carry_out(small_job(folder), workdir)
+  assert done['step'] == 24 and done['data/unreadable'] == 0
+
+
+def test_bad_images_before_an_interruption_are_counted(spoil, tmp_path):
+  folder, workdir = spoil(range(8), 2), str(tmp_path / 'run')
+
+  def interrupted(state):
+    del state
+    signal.raise_signal(signal.SIGTERM)
+    return {'test/top1': 0.0}
+
+  with pytest.raises(Preempted, match='saved step 2 '):
+    training.carry_out(small_job(folder, interrupted), workdir)
+  with pytest.raises(UserError, match='10 images .* step 0 up to step 5, '):
+    training.carry_out(small_job(folder), workdir)
+
+
+def test_too_many_in_the_last_step_of_an_epoch_are_noticed(spoil, tmp_path):
+  folder = spoil([7], 7)
+  with pytest.raises(UserError, match='step 0 up to step 9, '):
+    training.carry_out(small_job(folder), str(tmp_path / 'run'))
 
 
 def test_a_folder_without_labels_gets_other_monitors(tmp_path):

@@ -1,5 +1,6 @@
 """Sets prepared by TFDS: read without TensorFlow, or told how to prepare."""
 
+import collections
 import io
 import json
 import os
@@ -13,7 +14,8 @@ from sklearn.datasets import load_digits
 import tiny
 import toy_tfds
 
-from mocov3_jax.data import catalog
+from mocov3_jax.data import catalog, pipeline
+from mocov3_jax.data.workers import Workers
 from mocov3_jax.errors import UserError
 
 FLAGS = tiny.flags(**{
@@ -25,8 +27,11 @@ FLAGS = tiny.flags(**{
 @pytest.fixture(scope='module')
 def folder(tmp_path_factory):
   folder = tmp_path_factory.mktemp('tfds')
-  toy_tfds.prepare(folder)
-  toy_tfds.prepare(folder, toy_tfds.ToyPhotos)
+  for builder in (
+      toy_tfds.ToyDigits, toy_tfds.ToyPhotos, toy_tfds.ToyRgba,
+      toy_tfds.ToyContest,
+  ):
+    toy_tfds.prepare(folder, builder)
   return folder
 
 
@@ -80,6 +85,52 @@ def test_knn_is_never_tested_on_what_is_trained_on(data_dir):
         for source in (splits.train, splits.test)
     ]
     assert not names[0] & names[1]
+
+
+@pytest.mark.parametrize(
+    'split, train, test',
+    [('train', 100, 50), ('train+validation', 135, 15),
+     ('validation', 45, 5)],
+)
+def test_a_test_split_without_labels_is_not_tested_on(
+    data_dir, split, train, test
+):
+  splits = catalog.load(f'tfds:toy_contest:{split}')
+  assert (len(splits.train), len(splits.test)) == (train, test)
+  assert (splits.test.labels(np.arange(test)) >= 0).all()
+
+
+def test_a_set_of_four_channels_is_refused(data_dir):
+  with pytest.raises(UserError, match='4 channels. Allowed: 1 .gray. or 3'):
+    catalog.load('tfds:toy_rgba')
+
+
+class Counted:
+  """Records that count how often each is read."""
+
+  def __init__(self, records):
+    self.records = records
+    self.reads = collections.Counter()
+
+  def __len__(self):
+    return len(self.records)
+
+  def __getitem__(self, index):
+    self.reads[index] += 1
+    return self.records[index]
+
+
+def test_labels_of_a_batch_need_no_second_read(data_dir):
+  source = catalog.load('tfds:toy_digits').train
+  counted = source._records = Counted(source._records)
+  read = pipeline.BatchReader(
+      source, np.arange(64), 64, 0, (), 8, Workers(2), labelled=True
+  )
+  for step in range(6):
+    batch, indices = read(step), read.indices(step)
+    expected = [counted.records[i]['label'] for i in indices.tolist()]
+    assert batch.labels.tolist() == expected
+  assert len(counted.reads) == 6 * 64 and set(counted.reads.values()) == {1}
 
 
 def test_an_empty_split_is_an_error(data_dir):

@@ -56,6 +56,35 @@ class ToyPhotos(ToyDigits):
     return {'train': self._generate_examples(range(100))}
 
 
+class ToyRgba(ToyPhotos):
+  """As the digits, of a fixed size with four channels."""
+
+  def _info(self):
+    return tfds.core.DatasetInfo(
+        builder=self,
+        features=tfds.features.FeaturesDict({
+            'image': tfds.features.Image(shape=(8, 8, 4)),
+            'label': tfds.features.ClassLabel(num_classes=10),
+        }),
+    )
+
+
+class ToyContest(ToyDigits):
+  """With a test split whose labels are kept secret, like ImageNet's."""
+
+  def _split_generators(self, manager):
+    del manager
+    return {
+        'train': self._generate_examples(range(100)),
+        'validation': self._generate_examples(range(100, 150)),
+        'test': self._secret(range(150, 180)),
+    }
+
+  def _secret(self, numbers):
+    for i, example in self._generate_examples(numbers):
+      yield i, example | {'label': -1}
+
+
 def prepare(folder, builder=ToyDigits):
   """Writes the set as array_record files; returns the folder of its version."""
   made = builder(data_dir=str(folder), file_format='array_record')

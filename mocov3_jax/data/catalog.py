@@ -2,7 +2,6 @@
 
 from etils import epath
 import numpy as np
-from sklearn.datasets import load_digits
 
 from mocov3_jax.data import folder, tfds
 from mocov3_jax.data.sources import ArraySource, Splits
@@ -14,6 +13,9 @@ def digits() -> Splits:
 
   Every fifth image is held out (360, or 20 %), always the same ones.
   """
+  # Here, since it would double the time that every command takes to start.
+  from sklearn.datasets import load_digits
+
   data = load_digits()
   # 17 gray levels, 0 to 16, to the whole range of a byte.
   images = np.round(data.images * (255 / 16)).astype(np.uint8)[..., None]

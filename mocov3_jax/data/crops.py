@@ -86,10 +86,13 @@ def cut(encoded: Encoded, boxes: list[Box], out: np.ndarray) -> None:
   shrink = max(s for s in JPEG_FLAGS if s <= max(room, 1))
   image = encoded.pixels(shrink)
   # Formats other than JPEG come out whole.
-  shrink = max(1, round(encoded.height / image.shape[0]))
-  expected = (-(-encoded.height // shrink), -(-encoded.width // shrink))
-  if image.shape[:2] != expected:
-    raise Unreadable(f'decodes to {image.shape[:2]}, not {expected} pixels')
+  whole = encoded.height, encoded.width
+  if image.shape[:2] == whole:
+    shrink = 1
+  elif image.shape[:2] != tuple(-(-side // shrink) for side in whole):
+    raise Unreadable(
+        f'decodes to {image.shape[:2]} pixels at 1/{shrink} of {whole}'
+    )
   for box, crop in zip(boxes, out, strict=True):
     top, left = box.top // shrink, box.left // shrink
     height, width = (max(1, n // shrink) for n in (box.height, box.width))

@@ -63,7 +63,8 @@ def load(path: str, labels: str, cache: epath.Path | None) -> Splits:
   """Opens a folder of images.
 
   If its only folders are train/ and such as val/, those are the splits. Else
-  all of it is trained on, less every tenth labelled image.
+  all of it is trained on, less every tenth labelled image (never the last of
+  a class).
 
   Args:
     path: of the folder.
@@ -135,12 +136,13 @@ def _splits(
   held: Source = Subset(test, test_labelled)
   how = ''
   if not len(test_labelled) and len(labelled) > 1:
-    source, held = hold_out(train, labelled)
+    source, held = hold_out(train, labelled, train.all_labels[labelled])
     labelled = np.flatnonzero(source.labels(np.arange(len(source))) >= 0)
     how = ' (every tenth labelled one, held out)'
   note = f'folder:{path}: {len(source)} images'
   if not len(labelled) or not len(held):
-    return Splits(source, None, None, f'{note} without labels{skipped}')
+    lacking = 'labels to test on' if train.num_classes else 'labels'
+    return Splits(source, None, None, f'{note} without {lacking}{skipped}')
   return Splits(
       source, Subset(source, labelled), held,
       f'{note} in {train.num_classes} classes, {len(held)} to test on{how}'

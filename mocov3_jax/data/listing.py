@@ -76,7 +76,9 @@ def cached_walk(root: bytes, cache: epath.Path | None) -> Listing:
   """
   if cache is None:
     return walk(root)
-  digest = hashlib.sha256(root).hexdigest()[:16]
+  # A version that knows other suffixes finds other files.
+  key = b'\0'.join((root, *SUFFIXES))
+  digest = hashlib.sha256(key).hexdigest()[:16]
   file = cache / f'{digest}.npz'
   try:
     with np.load(io.BytesIO(file.read_bytes())) as saved:

@@ -175,8 +175,33 @@ def labelled(source: Source) -> tuple[Source, np.ndarray]:
   return Subset(source, known), labels[known]
 
 
-def hold_out(source: Source, candidates: np.ndarray) -> tuple[Source, Source]:
-  """Splits off every tenth of `candidates`: (the rest, those)."""
+def hold_out(
+    source: Source, candidates: np.ndarray, labels: np.ndarray | None = None
+) -> tuple[Source, Source]:
+  """Splits off every tenth of `candidates`: (the rest, those).
+
+  Args:
+    source: of the images.
+    candidates: places in it, int64 [N].
+    labels: of the candidates, int32 [N], all known. With them a class is never
+      held out whole: where the first of ten images is the last of its class,
+      the next one is taken instead; none, if that goes for all ten.
+  """
   held = candidates[::HOLD_OUT]
+  if labels is not None:
+    held = candidates[_spread(labels)]
   rest = np.setdiff1d(np.arange(len(source)), held, assume_unique=True)
   return Subset(source, rest), Subset(source, held)
+
+
+def _spread(labels: np.ndarray) -> np.ndarray:
+  """The first of every ten places whose class keeps another image."""
+  left = np.bincount(labels)
+  chosen = []
+  for start in range(0, len(labels), HOLD_OUT):
+    for place, label in enumerate(labels[start:start + HOLD_OUT], start):
+      if left[label] > 1:
+        left[label] -= 1
+        chosen.append(place)
+        break
+  return np.array(chosen, np.int64)

@@ -17,8 +17,11 @@ from mocov3_jax.errors import UserError
 
 # In place of a label that has not been read yet.
 UNREAD = -2
-# Splits to test on, the first that there is. ImageNet's 'test' has no labels.
+# Splits to test on, the first that there is and that has labels.
 TEST_SPLITS = ('validation', 'test')
+# Records that tell whether a split has labels. Those of a contest's test split,
+# such as ImageNet's, are kept secret: all of them are -1.
+FEW = 10
 
 
 class TfdsSource:
@@ -52,6 +55,11 @@ class TfdsSource:
     )
     shape = features[self._image].shape
     self.shape = None if None in shape else tuple(shape)
+    if self.shape and self.shape[-1] not in (1, 3):
+      raise UserError(
+          f'data.source=tfds:{builder.info.name} has images of '
+          f'{self.shape[-1]} channels. Allowed: 1 (gray) or 3 (RGB).'
+      )
     decoders = {self._image: tfds.decode.SkipDecoding()}
     known = list(builder.info.splits)
     try:
@@ -76,12 +84,20 @@ class TfdsSource:
       Unreadable: if the record is damaged.
     """
     try:
-      return self._records[int(index)][self._image]
+      record = self._records[int(index)]
     except Exception as e:  # array_record and protobuf raise many kinds.
       raise Unreadable(str(e)) from e
+    if self._label is not None:
+      # Kept, so that `labels` need not read it again. Threads that read the
+      # same record write the same number.
+      self._labels[index] = record[self._label]
+    return record[self._image]
 
   def labels(self, indices: np.ndarray) -> np.ndarray:
-    """Labels of these images, -1 if unreadable; reads each record once."""
+    """Labels of these images, -1 if unreadable.
+
+    Reads the records that have not been read yet, each of them once.
+    """
     if self._label is None:
       return np.full(len(indices), -1, np.int32)
     indices = np.asarray(indices)
@@ -124,16 +140,10 @@ def load(path: str) -> Splits:
   if not train.num_classes:
     note = f'tfds:{path}: {len(train)} images without labels'
     return Splits(train, None, None, note)
-  # Not what is trained on already.
-  used = set(re.split(r'\W+', split))
-  tests = [
-      s for s in TEST_SPLITS
-      if s in builder.info.splits and not used & {s, 'all'}
-  ]
-  if tests:
-    test: Source = TfdsSource(builder, tests[0])
-    source, held = train, tests[0]
-  else:
+  test, held = _labelled_test(builder, split)
+  source: Source = train
+  if test is None:
+    # Whatever their classes: to know these takes a pass over the whole set.
     source, test = hold_out(train, np.arange(len(train)))
     held = 'every tenth, held out'
   return Splits(
@@ -141,6 +151,20 @@ def load(path: str) -> Splits:
       f'tfds:{path}: {len(source)} images in {train.num_classes} classes, '
       f'{len(test)} to test on ({held})',
   )
+
+
+def _labelled_test(
+    builder: Any, split: str
+) -> tuple[TfdsSource, str] | tuple[None, None]:
+  """A split to test on and its name, if one has labels."""
+  used = set(re.split(r'\W+', split))  # What is trained on already.
+  for name in TEST_SPLITS:
+    if name not in builder.info.splits or used & {name, 'all'}:
+      continue
+    test = TfdsSource(builder, name)
+    if (test.labels(np.arange(min(FEW, len(test)))) >= 0).any():
+      return test, name
+  return None, None
 
 
 def _open(name: str) -> Any:

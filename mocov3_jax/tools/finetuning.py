@@ -80,12 +80,6 @@ def finetune(setup: Setup, path: str) -> dict[str, Any]:
 def build_model(setup: Setup) -> Classifier:
   """The checkpoint's backbone, all of it learning, and a new classifier."""
   training_config, c = setup.run.config, setup.config.finetune
-  channels = len(training_config.data.mean)
-  if c.rand_augment and channels not in (1, 3):
-    raise UserError(
-        f'finetune.rand_augment={c.rand_augment} is for images of 1 or 3 '
-        f'channels, not {channels}. Allowed: 0.'
-    )
   # How the blocks were looped over changes no parameter.
   model = training_config.model.copy_and_resolve_references().unlock()
   model.scan = False

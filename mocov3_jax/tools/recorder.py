@@ -53,13 +53,18 @@ class Recorder:
     self._stability = stability.Watch()
     for row in before:
       self._stability.see(row['step'], row)
-    epoch_start = start - start % plan.steps_per_epoch
-    # Rows that log.every_steps left out are not counted again.
+    # Images of this epoch, from this step on, that could not be read. Rows that
+    # log.every_steps left out are not counted again.
+    self._counted_from = start - start % plan.steps_per_epoch
     self._unreadable_in_epoch = sum(
         row['data/unreadable']
         for row in before
-        if epoch_start <= row['step'] < start and 'data/unreadable' in row
+        if self._counted_from <= row['step'] < start
+        and 'data/unreadable' in row
     )
+    if self.too_many_unreadable:
+      # That ended the run. By now they may have been mended: counted anew.
+      self._counted_from, self._unreadable_in_epoch = start, 0
     self._throughput = metrics.Throughput(config.batch_size)
     self._mfu_of_rate = None  # MFU of one image per second, where known.
     self.progress = metrics.Progress(
@@ -109,8 +114,9 @@ class Recorder:
 
   def log(self, step: int, values: dict[str, float]) -> None:
     """Records the metrics of one step."""
-    if step % self._plan.steps_per_epoch == 0:
-      self._unreadable_in_epoch = 0
+    # One more step is logged after too many were found, perhaps in a new epoch.
+    if step % self._plan.steps_per_epoch == 0 and not self.too_many_unreadable:
+      self._counted_from, self._unreadable_in_epoch = step, 0
     self._unreadable_in_epoch += int(values['data/unreadable'])
     self.stopping |= values.pop('train/stop') > 0
     values['data/wait_seconds'] = self._waits.popleft()
@@ -135,11 +141,12 @@ class Recorder:
     """Raises UserError if `too_many_unreadable`, after a save at `step`."""
     if self.too_many_unreadable:
       raise UserError(
-          f'{self._unreadable_in_epoch} images of this epoch could not be read '
-          f'up to step {step}, more than data.max_unreadable='
-          f'{self._config.data.max_unreadable} of them. They are listed in '
-          f'{self._unreadable.path}. Step {step} is saved: mend '
-          'them, or allow more, and run the same line again.'
+          f'data.max_unreadable={self._config.data.max_unreadable}, but '
+          f'{self._unreadable_in_epoch} images could not be read from step '
+          f'{self._counted_from} up to step {step}, more than that share of an '
+          f'epoch. They are listed in {self._unreadable.path}. Step {step} is '
+          'saved. Allowed: the same line again, with those files mended (under '
+          'the same names) or a higher data.max_unreadable.'
       )
 
   def is_saving(self, step: int) -> bool:
