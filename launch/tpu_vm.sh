@@ -256,10 +256,15 @@ echo "started on worker \$me of \${#all[@]}"
 END
 }
 
-stopping() {  # What does not end within two minutes is killed.
+marking() {  # For `watch`: the user wants no more of it.
+  cat <<'END'
+if [ -d mocov3_jax ]; then touch mocov3_jax/train.stopped; fi
+END
+}
+
+halting() {  # What does not end within two minutes is killed.
   cat <<'END'
 cd mocov3_jax || exit 0
-touch train.stopped
 pid=$(cat train.pid 2>/dev/null) || exit 0
 kill -TERM "$pid" 2>/dev/null || exit 0
 for i in $(seq 120); do
@@ -312,7 +317,9 @@ run() { on all "$(running)"; }
 
 logs() { on "$WORKER" 'tail -n 100 -F mocov3_jax/train.log'; }
 
-stop() { on all "$(stopping)"; }
+stop() { on all "$(marking; halting)"; }
+
+halt() { on all "$(halting)"; }
 
 delete() { tpu delete; }
 
@@ -338,8 +345,9 @@ recreate() {
 
 restart() {
   say "running again"
-  # Others may still wait for the process that broke.
-  start_again stop install run
+  # Others may still wait for the process that broke. They are not marked as
+  # stopped: if this fails half-way, the next look has to try again.
+  start_again halt install run
 }
 
 watch() {

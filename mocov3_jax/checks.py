@@ -66,10 +66,14 @@ _VIEW_AT_MOST_ONE = (
 ).split()
 
 
-def validate(config: ConfigDict, device_count: int) -> None:
+def validate(config: ConfigDict, device_count: int | None = None) -> None:
   """Checks the numbers of a `default_config()`.
 
   Names (model, optimizer, source, ...) are checked by what builds them.
+
+  Args:
+    config: of a run.
+    device_count: on which it is to run; None = not here.
 
   Raises:
     UserError: for a field too many or too few, or the first out of its range.
@@ -108,6 +112,8 @@ def validate(config: ConfigDict, device_count: int) -> None:
       lambda v: len(v) == len(config.data.mean) and min(v) > 0,
       'as many numbers as data.mean, each above 0',
   )
+  # Of any number all that is known is that it is a multiple of this.
+  device_count = device_count or config.fsdp_devices
   _require_multiple('batch_size', config, device_count)
   _require(
       'fsdp_devices', config, lambda v: device_count % v == 0,

@@ -14,7 +14,6 @@ Prints every tensor: its name in A, its name in B, its shape. The last line on
 stdout is one JSON object.
 """
 
-import sys
 from typing import Any
 
 from absl import flags
@@ -24,7 +23,13 @@ import numpy as np
 
 from mocov3_jax import checks, models
 from mocov3_jax.errors import UserError, unknown
-from mocov3_jax.tools import cli, our_weights, torch_weights, weight_files
+from mocov3_jax.tools import (
+  cli,
+  notes,
+  our_weights,
+  torch_weights,
+  weight_files,
+)
 from mocov3_jax.tools.weights import ENCODERS, Weights
 from mocov3_jax.workdir import absolute
 
@@ -57,7 +62,7 @@ def convert(
   if encoder not in ENCODERS:
     raise unknown('--encoder', encoder, ENCODERS)
   if config is not None:
-    checks.validate(config, 1)
+    checks.validate(config)
   to = absolute(target, '--to')
   one = to.name.endswith(weight_files.SUFFIXES) and (
       not to.name.endswith(torch_weights.FULL)
@@ -81,12 +86,18 @@ def convert(
   written, complete = our_weights.write(target, weights)
   result = _report(source, target, weights, written, left_out)
   if config is not None and not complete:
-    print(
-        f'note: --from={source} has no complete state of this recipe (both '
-        'encoders, heads, optimizer); train cannot continue from --to.',
-        file=sys.stderr,
-    )
+    notes.say(_incomplete(source, config.knn.queue_share))
   return result | {'can_continue': complete}
+
+
+def _incomplete(source: str, queue_share: float) -> str:
+  lacking = 'both encoders, heads, optimizer' if not queue_share else (
+      f'no file has the queue of knn.queue_share={queue_share}; 0 needs none'
+  )
+  return (
+      f'note: --from={source} has no complete state of this recipe '
+      f'({lacking}); train cannot continue from --to.'
+  )
 
 
 def _export(
@@ -119,7 +130,7 @@ def _report(
   for name, reason in left_out.items():
     print(f'{name:{width}}  ->  (left out: {reason})')
   for text in weights.assumed:
-    print(f'note: assumed {text}', file=sys.stderr)
+    notes.say(f'note: assumed {text}')
   config = weights.config
   backbone = models.build_backbone(config.model, config.data.image_size)
   result = {

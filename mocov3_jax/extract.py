@@ -10,7 +10,6 @@ checkpoints/<step>. FILE.npz holds, for each image that could be read,
 The last line on stdout is one JSON object.
 """
 
-import sys
 from typing import Any
 
 from absl import flags
@@ -23,7 +22,7 @@ from mocov3_jax.data import catalog, sources
 from mocov3_jax.data.workers import Workers
 from mocov3_jax.errors import UserError, unknown
 from mocov3_jax.evals import features
-from mocov3_jax.tools import cli, trained, weights
+from mocov3_jax.tools import cli, notes, trained, weights
 
 # What a layer needs of the network, and the method that computes it.
 LAYERS = {
@@ -111,9 +110,7 @@ def _rows(
     images: sources.Source,
 ) -> dict[str, np.ndarray]:
   values, readable = forward(params, batch_stats, images)
-  lost = np.setdiff1d(np.arange(len(images)), readable)
-  for index in lost.tolist():
-    print(f'unreadable: {images.name(index)}', file=sys.stderr, flush=True)
+  notes.say_unreadable(images, readable)
   return {
       'features': np.asarray(jax.device_get(values)),
       'names': np.array([images.name(i) for i in readable.tolist()]),

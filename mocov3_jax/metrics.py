@@ -18,10 +18,11 @@ LONGEST_ROW = 2**16
 
 
 def read_metrics(path: epath.Path) -> list[dict[str, Any]]:
-  """Reads a metrics.jsonl, without a last line that a kill cut off.
+  """Reads a metrics.jsonl or results.jsonl, without lines a kill cut off.
 
   Returns:
-    One flat dict a line, 'step' first; empty if there is no file.
+    One dict a line, in metrics.jsonl flat and 'step' first; empty if there is
+    no file.
   """
   if not path.exists():
     return []
@@ -30,7 +31,7 @@ def read_metrics(path: epath.Path) -> list[dict[str, Any]]:
     try:
       rows.append(json.loads(line))
     except json.JSONDecodeError:
-      break
+      continue
   return rows
 
 

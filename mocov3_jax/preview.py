@@ -45,7 +45,7 @@ def preview(config: ConfigDict, out: str, count: int) -> dict[str, Any]:
   Raises:
     UserError: for bad input, or if `out` cannot be written.
   """
-  checks.validate(config, jax.device_count())
+  checks.validate(config)
   if not 1 <= count <= config.batch_size:
     raise UserError(
         f'--count={count} is out of range. Allowed: from 1 to batch_size='

@@ -23,7 +23,7 @@ from mocov3_jax import checks, evaluate, train
 from mocov3_jax import config as config_lib
 from mocov3_jax import workdir as workdir_lib
 from mocov3_jax.errors import UserError, unknown
-from mocov3_jax.tools import cli, runs
+from mocov3_jax.tools import cli, notes, runs
 from mocov3_jax.tools.sweeps import folder as sweep_folder
 from mocov3_jax.tools.sweeps import grid as sweep_grid
 from mocov3_jax.tools.sweeps import running as sweeping
@@ -53,8 +53,7 @@ def check_points(points: Sequence[Point], listings: epath.Path | None) -> None:
   for point in points:
     c = point.config
     try:
-      # Their number is a multiple of this one.
-      checks.validate(c, c.fsdp_devices)
+      checks.validate(c)
       plan = SOME_PLAN
       if listings is not None:
         data = c.data.source, c.data.labels, tuple(c.data.mean)
@@ -176,7 +175,7 @@ def sweep(
     failed = sweeping.carry_out(jobs, child.start, child.pause)
   found, rows = summarise(points, path, list(grid.axes))
   names = {field: grid.names[field] for field in grid.axes}
-  sweeping.say(sweep_table.as_text(rows, names))
+  notes.say(sweep_table.as_text(rows, names))
   if failed:
     raise UserError(
         f'{len(failed)} of {len(points)} runs failed:\n  '
@@ -222,7 +221,7 @@ def print_sweep(
   left = [job.commands() for job in make_jobs(points, protocols, path, python)]
   lines = [sweep_scripts.line(list(c.values())) for c in left if c]
   if not lines:
-    sweeping.say(f'all {len(points)} runs are complete')
+    notes.say(f'all {len(points)} runs are complete')
   elif how == 'commands':
     print('\n'.join(lines))
   else:

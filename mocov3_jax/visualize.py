@@ -22,7 +22,7 @@ import numpy as np
 from mocov3_jax.data import sources
 from mocov3_jax.errors import UserError, unknown
 from mocov3_jax.evals import attention as attention_lib
-from mocov3_jax.evals import near
+from mocov3_jax.evals import knn, near
 from mocov3_jax.tools import cli, pictures, showing, trained
 
 # Rows of a sheet, and neighbours in a row, that can still be looked at.
@@ -108,7 +108,7 @@ def neighbours(options: showing.Options, k: int) -> dict[str, Any]:
     raise UserError(
         f'--k={k} is more than there are in {shown.spec}. Allowed: 1 to {most}.'
     )
-  cosine, index = near.nearest(asked, known, k, own)
+  cosine, index = jax.device_get(knn.nearest(asked, known, k, own))
   return _draw_neighbours(shown, queries, ask, places[index], cosine)
 
 

@@ -14,6 +14,7 @@ from mocov3_jax import config as config_lib
 from mocov3_jax import convert, saved, train
 from mocov3_jax import workdir as workdir_lib
 from mocov3_jax.errors import UserError
+from mocov3_jax.eval_config import eval_config
 from mocov3_jax.tools import (
   our_weights,
   torch_names,
@@ -392,6 +393,19 @@ def test_a_file_of_ours_tells_all_of_its_config(runs, tmp_path):
   assert workdir_lib.to_json(back) == workdir_lib.to_json(config)
 
 
+def test_a_run_over_more_devices_than_there_are_goes_out_and_back(tmp_path):
+  config = small_config(fsdp_devices=2)
+  random_run(tmp_path / 'run', config)
+  file = str(tmp_path / 'a.safetensors')
+  convert.convert(str(tmp_path / 'run'), file)
+  convert.convert(file, str(tmp_path / 'back'))
+  back = workdir_lib.read_training_config(tmp_path / 'back')
+  assert back.fsdp_devices == 2
+  convert.convert(file, str(tmp_path / 'again'), config=config)
+  with pytest.raises(UserError, match='unknown fields'):
+    convert.convert(file, str(tmp_path / 'eval'), config=eval_config())
+
+
 @pytest.mark.parametrize(
     'arguments, words',
     [
@@ -472,6 +486,22 @@ def test_a_complete_state_is_recognised(runs):
     some = {k: v for k, v in found.flat.items() if k[0] in FULL}
     partial = weights.Weights(config, 4, some, {})
     assert our_weights.train_state(partial) == (None, set())
+
+
+def test_a_run_whose_queue_is_missing_cannot_continue(runs, tmp_path, capsys):
+  _, run = runs['vit']
+  config = small_config(**{'knn.queue_share': 0.2})
+  found = our_weights.read(str(run))
+  whole = weights.Weights(config, 4, found.flat, found.names)
+  written, complete = our_weights.write(str(tmp_path / 'whole'), whole)
+  assert not complete and {path[0] for path in written} == set(FULL)
+  assert leaves(tmp_path / 'whole').keys() == written.keys()
+  backbone_file(tmp_path / 'a.safetensors', lambda t: None)
+  result = convert.convert(
+      str(tmp_path / 'a.safetensors'), str(tmp_path / 'run'), config=config
+  )
+  assert not result['can_continue']
+  assert 'knn.queue_share=0.2' in capsys.readouterr().err
 
 
 def test_torch_is_asked_for_where_it_is_not_installed(

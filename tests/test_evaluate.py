@@ -14,7 +14,7 @@ import pytest
 from scipy import stats
 import tiny
 
-from mocov3_jax import optim
+from mocov3_jax import metrics, optim
 from mocov3_jax.data import catalog, sources
 from mocov3_jax.errors import UserError
 from mocov3_jax.eval_config import eval_config
@@ -177,6 +177,47 @@ def test_what_does_not_change_a_result_may_change(run, tmp_path):
   first = result(run, tmp_path / 'o', knn)
   again = result(run, tmp_path / 'o', knn, '--config.data.threads=1')
   assert again['knn/top1'] == first['knn/top1']
+
+
+def test_a_probe_that_is_repeated_keeps_its_first_record(run, tmp_path):
+  line = [LINEAR, *SHORT, '--config.log.every_steps=7']
+  first = result(run, tmp_path / 'o', *line)
+  before = (run / 'results.jsonl').read_text()
+  assert result(run, tmp_path / 'o', *line) == first
+  assert json.loads((tmp_path / 'o' / 'result.json').read_text()) == first
+  assert (run / 'results.jsonl').read_text() == before
+
+
+def record(folder, top1):
+  """Records an evaluation that found this accuracy; returns (record, lines)."""
+  setup = evaluation.Setup(
+      eval_config(), trained.Trained(
+          tiny.config(), epath.Path(folder / 'run/checkpoints/1'), None
+      ), labelled([0, 1], [1]), None, None, {},
+  )
+  for name in 'run', 'out':
+    (folder / name).mkdir(exist_ok=True)
+  found = evaluation.record(
+      setup, {'knn/top1': top1, 'test/images': 1}, epath.Path(folder / 'out')
+  )
+  assert found == json.loads((folder / 'out/result.json').read_text())
+  lines = metrics.read_metrics(epath.Path(folder / 'run/results.jsonl'))
+  return found, lines
+
+
+def test_a_repetition_is_recorded_where_it_finds_something_else(tmp_path):
+  for top1, wanted in (0.0, [0.0]), (0.0, [0.0]), (1.0, [0.0, 1.0]):
+    found, lines = record(tmp_path, top1)
+    assert found['knn/top1'] == top1
+    assert [line['knn/top1'] for line in lines] == wanted
+
+
+def test_a_record_survives_a_line_that_a_kill_cut_off(tmp_path):
+  record(tmp_path, 0.0)
+  path = tmp_path / 'run/results.jsonl'
+  path.write_text(path.read_text() + '{"knn/top1": 0.')
+  _, lines = record(tmp_path, 1.0)
+  assert [line['knn/top1'] for line in lines] == [0.0, 1.0]
 
 
 def test_a_checkpoint_of_another_network_is_refused(run, tmp_path):

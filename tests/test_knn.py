@@ -16,10 +16,10 @@ def unit(x):
   return x / np.linalg.norm(x, axis=1, keepdims=True)
 
 
-def classify(queries, bank, labels, classes, k, temperature, **options):
+def classify(queries, bank, labels, classes, k, temperature, own=None):
   """The votes of each query's neighbours."""
   similarity, index = knn.nearest(
-      jnp.asarray(queries), jnp.asarray(bank), k, **options
+      jnp.asarray(queries), jnp.asarray(bank), k, own
   )
   return knn.count_votes(
       similarity, jnp.asarray(labels)[index], num_classes=classes,
@@ -87,11 +87,41 @@ def test_equal_neighbours_are_taken_in_the_order_of_the_bank(k, temperature):
   )
 
 
+def test_nearest_are_the_nearest_and_never_the_query_itself():
+  bank, _ = random_set(n=300, d=4)
+  own = np.array([3, 299])
+  cosine, index = knn.nearest(
+      jnp.asarray(bank[own]), jnp.asarray(bank), 5, own
+  )
+  for row, (i, found) in enumerate(zip(own, index, strict=True)):
+    similarity = unit(bank) @ unit(bank)[i]
+    similarity[i] = -2
+    want = np.argsort(-similarity)[:5]
+    np.testing.assert_array_equal(found, want)
+    np.testing.assert_allclose(cosine[row], similarity[want], atol=1e-6)
+  _, index = knn.nearest(jnp.asarray(bank[own]), jnp.asarray(bank), 1)
+  np.testing.assert_array_equal(index[:, 0], own)
+
+
+def test_an_image_whose_features_are_zero_spoils_no_vote():
+  bank, labels = random_set(n=300)
+  queries, _ = random_set(n=20, seed=1)
+  votes = classify(queries, bank, labels, 7, 9, 0.1)
+  bank = np.concatenate([np.zeros_like(bank[:1]), bank])
+  labels = np.concatenate([[0], labels])
+  np.testing.assert_allclose(
+      classify(queries, bank, labels, 7, 9, 0.1), votes, rtol=1e-5
+  )
+  # Where NaN would be sorted to depends on the device: so all, and itself.
+  for asked, k in (queries, 301), (np.zeros_like(queries), 9):
+    assert np.isfinite(classify(asked, bank, labels, 7, k, 0.1)).all()
+
+
 @pytest.mark.parametrize('k', [1, 5, 100])
 def test_leaving_one_out_equals_scikit_learns(k):
   features, labels = random_set(n=600)
   votes = classify(
-      features, features, labels, 7, k, 0.1, leave_one_out=True
+      features, features, labels, 7, k, 0.1, own=np.arange(600)
   )
   found = np.argmax(votes, axis=1)
   for i in range(0, 600, 40):
@@ -166,6 +196,32 @@ def test_one_pass_gives_every_k_and_temperature():
 )
 def test_k_is_capped_on_small_banks(n, classes, expected):
   assert knn.capped_k(200, n, classes) == expected
+
+
+def test_the_monitor_says_what_the_table_says_of_images_that_can_be_read():
+  features, labels = random_set(n=700)
+  numbers = np.arange(700, dtype=np.int64).view(np.uint8).reshape(700, 1, 1, 8)
+  source = sources.ArraySource('x', numbers, labels.astype(np.int32), 7)
+  bank = sources.Subset(source, np.arange(500))
+  test = sources.Subset(source, np.arange(500, 700))
+
+  def extract(params, batch_stats, part):
+    places = np.array(
+        [part.read(i).view(np.int64).item() for i in range(len(part))]
+    )
+    readable = np.flatnonzero(places % 3)  # A third of them cannot be.
+    return jnp.asarray(features[places[readable]]), readable
+
+  c = ConfigDict({
+      'k': 20, 'temperature': 0.07, 'more_k': (), 'more_temperatures': (),
+      'bank_images': 0, 'query_images': 0, 'leave_one_out': False,
+  })
+  mesh, splits = sharding.make_mesh(), sources.Splits(bank, bank, test)
+  monitor = knn.build(c, extract, splits, mesh)(None, None)
+  found = knn.table(c, extract, splits, mesh, None, None)
+  # A sixth of the 333 / 7 images a class that are left, not of the 500 / 7.
+  assert found['k'] == monitor['knn/k'] == 7
+  assert found['top1'] == monitor['knn/top1']
 
 
 def test_images_without_label_or_that_cannot_be_read_are_left_out():

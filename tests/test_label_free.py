@@ -40,3 +40,10 @@ def test_effective_rank_of_orthogonal_and_of_parallel_rows():
   assert label_free.effective_rank(x) == pytest.approx(
       np.exp(entropy), rel=1e-5
   )
+
+
+def test_features_that_are_all_zero_have_numbers():
+  zero = jnp.zeros((6, 3))
+  assert label_free.effective_rank(zero) == 1
+  assert label_free.alignment(zero, zero) == 0
+  assert jnp.isfinite(label_free.uniformity(zero))

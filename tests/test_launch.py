@@ -40,7 +40,8 @@ esac
 echo "$said" >>"$here/calls"
 case $said in
   describe) pop states ;;
-  create | delete | install) ;;
+  install) ! mv "$here/broken" "$here/mended" 2>/dev/null; exit ;;
+  create | delete) ;;
   ask) if [ -e "$here/answers" ]; then pop answers; exit; fi ;;&
   *)
     for home in "$here"/workers/*; do
@@ -222,6 +223,44 @@ def test_a_watched_slice_is_made_anew_when_preempted(tmp_path, case):
   assert code == expected, err
   made = (tmp_path / 'calls').read_text().split()
   assert [call for call in made if call != 'describe'] == calls.split()
+
+
+def worker(folder, code):
+  """A worker whose training ends with 0 at once; the last ended with `code`."""
+  for name, text in ('gcloud', GCLOUD), ('curl', CURL):
+    script(folder / name, text)
+  script(folder / 'sleep', '#!/bin/sh\nexec /bin/sleep 0.1\n')
+  (folder / 'states').write_text('READY\n' * 9)
+  home = folder / 'workers/0/mocov3_jax'
+  script(home / '.venv/bin/python', '#!/bin/sh\n')
+  (home / 'train.code').write_text(f'{code}\n')
+  return home
+
+
+def watched(folder):
+  return outcome(
+      'tpu_vm.sh', 'watch', '--poll=0', '--restarts=5', '--nfs=h:/s', '--',
+      *TRAIN, path=folder,
+  )
+
+
+def test_a_restart_that_failed_is_tried_again(tmp_path):
+  worker(tmp_path, 1)
+  (tmp_path / 'broken').touch()
+  code, _, err = watched(tmp_path)
+  assert code == 0, err
+  assert 'install failed' in err and (tmp_path / 'mended').exists()
+  calls = (tmp_path / 'calls').read_text().split()
+  assert 'run' in calls and calls.count('install') > 1
+
+
+def test_a_stop_by_the_user_ends_the_watch(tmp_path):
+  home = worker(tmp_path, 143)
+  assert outcome('tpu_vm.sh', 'stop', path=tmp_path)[0] == 0
+  code, _, err = watched(tmp_path)
+  assert code == 143 and 'stopped' in err
+  assert 'run' not in (tmp_path / 'calls').read_text().split()
+  assert (home / 'train.stopped').exists()
 
 
 @pytest.mark.slow

@@ -4,9 +4,12 @@ import jax
 import numpy as np
 import photos
 from PIL import Image
+import pytest
 import tiny
 
 from mocov3_jax import augment, image_ops, preview, train
+from mocov3_jax.errors import UserError
+from mocov3_jax.eval_config import eval_config
 
 
 def test_the_sheet_has_a_row_an_example(tmp_path):
@@ -56,6 +59,17 @@ def test_the_views_are_those_of_the_first_step():
       np.testing.assert_allclose(
           image_ops.normalise(made[v], c.data), trained[i, v], atol=1e-5
       )
+
+
+def test_a_recipe_for_more_devices_than_there_are_is_shown(tmp_path):
+  c = tiny.config(fsdp_devices=2 * jax.device_count())
+  out = tmp_path / 'views.png'
+  assert preview.preview(c, str(out), count=1)['examples'] == 1
+
+
+def test_the_config_of_an_evaluation_is_refused(tmp_path):
+  with pytest.raises(UserError, match='unknown fields'):
+    preview.preview(eval_config(), str(tmp_path / 'x.png'), count=1)
 
 
 def test_what_was_drawn_is_said_in_words():

@@ -62,6 +62,24 @@ def test_its_votes_are_counted_as_by_hand():
   assert float(found) == pytest.approx(right / 15)
 
 
+def test_an_image_whose_features_are_zero_spoils_no_vote():
+  rng = np.random.default_rng(2)
+  features = rng.normal(size=(40, 6)).astype(np.float32)
+  features[0] = 0
+  labels = rng.integers(1, 3, 40)
+  asked = jnp.asarray(features[1:]), jnp.asarray(labels[1:])
+  found = []
+  for label in -1, 1:  # Without a vote, and with one.
+    labels[0] = label
+    held = queue.push(empty(40, 6), jnp.asarray(features), jnp.asarray(labels))
+    found.append(
+        queue.classify(held, *asked, k=5, temperature=0.1, num_classes=3)
+    )
+  assert found[0] == found[1] > 0.5
+  # Where NaN would be sorted to depends on the device.
+  assert jnp.isfinite(held.features).all()
+
+
 @pytest.mark.parametrize(
     'share, n, batch, expected',
     [

@@ -307,6 +307,23 @@ def test_an_evaluation_is_no_run(tmp_path):
   assert not (tmp_path / 'r.html').exists()
 
 
+def test_a_run_of_an_earlier_version_stands_beside_one_of_this(tmp_path):
+  fake_runs.write(tmp_path / 'new', fake_runs.rows(60))
+  old = fake_runs.write(tmp_path / 'old', fake_runs.rows(60)) / 'config.json'
+  config = json.loads(old.read_text())
+  del config['objective']['queue'], config['model']['patch_embed']
+  old.write_text(json.dumps(config))
+  for kind in report.FORMATS:
+    out = tmp_path / f'r.{kind}'
+    report.report([str(tmp_path / n) for n in ('old', 'new')], str(out))
+    assert out.stat().st_size
+  with (tmp_path / 'r.csv').open(newline='') as file:
+    before, now = csv.DictReader(file)
+  assert (before['objective.queue'], now['objective.queue']) == ('', '0')
+  page = (tmp_path / 'r.html').read_text()
+  assert '<th scope="row">objective.queue</th><td>None</td><td>0</td>' in page
+
+
 def test_the_command_prints_one_object_and_its_progress(sweep, tmp_path):
   out = tmp_path / 'r.csv'
   code, told, progress = tiny.run('report', str(sweep), f'--out={out}')

@@ -561,6 +561,18 @@ def test_a_child_says_what_went_wrong(capsys):
   assert capsys.readouterr().err.startswith('hm\nerror: it\n')
 
 
+def test_a_run_is_its_own_where_slurm_started_several_sweeps(monkeypatch):
+  monkeypatch.setenv('SLURM_STEP_NUM_TASKS', '8')
+  text = (
+      'from mocov3_jax.tools import distributed\n'
+      'distributed.start(None, None, None)\n'
+      'import jax, sys\n'
+      'sys.exit(3 if jax.distributed.is_initialized() else 0)\n'
+  )
+  with sweeping.Children() as children:
+    assert children.start([sys.executable, '-c', text]).code == 0
+
+
 @pytest.mark.parametrize('numbers, code', [
     ([signal.SIGTERM], 143), ([signal.SIGINT], 143),
     ([signal.SIGINT, signal.SIGINT], 130),

@@ -170,24 +170,6 @@ def test_neighbours_are_framed_by_label(digits, tmp_path):
   assert shown[pictures.OTHER] == (result['hits'] < 1)
 
 
-def test_nearest_are_the_nearest_and_never_the_query_itself():
-  rng = np.random.default_rng(0)
-  bank = rng.normal(size=(30, 4)).astype(np.float32)
-  own = np.array([3, 29])
-  cosine, index = near.nearest(
-      jnp.asarray(bank[own]), jnp.asarray(bank), 5, own
-  )
-  unit = bank / np.linalg.norm(bank, axis=1, keepdims=True)
-  for row, (i, found) in enumerate(zip(own, index, strict=True)):
-    similarity = unit @ unit[i]
-    similarity[i] = -2
-    want = np.argsort(-similarity)[:5]
-    np.testing.assert_array_equal(found, want)
-    np.testing.assert_allclose(cosine[row], similarity[want], atol=1e-6)
-  _, index = near.nearest(jnp.asarray(bank[own]), jnp.asarray(bank), 1)
-  np.testing.assert_array_equal(index[:, 0], own)
-
-
 @pytest.mark.parametrize('method', ['pca', 'tsne'])
 def test_an_embedding_is_the_same_every_time(digits, tmp_path, method):
   first, second = (

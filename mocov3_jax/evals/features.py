@@ -23,9 +23,23 @@ PyTree = Any
 Extract = Callable[[PyTree, PyTree, Source], tuple[jax.Array, np.ndarray]]
 
 
-def unit(x: jax.Array) -> jax.Array:
-  """Scales the rows of [N, D] to length 1."""
-  return x / jnp.linalg.norm(x, axis=1, keepdims=True)
+def readable(source: Source, unreadable: np.ndarray) -> np.ndarray:
+  """The places of the images that could be read, int64 [n].
+
+  Args:
+    source: the images.
+    unreadable: of its batches, one after another, as `Batch` has it; what
+      filled up the last one is left out.
+
+  Raises:
+    UserError: if none could.
+  """
+  found = np.flatnonzero(unreadable[: len(source)] < 0)
+  if not len(found):
+    raise UserError(
+        f'none of {len(source)} images could be read, from {source.name(0)} on'
+    )
+  return found
 
 
 def width(
@@ -69,15 +83,9 @@ def extractor(
         for batch in batches
     ), strict=True)
     features = jnp.concatenate(features)[: len(source)]
-    unreadable = np.concatenate(jax.device_get(unreadable))[: len(source)]
-    readable = np.flatnonzero(unreadable < 0)
-    if not len(readable):
-      raise UserError(
-          f'none of {len(source)} images could be read, from '
-          f'{source.name(0)} on'
-      )
-    if len(readable) < len(source):
-      features = features[jnp.asarray(readable)]
-    return features, readable
+    places = readable(source, np.concatenate(jax.device_get(unreadable)))
+    if len(places) < len(source):
+      features = features[jnp.asarray(places)]
+    return features, places
 
   return extract

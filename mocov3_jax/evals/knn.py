@@ -4,7 +4,8 @@ The monitor of [P] App. A, which refers to Wu et al. 2018 (arXiv 1805.01978):
 cosine similarity, k = 200, votes weighted by exp(similarity / 0.07).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+import functools
 from typing import Any
 
 import jax
@@ -17,7 +18,8 @@ from mocov3_jax import sharding
 from mocov3_jax.data import sources
 from mocov3_jax.data.sources import Splits
 from mocov3_jax.errors import UserError
-from mocov3_jax.evals.features import Extract, unit
+from mocov3_jax.evals.features import Extract
+from mocov3_jax.models.layers import unit
 
 PyTree = Any
 # Queries compared with the whole bank at once: their similarities to 1.28 M
@@ -28,8 +30,8 @@ QUERY_BLOCK = 256
 
 
 def nearest(
-    queries: jax.Array, bank: jax.Array, k: int, leave_one_out: bool = False,
-    mesh: Mesh | None = None,
+    queries: jax.Array, bank: jax.Array, k: int,
+    own: np.ndarray | None = None, mesh: Mesh | None = None,
 ) -> tuple[jax.Array, jax.Array]:
   """Finds each query's k nearest neighbours, exactly, a block at a time.
 
@@ -37,7 +39,8 @@ def nearest(
     queries: [Q, D]; scaled to unit length here.
     bank: [N, D]; likewise.
     k: neighbours, at most N; of equal ones the first in the bank win.
-    leave_one_out: query i is image i of the bank, and no neighbour of itself.
+    own: int [Q], the row of the bank that is the query itself, which is no
+      neighbour of its own; None = the queries are not in the bank.
     mesh: over whose devices the queries of a block are split; the bank lies
       on each of them.
 
@@ -52,17 +55,19 @@ def nearest(
       part = jax.lax.with_sharding_constraint(
           part, sharding.batch_sharding(mesh)
       )
-    q, own = part  # [QUERY_BLOCK, D], [QUERY_BLOCK]
+    q, its_own = part  # [QUERY_BLOCK, D], [QUERY_BLOCK] or None
     similarity = jnp.matmul(q, bank.T, precision=jax.lax.Precision.HIGHEST)
-    if leave_one_out:
-      itself = own[:, None] == jnp.arange(len(bank))[None]
+    if its_own is not None:
+      itself = its_own[:, None] == jnp.arange(len(bank))[None]
       similarity = jnp.where(itself, -jnp.inf, similarity)
     return jax.lax.top_k(similarity, k)
 
   padding = -count % QUERY_BLOCK
   blocks = jnp.pad(queries, ((0, padding), (0, 0)), mode='edge')
-  own = jnp.arange(count + padding).reshape(-1, QUERY_BLOCK)
-  found = jax.lax.map(block, (blocks.reshape(-1, QUERY_BLOCK, width), own))
+  blocks = blocks.reshape(-1, QUERY_BLOCK, width)
+  if own is not None:
+    own = jnp.pad(own, (0, padding), mode='edge').reshape(-1, QUERY_BLOCK)
+  found = jax.lax.map(block, (blocks, own))
   found = jax.tree.map(lambda x: x.reshape(-1, k)[:count], found)
   if mesh is not None:  # Whole on every device, for every process to read.
     found = jax.lax.with_sharding_constraint(found, sharding.replicated(mesh))
@@ -97,7 +102,7 @@ def count_votes(
   return jax.lax.scan(add, votes, (weight.T, labels.T))[0]
 
 
-_find = jax.jit(nearest, static_argnames=('k', 'leave_one_out', 'mesh'))
+_find = jax.jit(nearest, static_argnames=('k', 'mesh'))
 _vote = jax.jit(count_votes, static_argnames=('num_classes', 'temperature'))
 
 
@@ -128,26 +133,21 @@ def build(
     UserError: if one of them has no label after all.
   """
   bank, queries = banked(knn, splits)
-  classes = splits.train.num_classes
-  k = capped_k(knn.k, len(bank[1]), classes)
 
   def evaluate(params, batch_stats):
-    asked, ask = extract(params, batch_stats, queries[0])
-    known, remember = extract(params, batch_stats, bank[0])
-    similarity, index = _find(asked, known, k=k, mesh=mesh)
-    labels = jnp.asarray(bank[1][remember])
-    votes = _vote(
-        similarity, labels[index], num_classes=classes,
-        temperature=knn.temperature,
+    read = functools.partial(_read, extract, params, batch_stats)
+    (row,) = _classify(
+        read(queries), read(bank), splits.train.num_classes, (knn.k,),
+        (knn.temperature,), mesh,
     )
-    predicted = np.argmax(jax.device_get(votes), axis=1)
-    return {'knn/top1': float(np.mean(predicted == queries[1][ask])),
-            'knn/k': k}
+    return {'knn/top1': row['top1'], 'knn/k': row['k']}
 
   return evaluate
 
 
 Labelled = tuple[sources.Source, np.ndarray]
+# Features [N, D] of the images that could be read, and their labels, int [N].
+Known = tuple[jax.Array, np.ndarray]
 
 
 def banked(knn: ConfigDict, splits: Splits) -> tuple[Labelled, Labelled]:
@@ -187,31 +187,50 @@ def table(
   Raises:
     UserError: if there are no labels.
   """
-  (bank, bank_labels), (queries, labels) = banked(knn, splits)
-  known, remember = extract(params, batch_stats, bank)
-  asked, ask = extract(params, batch_stats, queries)
-  bank_labels, labels = bank_labels[remember], labels[ask]
+  bank, queries = banked(knn, splits)
+  read = functools.partial(_read, extract, params, batch_stats)
+  known, asked, own = read(bank), read(queries), None
   if knn.leave_one_out:
-    known = asked = jnp.concatenate([known, asked])
-    bank_labels = labels = np.concatenate([bank_labels, labels])
-  classes = splits.train.num_classes
-  ks = [capped_k(k, len(known), classes) for k in (knn.k, *knn.more_k)]
-  similarity, index = _find(
-      asked, known, k=max(ks), leave_one_out=knn.leave_one_out, mesh=mesh
+    known = asked = (
+        jnp.concatenate([known[0], asked[0]]),
+        np.concatenate([known[1], asked[1]]),
+    )
+    own = np.arange(len(known[1]))
+  rows = _classify(
+      asked, known, splits.train.num_classes, (knn.k, *knn.more_k),
+      (knn.temperature, *knn.more_temperatures), mesh, own,
   )
-  voters = jnp.asarray(bank_labels)[index]
+  return {
+      'top1': rows[0]['top1'], 'k': rows[0]['k'],
+      'test_images': len(asked[1]), 'table': rows,
+  }
+
+
+def _read(
+    extract: Extract, params: PyTree, batch_stats: PyTree, images: Labelled
+) -> Known:
+  source, labels = images
+  features, readable = extract(params, batch_stats, source)
+  return features, labels[readable]
+
+
+def _classify(
+    asked: Known, known: Known, classes: int, ks: Sequence[int],
+    temperatures: Sequence[float], mesh: Mesh, own: np.ndarray | None = None,
+) -> list[dict[str, Any]]:
+  """The share classified right, for each k (after its cap) and temperature."""
+  ks = [capped_k(k, len(known[1]), classes) for k in ks]
+  similarity, index = _find(asked[0], known[0], k=max(ks), own=own, mesh=mesh)
+  voters = jnp.asarray(known[1])[index]
   rows = []
   for k in dict.fromkeys(ks):
-    for temperature in (knn.temperature, *knn.more_temperatures):
+    for temperature in temperatures:
       votes = _vote(
           similarity[:, :k], voters[:, :k], num_classes=classes,
           temperature=temperature,
       )
-      right = np.argmax(jax.device_get(votes), axis=1) == labels
+      right = np.argmax(jax.device_get(votes), axis=1) == asked[1]
       rows.append({
           'k': k, 'temperature': temperature, 'top1': float(np.mean(right))
       })
-  return {
-      'top1': rows[0]['top1'], 'k': rows[0]['k'], 'test_images': len(labels),
-      'table': rows,
-  }
+  return rows

@@ -14,8 +14,8 @@ from jax.sharding import Mesh
 
 from mocov3_jax import augment, sharding
 from mocov3_jax.data import pipeline
-from mocov3_jax.evals.features import unit
 from mocov3_jax.models import Network
+from mocov3_jax.models.layers import unit
 
 PyTree = Any
 
@@ -45,10 +45,10 @@ def uniformity(features: jax.Array) -> jax.Array:
 def effective_rank(features: jax.Array) -> jax.Array:
   """exp of the entropy of the singular values' shares, of [N, D].
 
-  From 1, all rows on one line, to min(N, D).
+  From 1, all rows on one line (or zero), to min(N, D).
   """
   values = jnp.linalg.svd(features, compute_uv=False)
-  share = values / jnp.sum(values)
+  share = values / jnp.maximum(jnp.sum(values), 1e-12)  # Of zeros, zeros.
   return jnp.exp(jnp.sum(jax.scipy.special.entr(share)))
 
 
@@ -73,9 +73,8 @@ def build(
   def measure(params, batch_stats, images, key):
     variables = {'params': params, 'batch_stats': batch_stats}
     views = make_views(images, key)
-    flat = views.reshape(-1, *views.shape[2:])
-    features = model.apply(variables, flat, train=False, method='features')
-    first, second = features[0::2], features[1::2]
+    features = model.apply(variables, views, train=False, method='trunk')
+    first, second = features[:, 0], features[:, 1]
     return {
         'features/alignment': alignment(first, second),
         'features/uniformity': uniformity(first),

@@ -1,42 +1,19 @@
-"""Which features lie near which: nearest neighbours, and maps of the plane."""
+"""Maps of features: which lie near which, as points of the plane."""
 
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 from sklearn.decomposition import PCA
 from sklearn.manifold import TSNE
 
 from mocov3_jax.errors import UserError
-from mocov3_jax.evals.features import unit
+from mocov3_jax.models.layers import unit
 
 # The ways into the plane, as a picture calls them.
 METHODS = {'pca': 'PCA', 'tsne': 't-SNE', 'umap': 'UMAP'}
 # As few points as all of them can place.
 FEWEST = 4
 SEED = 0
-
-
-def nearest(
-    queries: jax.Array, bank: jax.Array, k: int, own: np.ndarray | None = None
-) -> tuple[np.ndarray, np.ndarray]:
-  """The rows of a bank that are nearest by cosine, as kNN finds them.
-
-  Args:
-    queries, bank: float32 [Q, D], [N, D].
-    k: how many of each query.
-    own: int [Q], the row of the bank that is the query itself, left out.
-
-  Returns:
-    Cosines float32 [Q, k], falling; rows of the bank, int [Q, k].
-  """
-  similarity = jnp.matmul(
-      unit(queries), unit(bank).T, precision=jax.lax.Precision.HIGHEST
-  )
-  if own is not None:
-    similarity = similarity.at[jnp.arange(len(own)), own].set(-jnp.inf)
-  return jax.device_get(jax.lax.top_k(similarity, k))
 
 
 def plane(

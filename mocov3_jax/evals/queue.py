@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from mocov3_jax.evals import knn
-from mocov3_jax.evals.features import unit
+from mocov3_jax.models.layers import unit
 from mocov3_jax.train_step import TrainState
 
 

@@ -2,10 +2,12 @@
 
 from collections.abc import Iterator
 import contextlib
+import json
 import os
 import re
 import sys
 from typing import Any
+import zlib
 
 import jax
 from jax.experimental import multihost_utils
@@ -16,6 +18,7 @@ from mocov3_jax.errors import UserError
 # After so many seconds without a sign of life a process counts as dead.
 HEARTBEAT = 60
 LOST_PEER = 1
+SLURM_TASKS = 'SLURM_STEP_NUM_TASKS'
 # What the errors of communication say.
 LOST = '(?i)gloo|nccl|connection|peer|unavailable|deadline|coordination|abort'
 
@@ -64,9 +67,14 @@ def start(
     ) from e
 
 
+def environment_alone() -> dict[str, str]:
+  """The environment of a child that is a run of its own, also under Slurm."""
+  return {k: v for k, v in os.environ.items() if k != SLURM_TASKS}
+
+
 def _in_cluster() -> bool:
   # A single task of Slurm, or a single TPU host, is on its own.
-  tasks = os.getenv('SLURM_STEP_NUM_TASKS', '1')
+  tasks = os.getenv(SLURM_TASKS, '1')
   hosts = os.getenv('TPU_WORKER_HOSTNAMES', '')
   return int(tasks) > 1 or len(hosts.split(',')) > 1
 
@@ -74,6 +82,28 @@ def _in_cluster() -> bool:
 def is_primary() -> bool:
   """Whether this process speaks and writes for the run."""
   return jax.process_index() == 0
+
+
+def require_same(given: dict[str, Any]) -> None:
+  """Checks that all processes of the run were given the same.
+
+  Args:
+    given: by name, what can be written as JSON.
+
+  Raises:
+    UserError: in all processes, with the names of what differs.
+  """
+  if jax.process_count() == 1:
+    return
+  texts = [json.dumps(value, sort_keys=True) for value in given.values()]
+  digests = np.asarray([zlib.crc32(t.encode()) for t in texts], np.uint32)
+  found = multihost_utils.process_allgather(digests)  # [processes, names]
+  differ = [n for n, d in zip(given, found.T, strict=True) if np.ptp(d)]
+  if differ:
+    raise UserError(
+        f'the processes of this run differ in their {" and ".join(differ)}. '
+        'Allowed: the same line in each, and the same images on each machine.'
+    )
 
 
 @contextlib.contextmanager

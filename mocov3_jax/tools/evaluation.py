@@ -4,7 +4,6 @@ import contextlib
 import dataclasses
 import hashlib
 import json
-import sys
 from typing import Any
 
 from etils import epath
@@ -20,7 +19,7 @@ from mocov3_jax.data.pipeline import epoch_order
 from mocov3_jax.data.workers import Workers
 from mocov3_jax.errors import UserError
 from mocov3_jax.evals import features, score
-from mocov3_jax.tools import trained
+from mocov3_jax.tools import notes, runs, trained
 
 PyTree = Any
 # What may change when an evaluation is continued.
@@ -182,6 +181,8 @@ def record(
   """Completes the results, and writes result.json and a line of results.jsonl.
 
   The latter stands beside the run's checkpoints, checkpoints/../results.jsonl.
+  Neither is written again when an evaluation is repeated and finds the same: of
+  a training that was done, it knows less (how fast it was, say).
 
   Args:
     setup: of the evaluation.
@@ -191,8 +192,16 @@ def record(
 
   Returns:
     All of result.json.
+
+  Raises:
+    UserError: if there is one that is damaged.
   """
   config, splits = setup.config, setup.splits
+  path = workdir / 'result.json'
+  known, own = runs.read_object(path), f'{config.protocol}/'
+  found = {name: v for name, v in results.items() if name.startswith(own)}
+  if known | found == known:
+    return known
   results = {
       'test_images': results['test/images'],
       'train_images': len(splits.train),
@@ -210,21 +219,22 @@ def record(
       'workdir': str(workdir),
       'settings': workdir_lib.to_json(config),
   }
+  # This first: a kill in between costs a second line, not the only one.
+  _append(setup.run.folder.parent.parent / 'results.jsonl', results)
   text = json.dumps(results, indent=2) + '\n'
-  path = workdir / 'result.json'
-  known = path.exists() and path.read_text() == text
   workdir_lib.write_whole(path, text)
-  if not known:
-    _append(setup.run.folder.parent.parent / 'results.jsonl', results)
   return results
 
 
 def _append(path: epath.Path, results: dict[str, Any]) -> None:
   try:
+    before = path.read_text() if path.exists() else ''
+    # A line that a kill cut off ends here, or both would be lost.
+    end = '\n' if before and not before.endswith('\n') else ''
     with path.open('a') as file:
-      file.write(json.dumps(results) + '\n')
+      file.write(f'{end}{json.dumps(results)}\n')
   except OSError as e:  # The run may be somebody else's.
-    print(
+    notes.say(
         f'warning: {path} cannot be written ({e.strerror}); the result is in '
-        'the workdir alone', file=sys.stderr, flush=True,
+        'the workdir alone'
     )

@@ -1,7 +1,6 @@
 """Checkpoints of ours as `Weights`, and back."""
 
 import contextlib
-import sys
 from typing import Any
 
 import jax
@@ -10,7 +9,7 @@ import numpy as np
 from mocov3_jax import checkpoint, saved, train
 from mocov3_jax import config as config_lib
 from mocov3_jax import workdir as workdir_lib
-from mocov3_jax.tools import torch_names
+from mocov3_jax.tools import notes, torch_names
 from mocov3_jax.tools.torch_names import Path
 from mocov3_jax.tools.torch_optimizer import MOMENTS
 from mocov3_jax.tools.weights import Weights
@@ -77,22 +76,21 @@ def write(path: str, weights: Weights) -> tuple[dict[Path, str], bool]:
     written = {k for k in weights.flat if k[0] in NETWORKS}
     state = torch_names.unflatten({k: weights.flat[k] for k in written})
   with workdir_lib.claimed(path, weights.config) as workdir:
-    checkpoints = checkpoint.Checkpoints(workdir, 1, 0, _warn)
+    checkpoints = checkpoint.Checkpoints(workdir, 1, 0, notes.say)
     with contextlib.closing(checkpoints):
       checkpoints.save(weights.step, state, {})
   return {keys: '/'.join(keys) for keys in written}, complete
 
 
-def _warn(text: str) -> None:
-  print(text, file=sys.stderr, flush=True)
-
-
 def train_state(weights: Weights) -> tuple[TrainState | None, set[Path]]:
   """The state of the run, and the paths of what is in it.
 
-  The state is None if something of it is not there.
+  The state is None if something of it is not there: a queue of kNN never is,
+  and how long it is depends on the images.
   """
   config = weights.config
+  if config.knn.queue_share:
+    return None, set()
   size, channels = config.data.image_size, len(config.data.mean)
   # The schedules are not part of the state; any will do.
   method = train.build_method(config, config_lib.Plan(1, 1, 0, 1.0))

@@ -1,6 +1,6 @@
 """Reads back what runs have left in their workdirs."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 import dataclasses
 import fcntl
 import json
@@ -58,14 +58,19 @@ def read(folder: epath.Path, rows: bool = True) -> Run:
       config=checks.flatten(config.to_dict()),
       rows=metrics.read_metrics(folder / 'metrics.jsonl') if rows else [],
       status=status(folder),
-      result=_object(folder / 'result.json'),
+      result=read_object(folder / 'result.json'),
       evaluations=metrics.read_metrics(folder / 'results.jsonl'),
-      data=_object(folder / 'data.json'),
-      environment=_object(folder / 'environment.json'),
+      data=read_object(folder / 'data.json'),
+      environment=read_object(folder / 'environment.json'),
   )
 
 
-def _object(path: epath.Path) -> dict[str, Any]:
+def read_object(path: epath.Path) -> dict[str, Any]:
+  """Reads a JSON object; empty if there is no file.
+
+  Raises:
+    UserError: if it is none.
+  """
   if not path.exists():
     return {}
   try:
@@ -140,13 +145,22 @@ def _folders(path: str, folder: epath.Path) -> Iterator[epath.Path]:
   yield from inside
 
 
-def differing(runs: Iterable[Run]) -> dict[str, list[Any]]:
-  """The fields of the config in which runs differ, and the values of each."""
-  configs = [run.config for run in runs]
-  fields = dict.fromkeys(field for c in configs for field in c)
+def aligned(runs: Sequence[Run]) -> list[Run]:
+  """The same runs, with None for each field that only others have.
+
+  Those of another version have other fields.
+  """
+  none = dict.fromkeys(field for run in runs for field in run.config)
+  return [
+      dataclasses.replace(run, config=none | run.config) for run in runs
+  ]
+
+
+def differing(runs: Sequence[Run]) -> dict[str, list[Any]]:
+  """The fields of the config in which `aligned` runs differ, and the values."""
   columns = {
-      field: [c[field] if field in c else None for c in configs]
-      for field in fields
+      field: [run.config[field] for run in runs]
+      for run in runs[:1] for field in run.config
   }
   return {
       field: values for field, values in columns.items()

@@ -3,7 +3,6 @@
 from collections.abc import Iterator
 import dataclasses
 import functools
-import sys
 from typing import Any
 
 from etils import epath
@@ -18,7 +17,7 @@ from mocov3_jax.data.sources import Source
 from mocov3_jax.data.workers import Workers
 from mocov3_jax.errors import UserError, unknown
 from mocov3_jax.evals import attention, features
-from mocov3_jax.tools import pictures, trained, weights
+from mocov3_jax.tools import notes, pictures, trained, weights
 
 PyTree = Any
 
@@ -145,7 +144,7 @@ class Shown:
       UserError: if nothing could.
     """
     values, readable = self._extract(self.params, self.batch_stats, source)
-    _report(source, readable)
+    notes.say_unreadable(source, readable)
     return values, readable
 
   @functools.cached_property
@@ -181,14 +180,9 @@ class Shown:
         (jax.device_get(forward(*parts, batch.images)), batch.unreadable)
         for batch in self._batches(source)
     ), strict=True)
-    maps = np.concatenate(maps)[: len(source)]
-    readable = np.flatnonzero(np.concatenate(unreadable)[: len(source)] < 0)
-    if not len(readable):
-      raise UserError(
-          f'none of {len(source)} images could be read, from '
-          f'{source.name(0)} on'
-      )
-    _report(source, readable)
+    maps = np.concatenate(maps)
+    readable = features.readable(source, np.concatenate(unreadable))
+    notes.say_unreadable(source, readable)
     return maps[readable], readable
 
   def _batches(self, source: Source) -> Iterator[pipeline.Batch]:
@@ -255,9 +249,3 @@ def open_(options: Options, run: trained.Trained) -> Shown:
       options, run, spec, splits, labels == 'auto', mesh,
       Workers(options.threads), params, batch_stats,
   )
-
-
-def _report(source: Source, readable: np.ndarray) -> None:
-  lost = np.setdiff1d(np.arange(len(source)), readable)
-  for index in lost.tolist():
-    print(f'unreadable: {source.name(index)}', file=sys.stderr, flush=True)

@@ -61,7 +61,7 @@ def read(
         f'--num_heads={num_heads}, but the architecture of {source} is known. '
         'Allowed: model.num_heads in the config.'
     )
-  checks.validate(config, 1)
+  checks.validate(config)
   tensors = {n: x for n, x in file.tensors.items() if n not in dropped}
   step = _step(tensors, file.description)
   places = _present(config, tensors) if full else weights.backbone_places(

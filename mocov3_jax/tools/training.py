@@ -9,7 +9,6 @@ import contextlib
 import importlib.metadata
 import json
 import platform
-import sys
 from typing import Any
 
 from etils import epath
@@ -21,7 +20,7 @@ from mocov3_jax import checkpoint, loop, sharding
 from mocov3_jax import workdir as workdir_lib
 from mocov3_jax.data.pipeline import Batch
 from mocov3_jax.errors import Preempted, UserError
-from mocov3_jax.tools import cli, distributed
+from mocov3_jax.tools import cli, distributed, notes
 from mocov3_jax.tools.job import Job
 from mocov3_jax.tools.recorder import Recorder
 
@@ -49,13 +48,16 @@ def carry_out(
     Preempted: after SIGTERM or Ctrl-C, once the state is saved.
   """
   total, save = job.plan.total_steps, job.config.save
+  distributed.require_same({
+      'config': workdir_lib.to_json(job.config), 'data': job.fingerprint
+  })
   # Signals are noted before anything is written, and until all is saved.
   claim = workdir_lib.claimed(path, job.config, job.free, job.fingerprint)
   with distributed.peers_watched(), cli.stop_noted() as stop, distributed.led(
       claim, workdir_lib.absolute(path)
   ) as workdir:
     checkpoints = checkpoint.Checkpoints(
-        workdir, save.keep_latest, save.keep_best, _warn, job.best
+        workdir, save.keep_latest, save.keep_best, notes.say, job.best
     )
     with contextlib.closing(checkpoints):
       state, start = initial_state(job.init, checkpoints, job.mesh)
@@ -68,7 +70,6 @@ def carry_out(
         run.announce(start)
         if start == 0:
           run.between_steps(0, state)
-        run.check_readable(start)
         batches = run.watch(start, stop)
         with divergence_explained(run, checkpoints, job.advice):
           state, done = loop.run(
@@ -164,7 +165,3 @@ def divergence_explained(
         f'{"none" if saved is None else f"step {saved}"}. What helps: '
         f'{advice}, in a new workdir.'
     ) from e
-
-
-def _warn(text: str) -> None:
-  print(text, file=sys.stderr, flush=True)

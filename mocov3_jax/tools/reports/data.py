@@ -111,6 +111,7 @@ def make(read: Iterable[runs_lib.Run]) -> Report:
   for run in read:
     found.append((stability.analyse(run.rows), stability.all_series(run.rows)))
     runs.append(dataclasses.replace(run, rows=run.rows[-1:]))
+  runs = runs_lib.aligned(runs)
   fields = runs_lib.differing(runs)
   grid = [
       field for field in fields
@@ -154,13 +155,13 @@ def _styles(
   order = list(dict.fromkeys(keys))
   # Frozen is solid and learned dash-dotted, whichever others there are.
   kinds = [''] if PATCH not in grid else sorted(
-      {run.config[PATCH] for run in runs} | {'frozen', 'learned'},
+      {str(run.config[PATCH]) for run in runs} | {'frozen', 'learned'},
       key=lambda kind: (kind != 'frozen', kind != 'learned', kind),
   )
   styles = []
   for run, key in zip(runs, keys, strict=True):
     again, color = divmod(order.index(key), len(COLORS))
-    kind = kinds.index(run.config[PATCH]) if PATCH in grid else 0
+    kind = kinds.index(str(run.config[PATCH])) if PATCH in grid else 0
     dash = (again * len(kinds) + kind) % len(DASHES)
     styles.append((COLORS[color], DASHES[dash]))
   return styles

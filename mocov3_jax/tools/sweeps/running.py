@@ -17,7 +17,7 @@ from typing import Any
 from etils import epath
 
 from mocov3_jax.errors import Preempted
-from mocov3_jax.tools import cli, runs
+from mocov3_jax.tools import cli, distributed, notes, runs
 from mocov3_jax.tools.sweeps import table as sweep_table
 
 # Seconds between two looks at runs that other processes hold.
@@ -116,7 +116,7 @@ class Children:
     with subprocess.Popen(
         command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE, text=True, errors='replace',
-        start_new_session=True,
+        start_new_session=True, env=distributed.environment_alone(),
     ) as child:
       self._child = child
       try:
@@ -191,7 +191,7 @@ def carry_out(
   failed: dict[str, str] = {}
   seconds: list[float] = []
   left = [(i, job) for i, job in enumerate(jobs, 1) if job.commands()]
-  say(f'{len(jobs)} runs, {len(jobs) - len(left)} of them complete')
+  notes.say(f'{len(jobs)} runs, {len(jobs) - len(left)} of them complete')
   waiting = len(left)
   shown: list[str] = []
   while left:
@@ -201,7 +201,7 @@ def carry_out(
       if not job.commands():
         waiting -= 1
         status = runs.status(job.folder)
-        say(f'{place} {job.title}: {status}, by another process')
+        notes.say(f'{place} {job.title}: {status}, by another process')
         continue
       before = time.monotonic()
       outcome, why = _attend(job, place, start)
@@ -212,11 +212,12 @@ def carry_out(
       if why:
         failed[job.title] = why
       seconds.append(time.monotonic() - before)
-      say(_progress(place, job, outcome, seconds, waiting))
+      notes.say(_progress(place, job, outcome, seconds, waiting))
     titles = [job.title for _, job in held]
     if held and len(held) == len(left):
       if titles != shown:
-        say(f'waiting for other processes, which hold: {"; ".join(titles)}')
+        names = '; '.join(titles)
+        notes.say(f'waiting for other processes, which hold: {names}')
       shown = titles
       pause()
     left = held
@@ -235,7 +236,7 @@ def _attend(
     if runs.in_use(folder):
       return 'held', ''
     what = '' if command is job.train else f'  {command[2].split(".")[-1]}'
-    say(f'{place} {job.title}{what}')
+    notes.say(f'{place} {job.title}{what}')
     ended = start(command)
     if ended.code in (cli.PREEMPTED, -signal.SIGTERM):
       raise Preempted(STOPPED)
@@ -276,8 +277,3 @@ def _progress(
 
 def _clock(seconds: float) -> str:
   return str(datetime.timedelta(seconds=round(seconds)))
-
-
-def say(text: str) -> None:
-  """Prints a line of progress."""
-  print(text, file=sys.stderr, flush=True)
