@@ -126,8 +126,9 @@ def benchmark_augment(config: ConfigDict, rounds: int) -> dict[str, Any]:
     UserError: for a bad config.
   """
   checks.validate(config, jax.device_count())
-  method = train.build_method(config, config_lib.plan(config, 10**6))
-  mesh = sharding.make_mesh()
+  mesh = sharding.make_mesh(fsdp=config.fsdp_devices)
+  plan = config_lib.plan(config, 10**6)
+  method = train.build_method(config, plan, mesh.size)
   init, step = train.compile_functions(config, method, mesh)
   size, channels = config.data.image_size, len(config.data.mean)
   shape = (config.batch_size, 2, size, size, channels)

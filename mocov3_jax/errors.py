@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 import difflib
+import re
 
 
 class UserError(Exception):
@@ -23,4 +24,11 @@ def unknown(field: str, given: str, allowed: Iterable[str]) -> UserError:
   hint = f' Did you mean {near[0]!r}?' if near else ''
   return UserError(
       f'{field}={given!r} is not known.{hint} Allowed: {", ".join(allowed)}.'
+  )
+
+
+def is_out_of_memory(error: Exception) -> bool:
+  """Whether memory ran out, of the host or of a device."""
+  return isinstance(error, MemoryError) or bool(
+      re.search('RESOURCE_EXHAUSTED|[Oo]ut of memory', str(error))
   )

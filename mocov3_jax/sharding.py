@@ -97,7 +97,8 @@ def to_global(batch: PyTree, mesh: Mesh) -> PyTree:
     mesh: of all processes.
 
   Returns:
-    The same tree of jax.Arrays [global batch size, ...], split over 'data'.
+    The same tree of jax.Arrays [global batch size, ...], split as
+    `batch_sharding` says.
   """
   sharding = batch_sharding(mesh)
   if jax.process_count() == 1:

@@ -192,8 +192,10 @@ def build_monitor(
   if splits.test is None:
     _, key = run_keys(config.seed)
     return label_free.build(method.model, method.augment, mesh, reader, key)
+  # No more at a time than in a pass of the training.
+  count = config.micro_batch * mesh.size or config.batch_size
   extract = features.extractor(
-      method.model, config.data, mesh, config.batch_size, reader.workers
+      method.model, config.data, mesh, count, reader.workers
   )
   return knn.build(config.knn, extract, splits, mesh)
 

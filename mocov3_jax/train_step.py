@@ -144,7 +144,7 @@ def train_step(
     method: the parts.
     key: of the run's augmentation; the step is folded in here.
     state: donated by the caller.
-    images: uint8 [B, H, W, C], B the global batch.
+    images: uint8 [B, H, W, C], or crops [B, V, S, S, C]; B the global batch.
 
   Returns:
     The next state and float32 scalar metrics of this step.
@@ -233,7 +233,7 @@ def supervised_step(
     method: the parts.
     key: of the run; the step is folded in here.
     state: donated by the caller.
-    images: uint8 [B, H, W, C], B the global batch.
+    images: uint8 [B, H, W, C], or crops [B, V, S, S, C]; B the global batch.
     labels: int [B], -1 where there is none.
 
   Returns:

@@ -73,19 +73,19 @@ def claimed(
   """
   workdir = absolute(path)
   try:
-    known = (workdir / 'config.json').exists()
-    if known:
-      _check_same(path, workdir, config, free)
-    else:
-      _check_unused(path, workdir)
     workdir.mkdir(parents=True, exist_ok=True)
     with _locked(path, workdir):
-      if not known:
+      if (workdir / 'config.json').exists():
+        _check_same(path, workdir, config, free)
+      else:
+        _check_unused(path, workdir)
         text = json.dumps(to_json(config), indent=2) + '\n'
         write_whole(workdir / 'config.json', text)
       if data is not None:
         _check_data(workdir, data)
       yield workdir
+  except (ConnectionError, TimeoutError):  # A closed pipe, or the network.
+    raise
   except OSError as e:
     raise UserError(
         f'--workdir={path} cannot be written: {e.strerror or e} '
@@ -109,8 +109,6 @@ def _check_same(
 
 
 def _check_unused(path: str, workdir: epath.Path) -> None:
-  if not workdir.is_dir():
-    return
   taken = sorted(p.name for p in workdir.iterdir() if p.name in OUTPUTS)
   if taken:
     raise UserError(

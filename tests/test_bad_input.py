@@ -217,6 +217,10 @@ CASES = {
         'sweep', [CONFIG, '--grid', 'optimizer.lr_per_265=1'],
         ["'optimizer.lr_per_265'", "Did you mean 'optimizer.lr_per_256'"],
     ),
+    'a sweep of evaluations': (
+        'sweep', ['--config=configs/eval_knn.py', '--grid', 'seed=1,2'],
+        ['unknown fields', 'checkpoint'],
+    ),
     'a sweep over nothing': (
         'sweep', [CONFIG, '--grid', 'seed'], ["'seed'", 'FIELD=VALUE']
     ),
@@ -330,6 +334,17 @@ def test_a_batch_that_does_not_divide_over_the_devices_is_named(tmp_path):
   code, _, err = tiny.finish(process)
   assert code == 2 and 'batch_size=256' in err and '3 devices' in err
   assert not (tmp_path / 'run').exists()
+
+
+def test_what_does_not_fit_into_memory_says_what_needs_less(tmp_path):
+  code, out, err = tiny.run(
+      'train', CONFIG, f'--workdir={tmp_path}',
+      '--config.objective.queue=1000000000000',
+  )
+  assert code == 2 and out == '' and 'Traceback' not in err
+  message = err.splitlines()[-1]
+  assert message.startswith('error: ') and 'ut of memory' in message
+  assert 'micro_batch' in message and 'batch_size' in message
 
 
 def test_checkpoints_that_are_no_folder_are_named(tmp_path):

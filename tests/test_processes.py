@@ -20,8 +20,8 @@ CALM = {
 }
 
 
-def start(workdir, processes, devices=8, **overrides):
-  """Starts all processes of a run; returns them."""
+def start(workdir, processes, devices=8, others=(), **overrides):
+  """Starts all processes of a run, with `others` in all but the first."""
   with socket.socket() as s:
     s.bind(('127.0.0.1', 0))
     address = f'127.0.0.1:{s.getsockname()[1]}'
@@ -33,8 +33,8 @@ def start(workdir, processes, devices=8, **overrides):
   return [
       tiny.start(
           'train', f'--workdir={workdir}', *flags, *several,
-          *[f'--process_id={i}'] * (processes > 1),
-          env_add={'XLA_FLAGS': force},
+          *[f'--process_id={i}'] * (processes > 1), *others[:i],
+          env_add={'XLA_FLAGS': f'{os.getenv("XLA_FLAGS", "")} {force}'},
       )
       for i in range(processes)
   ]
@@ -165,6 +165,14 @@ def test_bad_input_ends_all_processes_alike(tmp_path):
   assert [code for code, _, _ in results] == [2, 2], results
   assert 'cannot be written' in results[0][2]
   assert 'Traceback' not in results[0][2] + results[1][2]
+
+
+def test_processes_of_different_configs_are_refused(tmp_path):
+  processes = start(tmp_path / 'run', 2, others=['--config.seed=1'])
+  for code, out, err in finish(processes):
+    assert code == 2 and '{' not in out and 'Traceback' not in err, err
+    assert 'differ in their config. Allowed: the same line' in err
+  assert not (tmp_path / 'run').exists()
 
 
 def test_half_of_the_flags_is_refused(tmp_path):

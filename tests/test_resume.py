@@ -21,16 +21,6 @@ STEPS = 60
 CHANGES = {'schedule.steps': STEPS, 'objective.queue': 100}
 
 
-@pytest.fixture(scope='module', autouse=True)
-def compilation_cache(tmp_path_factory):
-  """Lets the runs of this file share their compiled programs."""
-  with pytest.MonkeyPatch.context() as patch:
-    folder = tmp_path_factory.mktemp('cache')
-    patch.setenv('JAX_COMPILATION_CACHE_DIR', str(folder))
-    patch.setenv('JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS', '0')
-    yield
-
-
 def arguments(workdir, **overrides):
   return [
       *tiny.flags(**(CHANGES | overrides)),

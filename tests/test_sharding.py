@@ -1,5 +1,8 @@
 """The same numbers on any number of devices; one compilation."""
 
+import dataclasses
+
+import flax.linen as nn
 import jax
 import numpy as np
 import pytest
@@ -8,6 +11,7 @@ import tiny
 from mocov3_jax import config as config_lib
 from mocov3_jax import loop, sharding, train, train_step
 from mocov3_jax.data import pipeline
+from mocov3_jax.models.vit import ViT
 
 
 def run_steps(config, devices, steps=10):
@@ -169,3 +173,30 @@ def test_the_gradient_in_passes_is_that_of_the_whole_batch():
     np.testing.assert_allclose(
         found, wanted, atol=1e-5 * size, err_msg=str(path)
     )
+
+
+@pytest.mark.parametrize('labels', [True, False])
+def test_monitors_take_no_more_at_once_than_a_pass_does(labels):
+  at_once, results = [], []
+
+  def watch(call, args, kwargs, context):
+    if isinstance(context.module, ViT) and context.method_name == '__call__':
+      at_once.append(len(args[0]))
+    return call(*args, **kwargs)
+
+  for micro_batch in 0, 2:
+    config = tiny.config(micro_batch=micro_batch)
+    splits = train.load_source(config)
+    if not labels:
+      splits = dataclasses.replace(splits, test=None)
+    mesh = sharding.make_mesh(jax.devices()[:4])
+    plan = config_lib.plan(config, len(splits.train))
+    method = train.build_method(config, plan, mesh.size)
+    reader = train.make_reader(config, splits.train, np.arange(64))
+    state = train_step.init_state(method, jax.random.key(0), (8, 8, 1))
+    monitor = train.build_monitor(config, method, splits, mesh, reader)
+    at_once.clear()
+    with nn.intercept_methods(watch):
+      results.append(monitor(state.params, state.batch_stats))
+  assert 0 < max(at_once) <= 2 * 2 * 4  # Two views, two images, four devices.
+  assert results[0] == pytest.approx(results[1], rel=1e-4)

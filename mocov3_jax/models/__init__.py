@@ -72,19 +72,22 @@ class Network(nn.Module):
 
   def encode(self, views: jax.Array, train: bool) -> Embeddings:
     """The same without the predictor: all that the target network does."""
-    if self.backbone.has_batch_norm:
-      features = _per_view(self.backbone, views, train)
-    elif self.is_initializing():
-      features = self._trunk(views, train)
-    else:
-      # Inside a loop only pure functions can be called, not bound modules.
-      module, variables = self.unbind()
-      features = self.passes.map(
-          lambda v: module.apply(variables, v, train, method='_trunk'), views
-      )
+    features = self.trunk(views, train)
     return Embeddings(features, _per_view(self.projector, features, train))
 
-  def _trunk(self, views: jax.Array, train: bool) -> jax.Array:
+  def trunk(self, views: jax.Array, train: bool) -> jax.Array:
+    """Maps views [B, 2, H, W, C] to features [B, 2, dim], in `passes`."""
+    if self.backbone.has_batch_norm:
+      return _per_view(self.backbone, views, train)
+    if self.is_initializing():
+      return self._merged(views, train)
+    # Inside a loop only pure functions can be called, not bound modules.
+    module, variables = self.unbind()
+    return self.passes.map(
+        lambda v: module.apply(variables, v, train, method='_merged'), views
+    )
+
+  def _merged(self, views: jax.Array, train: bool) -> jax.Array:
     # The views lie side by side within an example, so merging them into one
     # batch moves nothing between devices.
     batch = views.reshape(-1, *views.shape[2:])  # [2B, H, W, C]

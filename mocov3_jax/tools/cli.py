@@ -13,11 +13,20 @@ from typing import Any
 
 from absl import flags, logging
 
-from mocov3_jax.errors import Preempted, UserError, unknown
+from mocov3_jax.errors import (
+  Preempted,
+  UserError,
+  is_out_of_memory,
+  unknown,
+)
 from mocov3_jax.tools import distributed
 
 BAD_INPUT, INTERRUPTED, PREEMPTED = 2, 130, 143
-
+LESS_MEMORY = (
+    'Allowed: less at a time. A training needs less with micro_batch, '
+    'model.remat=True or fsdp_devices, and may go on with them in the same '
+    'workdir; or with a smaller batch_size, in a new one.'
+)
 
 Main = Callable[..., dict[str, Any] | None]
 
@@ -26,9 +35,10 @@ def run(main: Main | dict[str, Main], words: bool = False) -> None:
   """Runs a command and exits.
 
   Prints the result of `main` as one JSON object on the last line of stdout.
-  Exit codes: 0 done; 2 bad input (one message on stderr); 130 Ctrl-C where
-  there is nothing to save; 143 stopped by SIGTERM or Ctrl-C after a complete
-  save. Anything else is a bug, with a traceback.
+  Exit codes: 0 done; 1 another process of the run was lost; 2 bad input, or
+  out of memory (one message on stderr); 130 Ctrl-C where there is nothing to
+  save; 143 stopped by SIGTERM or Ctrl-C after a complete save. Anything else
+  is a bug, with a traceback.
 
   Args:
     main: the command, which reads its flags; or commands by the word that
@@ -60,6 +70,12 @@ def run(main: Main | dict[str, Main], words: bool = False) -> None:
     sys.exit(PREEMPTED)
   except KeyboardInterrupt:
     _exit_at_once()
+  except Exception as e:
+    if not is_out_of_memory(e):
+      raise
+    what = (str(e).splitlines() or ['no memory'])[0][:200].rstrip('.')
+    print(f'error: {what}. {LESS_MEMORY}', file=sys.stderr)
+    distributed.leave(BAD_INPUT)
 
 
 def _quieten() -> None:

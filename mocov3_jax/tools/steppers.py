@@ -16,7 +16,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from mocov3_jax.errors import UserError
+from mocov3_jax.errors import UserError, is_out_of_memory
 
 Ask = Callable[..., Any]
 
@@ -76,7 +76,7 @@ def _serve(connection, build: Callable[[], Any]) -> None:
       except UserError as e:
         connection.send((UserError, str(e)))
       except Exception as e:
-        if not re.search('RESOURCE_EXHAUSTED|out of memory', str(e)):
+        if not is_out_of_memory(e):
           raise
         connection.send((OutOfMemory, str(e).splitlines()[0]))
 
