@@ -4,10 +4,6 @@ from typing import Any
 import warnings
 
 import numpy as np
-from sklearn.exceptions import ConvergenceWarning
-from sklearn.linear_model import LogisticRegression
-from sklearn.pipeline import Pipeline, make_pipeline
-from sklearn.preprocessing import StandardScaler
 
 HOLD_OUT = 10
 
@@ -55,8 +51,14 @@ def classify(
 def fit(
     features: np.ndarray, labels: np.ndarray, inverse_penalty: float,
     iterations: int,
-) -> tuple[Pipeline, bool]:
-  """Returns the classifier, and whether L-BFGS converged."""
+) -> tuple[Any, bool]:
+  """Returns the scikit-learn Pipeline, and whether L-BFGS converged."""
+  # Here, since it would double the time that every command takes to start.
+  from sklearn.exceptions import ConvergenceWarning
+  from sklearn.linear_model import LogisticRegression
+  from sklearn.pipeline import make_pipeline
+  from sklearn.preprocessing import StandardScaler
+
   model = make_pipeline(
       StandardScaler(),
       LogisticRegression(C=inverse_penalty, max_iter=iterations),

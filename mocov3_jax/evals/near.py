@@ -3,8 +3,6 @@
 from typing import Any
 
 import numpy as np
-from sklearn.decomposition import PCA
-from sklearn.manifold import TSNE
 
 from mocov3_jax.errors import UserError
 from mocov3_jax.models.layers import unit
@@ -33,6 +31,10 @@ def plane(
   Raises:
     UserError: for UMAP without the package umap-learn.
   """
+  # Here, since it would double the time that the command takes to start.
+  from sklearn.decomposition import PCA
+  from sklearn.manifold import TSNE
+
   features = np.asarray(unit(features))
   if method == 'pca':
     pca = PCA(2, random_state=SEED)

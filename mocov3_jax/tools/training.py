@@ -27,6 +27,7 @@ from mocov3_jax.tools.recorder import Recorder
 State = Any
 
 
+@distributed.peers_watched()
 def carry_out(
     job: Job, path: str,
     finish: Callable[[State, dict[str, Any], Any], None] = lambda *_: None,
@@ -53,7 +54,7 @@ def carry_out(
   })
   # Signals are noted before anything is written, and until all is saved.
   claim = workdir_lib.claimed(path, job.config, job.free, job.fingerprint)
-  with distributed.peers_watched(), cli.stop_noted() as stop, distributed.led(
+  with cli.stop_noted() as stop, distributed.led(
       claim, workdir_lib.absolute(path)
   ) as workdir:
     checkpoints = checkpoint.Checkpoints(
