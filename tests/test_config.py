@@ -1,6 +1,7 @@
 """Config arithmetic and checks."""
 
 import copy
+import errno
 import json
 
 import pytest
@@ -25,6 +26,13 @@ def test_defaults_are_valid_and_locked():
   checks.validate(c, 1)
   with pytest.raises(AttributeError):
     c.optimizer.learning_rate = 1.0
+
+
+def test_devices_that_are_not_here_are_taken_to_suit():
+  c = changed(fsdp_devices=8)
+  with pytest.raises(UserError, match='fsdp_devices=8'):
+    checks.validate(c, 1)
+  checks.validate(c)
 
 
 def test_the_papers_plan():
@@ -120,6 +128,16 @@ def test_a_workdir_in_use_is_refused(tmp_path):
     with pytest.raises(UserError, match='in use by another process'):
       claim(tmp_path, changed())
   claim(tmp_path, changed())
+
+
+def test_only_errors_of_the_file_system_are_blamed_on_the_workdir(tmp_path):
+  with pytest.raises(BrokenPipeError), workdir.claimed(
+      str(tmp_path), changed()
+  ):
+    raise BrokenPipeError(errno.EPIPE, 'Broken pipe')
+  with pytest.raises(UserError, match='cannot be written: No space left'):
+    with workdir.claimed(str(tmp_path), changed()):
+      raise OSError(errno.ENOSPC, 'No space left')
 
 
 def test_a_damaged_config_is_named(tmp_path):

@@ -121,7 +121,7 @@ def probe_step(
     frozen: 'params' and 'batch_stats' of the backbone.
     key: of the run; the step is folded in here.
     state: donated by the caller.
-    images: uint8 [B, H, W, C], B the global batch.
+    images: uint8 [B, H, W, C], or crops [B, V, S, S, C]; B the global batch.
     labels: int [B], -1 where there is none.
 
   Returns:
