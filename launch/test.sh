@@ -9,9 +9,8 @@ cd "$(dirname "$0")/.."
 source launch/venv.sh
 use_venv requirements-test.txt
 "$python" -m ruff check .
-# The tests see eight devices of their own making. They compile more than they
-# compute: LLVM does less for them, XLA does the same.
-export XLA_FLAGS=--xla_backend_optimization_level=0
+# The tests see eight devices of their own making.
+unset XLA_FLAGS
 export JAX_PLATFORMS=cpu
 # A process a core; a file's tests stay together, since they share fixtures.
 exec "$python" -m pytest --numprocesses=auto --dist=loadfile "$@"

@@ -1,10 +1,17 @@
-"""Strict numerics, and eight CPU devices to shard over."""
+"""Strict numerics, eight CPU devices to shard over, and quick compilation."""
+
+import os
 
 import jax
 import pytest
 
 jax.config.update('jax_num_cpu_devices', 8)
 jax.config.update('jax_numpy_rank_promotion', 'raise')
+# Tests compile more than they compute: LLVM does little for them, XLA does the
+# same. The commands that they start compute more.
+os.environ['XLA_FLAGS'] = '--xla_backend_optimization_level=0'
+jax.devices()  # Reads them.
+os.environ['XLA_FLAGS'] = '--xla_backend_optimization_level=1'
 
 
 @pytest.fixture(scope='session', autouse=True)
