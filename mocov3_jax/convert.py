@@ -10,10 +10,11 @@ A and B are each one of
                      release's linear probe, DeiT): PyTorch's file
   FILE.safetensors   the same with the names of timm
 
-Prints every tensor: its name in A, its name in B, its shape. The last line on
-stdout is one JSON object.
+Prints every tensor that it writes: its name in A, its name in B, its shape. The
+last line on stdout is one JSON object.
 """
 
+import collections
 from typing import Any
 
 from absl import flags
@@ -125,8 +126,13 @@ def _report(
 ) -> dict[str, Any]:
   width = max(map(len, [*weights.names.values(), *left_out]), default=0)
   for path, array in weights.flat.items():
-    to = written[path] if path in written else '(not in the target)'
-    print(f'{weights.names[path]:{width}}  ->  {to}  {array.shape}')
+    if path in written:
+      name = weights.names[path]
+      print(f'{name:{width}}  ->  {written[path]}  {array.shape}')
+  # Such as two moments of each tensor, which would bury the rest.
+  lost = collections.Counter(p[0] for p in weights.flat if p not in written)
+  for kind, count in lost.items():
+    print(f'{kind}: {count} tensors  ->  (not in the target)')
   for name, reason in left_out.items():
     print(f'{name:{width}}  ->  (left out: {reason})')
   for text in weights.assumed:

@@ -17,7 +17,6 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from mocov3_jax import augment, checks, image_ops, train
-from mocov3_jax import config as config_lib
 from mocov3_jax import workdir as workdir_lib
 from mocov3_jax.data import pipeline
 from mocov3_jax.data.decode import Encoded
@@ -26,18 +25,21 @@ from mocov3_jax.tools import cli
 
 # Side of a picture, width of the text, gaps and height of the header, pixels.
 SIDE, TEXT, GAP, HEADER = 160, 170, 8, 16
+ROWS = 8
 COLORS = ('red', 'deepskyblue')
 # By the order in which image_ops numbers the adjustments.
 ADJUSTMENTS = ('brightness', 'contrast', 'saturation', 'hue')
 
 
-def preview(config: ConfigDict, out: str, count: int) -> dict[str, Any]:
+def preview(
+    config: ConfigDict, out: str, count: int | None = None
+) -> dict[str, Any]:
   """Writes the sheet of the first `count` examples of a run.
 
   Args:
     config: as `default_config()`, after overrides.
     out: path of the PNG.
-    count: rows.
+    count: rows; None = ROWS, or as many as there are.
 
   Returns:
     The path and the number of rows.
@@ -46,13 +48,16 @@ def preview(config: ConfigDict, out: str, count: int) -> dict[str, Any]:
     UserError: for bad input, or if `out` cannot be written.
   """
   checks.validate(config)
+  source = train.load_source(config).train
+  # Too few images for a step can be looked at all the same.
+  config = config.copy_and_resolve_references()
+  config.batch_size = min(config.batch_size, len(source))
+  count = min(ROWS, config.batch_size) if count is None else count
   if not 1 <= count <= config.batch_size:
     raise UserError(
-        f'--count={count} is out of range. Allowed: from 1 to batch_size='
-        f'{config.batch_size}.'
+        f'--count={count} is out of range. Allowed: from 1 to '
+        f'{config.batch_size}, the images of a batch.'
     )
-  source = train.load_source(config).train
-  config_lib.plan(config, len(source))
   reader = train.make_reader(config, source, np.arange(count))
   batch = reader(0)
   _, key = train.run_keys(config.seed)
@@ -182,6 +187,8 @@ if __name__ == '__main__':
       'config', help_string='Recipe, such as configs/digits.py.'
   )
   OUT = flags.DEFINE_string('out', None, 'PNG to write.', required=True)
-  COUNT = flags.DEFINE_integer('count', 8, 'Examples to draw.')
+  COUNT = flags.DEFINE_integer(
+      'count', None, f'Examples to draw; {ROWS} if there are so many.'
+  )
   flags.mark_flag_as_required('config')
   cli.run(lambda: preview(CONFIG.value, OUT.value, COUNT.value))

@@ -28,6 +28,11 @@ def find(path: str) -> tuple[epath.Path, epath.Path]:
   """
   if path:
     folder = absolute(path)
+    if folder.is_file():
+      raise UserError(
+          f'checkpoint={path!r} is a file. Allowed: a run; weights become one '
+          f'by: python -m mocov3_jax.convert --from={path} --to=runs/NEW.'
+      )
     if (folder / 'checkpoints').is_dir():
       steps = [
           int(p.name) for p in (folder / 'checkpoints').iterdir()

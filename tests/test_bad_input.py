@@ -21,6 +21,14 @@ CASES = {
         'train', [CONFIG, '--config.optimizer.lr_per_265=1'],
         ['lr_per_265', 'Did you mean "lr_per_256"'],
     ),
+    'unknown field like no other': (
+        'train', [CONFIG, '--config.optimizer.b3=1'],
+        ['optimizer.b3=1', 'Allowed: optimizer.b1, optimizer.b2'],
+    ),
+    'a field of another kind of config': (
+        'evaluate', [CONFIG, '--config.checkpoint=docs'],
+        ["'checkpoint'", "an evaluation's config", 'configs/eval_knn.py'],
+    ),
     'unknown group': (
         'train', [CONFIG, '--config.optimiser.name=lars'],
         ['optimiser', 'Did you mean "optimizer"'],
@@ -95,7 +103,7 @@ CASES = {
     'a word without dashes': ('train', [CONFIG, 'seed=1'], ["'seed=1'"]),
     'more rows than a batch': (
         'preview', [CONFIG, '--out=/nowhere/x.png', '--count=1000'],
-        ['--count=1000', 'from 1 to batch_size=256'],
+        ['--count=1000', 'from 1 to 256'],
     ),
     'sheet that cannot be written': (
         'preview', [CONFIG, '--out=/nowhere/x.png', '--count=1'],
@@ -147,6 +155,10 @@ CASES = {
         'evaluate',
         ['--config=configs/eval_knn.py', '--config.checkpoint=docs'],
         ["checkpoint='docs'", 'workdir of a run'],
+    ),
+    'a file of weights for a checkpoint': (
+        'extract', ['--checkpoint=README.md', '--out=/nowhere/x.npz'],
+        ["checkpoint='README.md' is a file", 'mocov3_jax.convert'],
     ),
     'no checkpoint given': (
         'evaluate', ['--config=configs/eval_knn.py'],

@@ -46,6 +46,23 @@ def test_a_sheet_of_a_folder_shows_whole_images_and_their_crops(tmp_path):
   assert (picture == (255, 0, 0)).all(axis=-1).any()
 
 
+def test_fewer_images_than_a_batch_are_shown_all_the_same(tmp_path):
+  root = tmp_path / 'photos'
+  root.mkdir()
+  rng = np.random.default_rng(0)
+  for i in range(5):
+    pixels = rng.integers(0, 256, (40, 50, 3), np.uint8)
+    Image.fromarray(pixels).save(root / f'{i}.png')
+  c = tiny.config(**{
+      'data.source': f'folder:{root}', 'batch_size': 256,
+      'data.mean': (0.5,) * 3, 'data.std': (0.2,) * 3,
+  })
+  out = tmp_path / 'views.png'
+  assert preview.preview(c, str(out))['examples'] == 5
+  with pytest.raises(UserError, match='--count=6 .* from 1 to 5'):
+    preview.preview(c, str(out), count=6)
+
+
 def test_the_views_are_those_of_the_first_step():
   c = tiny.config()
   images = np.arange(3 * 64, dtype=np.uint8).reshape(3, 8, 8, 1)

@@ -20,7 +20,9 @@ CALM = {
 }
 
 
-def start(workdir, processes, devices=8, others=(), **overrides):
+def start(
+    workdir, processes, devices=8, others=(), first_alone=False, **overrides
+):
   """Starts all processes of a run, with `others` in all but the first."""
   with socket.socket() as s:
     s.bind(('127.0.0.1', 0))
@@ -36,7 +38,7 @@ def start(workdir, processes, devices=8, others=(), **overrides):
           *[f'--process_id={i}'] * (processes > 1), *others[:i],
           env_add={'XLA_FLAGS': f'{os.getenv("XLA_FLAGS", "")} {force}'},
       )
-      for i in range(processes)
+      for i in range(1 if first_alone else processes)
   ]
 
 
@@ -171,8 +173,16 @@ def test_processes_of_different_configs_are_refused(tmp_path):
   processes = start(tmp_path / 'run', 2, others=['--config.seed=1'])
   for code, out, err in finish(processes):
     assert code == 2 and '{' not in out and 'Traceback' not in err, err
-    assert 'differ in their config. Allowed: the same line' in err
+    assert 'differ in seed. Allowed: the same line' in err
   assert not (tmp_path / 'run').exists()
+
+
+def test_ctrl_c_ends_a_process_that_waits_for_others(tmp_path):
+  first = start(tmp_path / 'run', 2, first_alone=True)[0]
+  assert 'waiting for the other processes' in first.stderr.readline()
+  first.send_signal(signal.SIGINT)
+  code, _, _ = tiny.finish(first, timeout=30)
+  assert code == -signal.SIGINT and not (tmp_path / 'run').exists()
 
 
 def test_half_of_the_flags_is_refused(tmp_path):

@@ -13,19 +13,22 @@ from typing import Any
 
 from absl import flags, logging
 
+from mocov3_jax import checks
+from mocov3_jax.config import default_config
 from mocov3_jax.errors import (
   Preempted,
   UserError,
   is_out_of_memory,
   unknown,
 )
+from mocov3_jax.eval_config import eval_config
 from mocov3_jax.tools import distributed
 
 BAD_INPUT, INTERRUPTED, PREEMPTED = 2, 130, 143
 LESS_MEMORY = (
     'Allowed: less at a time. A training needs less with micro_batch, '
     'model.remat=True or fsdp_devices, and may go on with them in the same '
-    'workdir; or with a smaller batch_size, in a new one.'
+    'workdir; or with a smaller batch_size or objective.queue, in a new one.'
 )
 
 Main = Callable[..., dict[str, Any] | None]
@@ -148,13 +151,29 @@ def _config_message(error: Exception, argv: list[str]) -> str:
     text = text.args[0]
   name, *hint = str(text).splitlines() or ['']
   name = name.strip('\'"')
-  advice = ' '.join(hint) or 'See mocov3_jax/config.py for all fields.'
   for given in argv:
     path = given.split('=')[0]
     if path.startswith('--config.') and name in path.split('.'):
+      advice = ' '.join(hint) or _advice(path.removeprefix('--config.'))
       return f'{given}: there is no config field {name!r}. {advice}'
   why = ' '.join([name, *hint])
   return f'--config={_config_path(argv)} cannot be used: {kind}: {why}'
+
+
+def _advice(field: str) -> str:
+  group = field.rpartition('.')[0]
+  beside = []
+  for kind, make in (
+      ("a training's config, such as configs/digits.py", default_config),
+      ("an evaluation's config, such as configs/eval_knn.py", eval_config),
+  ):
+    fields = checks.flatten(make().to_dict())
+    if field in fields:
+      return f'It is a field of {kind}.'
+    beside += [f for f in fields if group and f.rpartition('.')[0] == group]
+  if not beside:
+    return 'See mocov3_jax/config.py for all fields.'
+  return f'Allowed: {", ".join(sorted(set(beside)))}.'
 
 
 def _config_path(argv: list[str]) -> str | None:

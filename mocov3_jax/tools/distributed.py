@@ -5,6 +5,7 @@ import contextlib
 import json
 import os
 import re
+import signal
 import sys
 from typing import Any
 import zlib
@@ -14,6 +15,7 @@ from jax.experimental import multihost_utils
 import numpy as np
 
 from mocov3_jax.errors import UserError
+from mocov3_jax.tools import notes
 
 # After so many seconds without a sign of life a process counts as dead.
 HEARTBEAT = 60
@@ -55,6 +57,10 @@ def start(
     )
   # Between CPUs; on accelerators it is not used.
   jax.config.update('jax_cpu_collectives_implementation', 'gloo')
+  where = coordinator or 'the coordinator'
+  notes.say(f'waiting for the other processes of this run at {where}')
+  # Python would answer Ctrl-C only after the wait, which may take minutes.
+  noted = signal.signal(signal.SIGINT, signal.SIG_DFL)
   try:
     jax.distributed.initialize(
         coordinator, num_processes, process_id,
@@ -63,8 +69,10 @@ def start(
   except (RuntimeError, ValueError) as e:
     raise UserError(
         f'the {num_processes or ""} processes of this run did not meet at '
-        f'{coordinator or "the coordinator"}: {str(e).splitlines()[0]}'
+        f'{where}: {str(e).splitlines()[0]}'
     ) from e
+  finally:
+    signal.signal(signal.SIGINT, noted)
 
 
 def environment_alone() -> dict[str, str]:
@@ -101,8 +109,8 @@ def require_same(given: dict[str, Any]) -> None:
   differ = [n for n, d in zip(given, found.T, strict=True) if np.ptp(d)]
   if differ:
     raise UserError(
-        f'the processes of this run differ in their {" and ".join(differ)}. '
-        'Allowed: the same line in each, and the same images on each machine.'
+        f'the processes of this run differ in {", ".join(differ)}. Allowed: '
+        'the same line in each, and the same images on each machine.'
     )
 
 

@@ -55,6 +55,7 @@ class Recorder:
       self._stability.see(row['step'], row)
     # Images of this epoch, from this step on, that could not be read. Rows that
     # log.every_steps left out are not counted again.
+    self._images_of_epoch = plan.steps_per_epoch * config.batch_size
     self._counted_from = start - start % plan.steps_per_epoch
     self._unreadable_in_epoch = sum(
         row['data/unreadable']
@@ -134,8 +135,8 @@ class Recorder:
   @property
   def too_many_unreadable(self) -> bool:
     """Whether more than `data.max_unreadable` of this epoch's images are."""
-    images = self._plan.steps_per_epoch * self._config.batch_size
-    return self._unreadable_in_epoch > self._config.data.max_unreadable * images
+    share = self._config.data.max_unreadable
+    return self._unreadable_in_epoch > share * self._images_of_epoch
 
   def check_readable(self, step: int) -> None:
     """Raises UserError if `too_many_unreadable`, after a save at `step`."""
@@ -143,10 +144,11 @@ class Recorder:
       raise UserError(
           f'data.max_unreadable={self._config.data.max_unreadable}, but '
           f'{self._unreadable_in_epoch} images could not be read from step '
-          f'{self._counted_from} up to step {step}, more than that share of an '
-          f'epoch. They are listed in {self._unreadable.path}. Step {step} is '
-          'saved. Allowed: the same line again, with those files mended (under '
-          'the same names) or a higher data.max_unreadable.'
+          f'{self._counted_from} up to step {step}, more than that share of '
+          f'the {self._images_of_epoch} of an epoch. They are listed in '
+          f'{self._unreadable.path}; more may follow. Step {step} is saved. '
+          'Allowed: the same line again, with the files mended (under the same '
+          'names) or a higher data.max_unreadable.'
       )
 
   def is_saving(self, step: int) -> bool:

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import importlib.util
 import math
 import os
 import re
@@ -88,6 +89,11 @@ def get_slice(topology: str) -> Slice:
     UserError: for what is not known, or without the compiler (libtpu).
   """
   chip, sides = parse(topology)
+  if importlib.util.find_spec('libtpu') is None:
+    raise UserError(
+        f'--topology={topology} needs the TPU compiler, which is not '
+        'installed. Allowed: pip install -r requirements-tpu-plan.txt.'
+    )
   # Slices smaller than a host's share have to say so.
   host = tuple(
       math.gcd(a, b) for a, b in zip((*sides, 1), chip.host, strict=False)
@@ -105,8 +111,7 @@ def get_slice(topology: str) -> Slice:
       raise UserError(
           f'--topology={topology}: the TPU compiler gives no such slice '
           f'({type(e).__name__}: {text}). Allowed: a shape that Cloud TPU '
-          'offers; the compiler comes with: pip install -r '
-          'requirements-tpu-plan.txt.'
+          'offers.'
       ) from e
   return Slice(topology, chip, list(found.devices))
 

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from mocov3_jax import checkpoint, loop, sharding
+from mocov3_jax import checkpoint, checks, loop, sharding
 from mocov3_jax import workdir as workdir_lib
 from mocov3_jax.data.pipeline import Batch
 from mocov3_jax.errors import Preempted, UserError
@@ -49,9 +49,8 @@ def carry_out(
     Preempted: after SIGTERM or Ctrl-C, once the state is saved.
   """
   total, save = job.plan.total_steps, job.config.save
-  distributed.require_same({
-      'config': workdir_lib.to_json(job.config), 'data': job.fingerprint
-  })
+  config = checks.flatten(workdir_lib.to_json(job.config))
+  distributed.require_same(config | {'the data': job.fingerprint})
   # Signals are noted before anything is written, and until all is saved.
   claim = workdir_lib.claimed(path, job.config, job.free, job.fingerprint)
   with cli.stop_noted() as stop, distributed.led(

@@ -174,7 +174,8 @@ def write_safetensors(
   """Writes a safetensors file, whole or not at all."""
   metadata = {'format': 'pt', DESCRIPTION: description}
   part = _part(path)
-  safetensors_numpy.save_file(dict(tensors), part, metadata)
+  # Its save_file leaves a file that nobody else can read.
+  part.write_bytes(safetensors_numpy.save(dict(tensors), metadata))
   part.replace(path)
 
 
@@ -223,7 +224,7 @@ def import_torch() -> Any:
     import torch
   except ImportError as e:
     raise UserError(
-        '.pth and .pth.tar files need PyTorch, which is not installed. '
+        'files other than .safetensors need PyTorch, which is not installed. '
         'Allowed: pip install torch --index-url '
         'https://download.pytorch.org/whl/cpu; or .safetensors files.'
     ) from e
