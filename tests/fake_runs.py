@@ -25,7 +25,7 @@ def rows(
     spike_at: steps of spikes in the patch projection; those of the last
       block come `lag` steps later.
     frozen: whether the patch projection is.
-    labels: whether kNN is logged, or else the effective rank.
+    labels: whether kNN is logged, or else what needs no labels.
     diverge_at: the step of the last row, which says so.
     layers: others whose gradients are logged.
   """
@@ -38,7 +38,11 @@ def rows(
       accuracy -= 0.2 * any(0 <= step - at <= 2 * PERIOD for at in dip_at)
       found.append(
           {'step': step, 'knn/top1': accuracy, 'knn/k': 20} if labels else
-          {'step': step, 'features/effective_rank': 2 + 30 * gain}
+          {
+              'step': step, 'features/alignment': 1 - gain / 2,
+              'features/uniformity': -4 * gain,
+              'features/effective_rank': 2 + 30 * gain,
+          }
       )
     if step == steps:
       break

@@ -12,6 +12,7 @@ from etils import epath
 import fake_runs
 from hypothesis import given
 from hypothesis import strategies as st
+import matplotlib
 import numpy as np
 from PIL import Image
 import pytest
@@ -23,6 +24,7 @@ from mocov3_jax.errors import UserError
 from mocov3_jax.tools import runs
 from mocov3_jax.tools.reports import curves as report_curves
 from mocov3_jax.tools.reports import data as report_data
+from mocov3_jax.tools.reports import figure as report_figure
 from mocov3_jax.tools.reports import page as report_page
 from mocov3_jax.tools.reports import tables as report_tables
 from mocov3_jax.tools.reports import words as report_words
@@ -204,6 +206,119 @@ def report_figure_size(content):
   image = Image.open(io.BytesIO(content))
   image.load()
   return image.size
+
+
+def test_the_csv_has_the_last_loss_and_what_needs_no_labels(tmp_path):
+  found = {}
+  for labels in True, False:
+    made = one(tmp_path / str(labels), steps=60, labels=labels)
+    found[labels], = csv.DictReader(io.StringIO(report.as_csv(made)))
+    last = {k: v for row in fake_runs.rows(60, labels=labels)
+            for k, v in row.items()}
+    for name in 'train/loss', 'train/loss_chance':
+      assert found[labels][name] == str(last[name])
+  columns = list(found[False])
+  at = columns.index('features/effective_rank')
+  assert columns[at:at + 5] == [
+      'features/effective_rank', 'features/alignment', 'features/uniformity',
+      'train/loss', 'train/loss_chance',
+  ]
+  assert all(found[False][name] == str(last[name]) for name in columns[at:at+3])
+  assert not any(name.startswith('features/') for name in found[True])
+
+
+def drawn(made):
+  """The figure, laid out, and its panels by title."""
+  with matplotlib.rc_context(report_figure.STYLE):
+    figure = report_figure._figure(made)
+    figure.draw_without_rendering()
+  return figure, {axes.get_title('left'): axes for axes in figure.axes}
+
+
+def panels(made):
+  return [title.split(' (')[0] for title in drawn(made)[1]]
+
+
+def test_the_figure_shows_what_the_page_shows_without_labels(tmp_path, made):
+  without = one(tmp_path / 'a' / 'run', labels=False)
+  assert panels(without)[:2] == ['effective rank of the features', 'loss']
+  assert panels(made)[:2] == ['kNN accuracy', 'loss']
+  both = report_data.Report([made.shown[0], without.shown[0]], {}, [])
+  assert panels(both)[:3] == [
+      'kNN accuracy', 'effective rank of the features', 'loss'
+  ]
+
+
+@pytest.mark.parametrize('count', [12, 13])
+@pytest.mark.parametrize('ending', ['', '_x' * 100], ids=['short', 'long'])
+def test_a_figure_of_runs_with_little_in_common_is_laid_out(
+    tmp_path, count, ending
+):
+  # A warning of matplotlib would be an error here.
+  wide = [
+      f'augment.{view}.{name}' for view in ('view1', 'view2')
+      for name in ('blur_prob', 'crop_min', 'hue', 'contrast', 'gray_prob')
+  ]
+  for n in range(count):
+    fake_runs.write(
+        tmp_path / f'run_{n}{ending}',
+        fake_runs.rows(40, seed=n, labels=n % 3 > 0), seed=n,
+        **{'optimizer.lr_per_256': (n + 1) / 1000},
+        **{field: (n + i) % 5 / 10 for i, field in enumerate(wide)},
+    )
+  made = report_data.make(map(runs.read, runs.find([str(tmp_path)])))
+  assert report_figure_size(report_figure.png(made))[0] == 1600
+  figure, axes = drawn(made)
+  sweep = axes['last kNN accuracy, mean and sd']
+  said = [text.get_text() for text in sweep.get_legend().get_texts()]
+  assert len(said) == 5 and all(text.startswith('run_') for text in said)
+  for box in [sweep.get_legend(), *figure.legends, *figure.axes[:4]]:
+    box = box.get_window_extent()
+    assert box.x0 >= 0 and box.x1 <= 1600 and box.height > 20
+  assert sweep.get_window_extent().height > 200
+  assert not any('$' in text.get_text() for text in sweep.get_xticklabels())
+  assert len(figure.legends) == (count <= report_figure.LEGEND)
+
+
+def test_settings_are_called_by_their_runs_where_labels_are_too_long(made):
+  frozen, learned = 'patch_embed frozen', 'patch_embed learned'
+  called = report_figure._settings
+  assert called(made, len(learned)) == {frozen: frozen, learned: learned}
+  # Each is of three rates by two seeds.
+  assert called(made, 18) == {
+      frozen: 'lr0…n_0 and 5 more', learned: 'lr0…d_0 and 5 more'
+  }
+
+
+def test_a_name_that_is_too_long_keeps_its_ends():
+  assert report_figure._fit('abcdefghij', 10) == 'abcdefghij'
+  assert report_figure._fit('abcdefghijk', 10) == 'abcd…hijk'
+
+
+def test_an_evaluation_that_another_replaced_is_counted(tmp_path):
+  fake_runs.write(tmp_path / 'run', fake_runs.rows(40), evaluations=[
+      ('knn', 0.5), ('linear', 0.9), ('linear', 0.8), ('linear', 0.8),
+  ])
+  made = report_data.make(map(runs.read, runs.find([str(tmp_path)])))
+  table = report_tables.runs(made).replace('\u00a0', ' ')
+  assert '>80.0 % (newest of 2)<' in table and '>50.0 %<' in table
+  row, = report_data.table(made)
+  assert row['eval_linear/top1'] == 0.8
+
+
+def test_no_two_columns_of_the_settings_are_called_the_same(tmp_path):
+  for seed in range(2):
+    fake_runs.write(
+        tmp_path / str(seed), fake_runs.rows(40), seed=seed,
+        evaluations=[('knn', 0.5)],
+    )
+  made = report_data.make(map(runs.read, runs.find([str(tmp_path)])))
+  heads = re.findall(
+      '<th scope="col"[^>]*>(.*?)</th>', report_tables.sweep(made)
+  )
+  assert [h for h in heads if 'mean' in h] == ['knn, mean', 'eval_knn, mean']
+  assert '>eval_knn<' in report_tables.runs(made)
+  assert 'eval_knn/top1' in report_data.columns(made)
 
 
 def test_the_figure_has_a_row_for_each_of_the_most_unstable_runs(made):

@@ -19,6 +19,8 @@ GREY, OTHER_LAYERS = '#808080', ('#8c8c8c', '#a3a3a3', '#757575')
 # More values than this have ticks where plotly.js puts them.
 MOST_TICKS = 12
 FIRST_COLOR, LAST_COLOR = '#0072b2', '#d55e00'
+# The charts of what watches a run: with labels, and without.
+MONITORS = {'knn': data_lib.KNN, 'rank': data_lib.RANK}
 
 
 def charts(report: Report) -> dict[str, Chart]:
@@ -44,6 +46,14 @@ def charts(report: Report) -> dict[str, Chart]:
       ),
   }
   return {name: chart for name, chart in made.items() if chart['data']}
+
+
+def monitors(report: Report) -> list[str]:
+  """Those of MONITORS that any run has logged; page and figure show them."""
+  return [
+      name for name, metric in MONITORS.items()
+      if any(len(item.curve(metric)[0]) for item in report.shown)
+  ]
 
 
 def _plain(

@@ -4,7 +4,6 @@ from collections.abc import Iterable, Sequence
 import dataclasses
 import json
 import os
-import statistics
 from typing import Any
 
 import numpy as np
@@ -17,6 +16,11 @@ from mocov3_jax.tools.sweeps import table as sweep_table
 KNN, RANK, RATE, MFU = (
     'knn/top1', 'features/effective_rank', 'train/images_per_second',
     'train/mfu',
+)
+# Told by their last value; those of the features where there are no labels.
+LAST_VALUES = (
+    RANK, 'features/alignment', 'features/uniformity', 'train/loss',
+    'train/loss_chance',
 )
 PATCH = 'model.patch_embed'
 FIRST, LAST = 'patch_embed', 'last_block'
@@ -33,8 +37,8 @@ DASHES = ('', '8,3,2,3', '2,3', '9,4', '14,4', '14,3,2,3')
 # What `facts` tells beside the name, the config and the evaluations.
 FACTS = (
     'status', 'collapsed', 'stuck', 'step', 'knn/top1_init', 'knn/top1',
-    'knn/top1_best', 'knn/best_step', RANK, 'dips', 'dip_deepest', 'spikes',
-    'leader', 'leader_steps', RATE, MFU,
+    'knn/top1_best', 'knn/best_step', *LAST_VALUES, 'dips', 'dip_deepest',
+    'spikes', 'leader', 'leader_steps', RATE, MFU,
 )
 
 
@@ -210,9 +214,10 @@ def facts(item: Shown, fields: Iterable[str] = ()) -> dict[str, Any]:
         'knn/top1_init': float(knn[0]), 'knn/top1': float(knn[-1]),
         'knn/top1_best': float(knn[best]), 'knn/best_step': int(steps[best]),
     }
-  ranks = item.curve(RANK)[1]
-  if len(ranks):
-    row[RANK] = float(ranks[-1])
+  for metric in LAST_VALUES:
+    values = item.curve(metric)[1]
+    if len(values):
+      row[metric] = float(values[-1])
   row['dips'] = len(found.dips)
   if found.dips:
     row['dip_deepest'] = max(dip.depth for dip in found.dips)
@@ -287,13 +292,3 @@ def label(row: dict[str, Any], fields: Sequence[str]) -> str:
       f'{name} {sweep_table.show_value(row[field])}'
       for name, field in zip(short(fields), fields, strict=True)
   )
-
-
-def median_lag(items: Iterable[Shown]) -> float | None:
-  """Steps by which the last block follows the patch projection, over runs."""
-  lags = [
-      item.analysis.lead.lags[LAST] for item in items
-      if item.analysis.lead.first == FIRST
-      and LAST in item.analysis.lead.lags
-  ]
-  return statistics.median(lags) if lags else None

@@ -1,5 +1,6 @@
 """The report as one figure of matplotlib, for papers and slides."""
 
+import functools
 import io
 from typing import Any
 import warnings
@@ -26,7 +27,8 @@ WIDTH, DPI = 1600, 100
 TOP, ROW = 4.6, 2.5  # Heights of the first row and of the others, inches.
 MOST_ROWS = 4  # Runs whose gradients are drawn.
 LEGEND = 12  # More curves than this have none.
-LETTERS = 180  # In a line of it.
+LETTERS, HANDLE = 180, 8  # In a line of it; for the piece of curve.
+LINE = 0.2  # The height of one, inches.
 POINTS = 2000
 GREY = '#767676'
 STYLE = {
@@ -54,35 +56,56 @@ def _figure(report: Report) -> Figure:
   runs.sort(key=_unrest, reverse=True)
   # The worst of many, but in the order of the report.
   runs = [item for item in report.shown if item in runs[:MOST_ROWS]]
-  height = TOP + ROW * len(runs)
+  monitors = report_charts.monitors(report)
+  panels = [PANELS[name] for name in monitors or ['knn']] + [_loss]
+  settings = {}
+  if 'knn' in monitors and data_lib.varied(report) is not None:
+    settings = _settings(report, LETTERS // (len(panels) + 1) - HANDLE)
+    panels.append(functools.partial(_sweep, settings=settings))
+  handles, columns = _legend(report)
+  # Long legends make the figure higher, not the panels lower.
+  lines = max(0, -(-len(handles) // columns) - 2)
+  if len(settings) <= LEGEND:
+    lines += max(0, len(settings) - 2)
+  top = TOP + LINE * lines
   figure = Figure(
-      (WIDTH / DPI, height), dpi=DPI, layout='constrained', facecolor='white'
+      (WIDTH / DPI, top + ROW * len(runs)), dpi=DPI, layout='constrained',
+      facecolor='white',
   )
   FigureCanvasAgg(figure)
   rows = GridSpec(
-      1 + len(runs), 1, figure, height_ratios=[TOP] + [ROW] * len(runs)
+      1 + len(runs), 1, figure, height_ratios=[top] + [ROW] * len(runs)
   )
-  swept = data_lib.varied(report) is not None and any(
-      len(item.curve(data_lib.KNN)[0]) for item in report.shown
-  )
-  top = rows[0].subgridspec(1, 2 + swept)
-  _knn(figure.add_subplot(top[0]), report)
-  _loss(figure.add_subplot(top[1]), report)
-  if swept:
-    _sweep(figure.add_subplot(top[2]), report)
-  if 1 < len(report.shown) <= LEGEND:
-    longest = max(len(item.name) for item in report.shown)
-    columns = max(1, min(LEGEND // 2, LETTERS // (longest + 8)))
+  places = rows[0].subgridspec(1, len(panels))
+  for place, draw in zip(places, panels, strict=True):
+    draw(figure.add_subplot(place), report)
+  if handles:
     figure.legend(
-        handles=[
-            Line2D([], [], label=item.name, **_style(item))
-            for item in report.shown
-        ],
-        loc='outside upper left', ncols=columns, frameon=False,
+        handles=handles, loc='outside upper left', ncols=columns, frameon=False
     )
   for number, item in enumerate(runs, 1):
     _gradients(figure.add_subplot(rows[number]), item, number == len(runs))
   return figure
+
+
+def _legend(report: Report) -> tuple[list[Line2D], int]:
+  """A piece of each run's curve, none of many; and in how many columns."""
+  if not 1 < len(report.shown) <= LEGEND:
+    return [], 1
+  names = [_fit(item.name, LETTERS // 2 - HANDLE) for item in report.shown]
+  columns = min(LEGEND // 2, LETTERS // (max(map(len, names)) + HANDLE))
+  return [
+      Line2D([], [], label=name, **_style(item))
+      for name, item in zip(names, report.shown, strict=True)
+  ], columns
+
+
+def _fit(name: str, letters: int) -> str:
+  """Without its middle, where it is too long: names differ at their ends."""
+  if len(name) <= letters:
+    return name
+  half = (letters - 1) // 2
+  return f'{name[:half]}…{name[-half:]}'
 
 
 def _unrest(item: Shown) -> tuple[int, int]:
@@ -121,6 +144,7 @@ def _curves(axes: Any, report: Report, metric: str) -> None:
         0.5, 0.5, 'not logged', transform=axes.transAxes, ha='center',
         color=GREY,
     )
+    axes.set(xticks=[], yticks=[])
   axes.set_xlabel('step')
 
 
@@ -145,6 +169,15 @@ def _knn(axes: Any, report: Report) -> None:
     _level(axes, chance)
   axes.yaxis.set_major_formatter(PercentFormatter(1))
   axes.set_title('kNN accuracy (triangles: dips)')
+
+
+def _rank(axes: Any, report: Report) -> None:
+  _curves(axes, report, data_lib.RANK)
+  axes.set_title('effective rank of the features')
+
+
+# Of what watches a run.
+PANELS = {'knn': _knn, 'rank': _rank}
 
 
 def _loss(axes: Any, report: Report) -> None:
@@ -174,13 +207,36 @@ def _gradients(axes: Any, item: Shown, last: bool) -> None:
   axes.yaxis.set_major_formatter(FuncFormatter(lambda v, _: f'{v:g}×'))
   axes.yaxis.set_major_locator(LogLocator(subs=(1, 3)))
   axes.yaxis.set_minor_formatter(NullFormatter())
-  axes.set_title(f'{item.name}: gradient / running median (crosses: spikes)')
+  name = _fit(item.name, LETTERS // 2)
+  axes.set_title(f'{name}: gradient / running median (crosses: spikes)')
   axes.legend(frameon=False, loc='upper right', ncols=2)
   if last:
     axes.set_xlabel('step')
 
 
-def _sweep(axes: Any, report: Report) -> None:
+def _settings(report: Report, letters: int) -> dict[str, str]:
+  """What the legend calls each setting of the sweep that has a kNN.
+
+  That is its label; or, where any label has more letters than these, the name
+  of its first run.
+  """
+  varied = data_lib.varied(report)
+  others = [name for name in report.grid if name != varied]
+  found: dict[str, list[str]] = {}
+  for item in report.shown:
+    if len(item.curve(data_lib.KNN)[0]):
+      label = data_lib.label(item.run.config, others)
+      found.setdefault(label, []).append(item.name)
+  if max(map(len, found)) <= letters:
+    return dict(zip(found, found, strict=True))
+  called = {}
+  for label, names in found.items():
+    more = f' and {len(names) - 1} more' if len(names) > 1 else ''
+    called[label] = _fit(names[0], letters - len(more)) + more
+  return called
+
+
+def _sweep(axes: Any, report: Report, settings: dict[str, str]) -> None:
   field = data_lib.varied(report)
   styles = report_charts.settings(report)
   others = [name for name in report.grid if name != field]
@@ -197,16 +253,19 @@ def _sweep(axes: Any, report: Report) -> None:
           marker='x' if status == 'diverged' else 'o', ls='none',
           mfc=styles[name] if status == 'done' else 'none',
       )
-  for name, color in styles.items():
+  for name, called in settings.items():
     own = [row for row in rows if data_lib.label(row, others) == name]
     axes.errorbar(
         [row[field] for row in own],
         [row[f'{data_lib.KNN}_mean'] for row in own],
         [row[f'{data_lib.KNN}_sd'] or 0 for row in own],
-        color=color, lw=2, marker='o', capsize=3, label=name,
+        color=styles[name], lw=2, marker='o', capsize=3, label=called,
     )
   if report_charts.spans_decades(report.fields[field]):
     axes.set_xscale('log')
+    # Matplotlib's own are formulas, and these are not parsed.
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda v, _: f'{v:g}'))
+    axes.xaxis.set_minor_formatter(NullFormatter())
   values = sorted(set(report.fields[field]))
   if len(values) <= report_charts.MOST_TICKS:
     axes.set_xticks(values, list(map(str, values)))
@@ -214,5 +273,5 @@ def _sweep(axes: Any, report: Report) -> None:
   axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
   axes.set(xlabel=field)
   axes.set_title('last kNN accuracy, mean and sd')
-  if others:  # Below, where no curve is.
+  if others and len(settings) <= LEGEND:  # Below, where no curve is.
     axes.legend(frameon=False, loc='upper left', bbox_to_anchor=(0, -0.22))

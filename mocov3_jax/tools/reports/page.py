@@ -67,7 +67,6 @@ TEXTS = {
         'Operations the model needs, as a share of what the chips can do.',
     ),
 }
-LEGENDS = 'knn', 'rank'
 SMALL = ('loss', 'spread'), ('lr', 'rate', 'mfu')
 
 HELP = (
@@ -139,8 +138,9 @@ def _body(report: Report, charts: dict[str, Any]) -> str:
   if 'sweep' in charts:
     parts.append(_chart('sweep', report))
   parts += [report_tables.runs(report), _unit(report)]
-  parts += [_chart(n, report) for n in ('knn', 'rank') if n in charts]
-  if 'knn' not in charts:
+  monitors = report_charts.monitors(report)
+  parts += [_chart(name, report) for name in monitors]
+  if 'knn' not in monitors:
     parts.append(
         '<p class="about">No kNN accuracy was logged: there are no labels, or '
         'the runs have just begun.</p>'
@@ -179,7 +179,7 @@ def _legend(name: str, report: Report) -> str:
     return _one_run(report) + _layers()
   if name == 'sweep':
     return _settings(report)
-  if name not in LEGENDS or not 1 < len(report.shown) <= LEGEND:
+  if name not in report_charts.MONITORS or not 1 < len(report.shown) <= LEGEND:
     return ''
   items = ''.join(
       f'<li><label class="run" for="run-{number}">'

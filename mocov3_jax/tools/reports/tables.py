@@ -53,9 +53,8 @@ def runs(report: Report) -> str:
   """What became of each run, with the checkboxes that hide them."""
   rows = data_lib.table(report)
   fields = list(report.fields)[:FIELDS_IN_TABLE]
-  evaluations = dict.fromkeys(
-      name for item in report.shown for name in sweep_table.evaluated(item.run)
-  )
+  results = [sweep_table.evaluations(item.run) for item in report.shown]
+  evaluations = dict.fromkeys(name for found in results for name in found)
   columns = [c for c in COLUMNS if any(c[1] in row for row in rows)]
   # The settings come last: the name of a sweep's run has them already.
   head = ['run', 'status', *(c[0] for c in columns)]
@@ -70,7 +69,7 @@ def runs(report: Report) -> str:
     cells.append(f'<span class="{row["status"]}">{", ".join(said)}</span>')
     cells += [escape(c[2](row)) if c[1] in row else NONE for c in columns]
     cells += [
-        words.percent(row[name]) if name in row else NONE
+        _newest(results[number][name]) if name in row else NONE
         for name in evaluations
     ]
     cells += [_value(row[field]) for field in fields]
@@ -87,7 +86,13 @@ def runs(report: Report) -> str:
 
 
 def _evaluation(name: str) -> str:
-  return name.removeprefix('eval_').removesuffix('/top1')
+  # As in the CSV: the monitor is 'knn', and an evaluation may be 'eval_knn'.
+  return name.removesuffix('/top1')
+
+
+def _newest(values: list[float]) -> str:
+  text = words.percent(values[-1])
+  return text if len(values) == 1 else f'{text} (newest of {len(values)})'
 
 
 def _box(number: int, item: Shown) -> str:

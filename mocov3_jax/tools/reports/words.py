@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Sequence
+import statistics
 
 from mocov3_jax.tools.reports import data as data_lib
 from mocov3_jax.tools.reports.data import Report, Shown
@@ -115,10 +116,20 @@ def _spikes(report: Report) -> str:
       f'; {first} of {where} over several layers begin in the '
       f'{data_lib.layer_name(layer)}'
   )
-  lag = data_lib.median_lag(report.shown)
+  lag = _median_lag(report.shown)
   if layer == data_lib.FIRST and lag is not None:
     text += f', {count(lag, "step")} before the last block (median)'
   return text + '.'
+
+
+def _median_lag(items: Sequence[Shown]) -> float | None:
+  """Steps by which the last block follows the patch projection, over runs."""
+  lags = [
+      item.analysis.lead.lags[data_lib.LAST] for item in items
+      if item.analysis.lead.first == data_lib.FIRST
+      and data_lib.LAST in item.analysis.lead.lags
+  ]
+  return statistics.median(lags) if lags else None
 
 
 def _failures(report: Report) -> str:

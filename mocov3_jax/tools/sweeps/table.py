@@ -69,14 +69,19 @@ def measured(run: runs_lib.Run) -> dict[str, float]:
 
 
 def evaluated(run: runs_lib.Run) -> dict[str, float]:
-  """The newest top-1 accuracy of each evaluation of a run's last step.
+  """The newest of each of the `evaluations` of a run."""
+  return {name: values[-1] for name, values in evaluations(run).items()}
+
+
+def evaluations(run: runs_lib.Run) -> dict[str, list[float]]:
+  """The top-1 accuracies of each evaluation of a run's last step, as made.
 
   Returns:
-    {'eval_linear_small/top1': ...}, by the folder of the evaluation where that
-    lies in the run's own, as a sweep has it; {'eval_PROTOCOL/top1': ...} else.
-    Else, those of the target network or of a few labels are left out.
+    {'eval_linear_small/top1': [...]}, by the folder of the evaluation where
+    that lies in the run's own, as a sweep has it; {'eval_PROTOCOL/top1': ...}
+    else. Else, those of the target network or of a few labels are left out.
   """
-  found = {}
+  found: dict[str, dict[tuple[str, float], float]] = {}
   for line in run.evaluations:
     if run.result and line['checkpoint_step'] != run.result['step']:
       continue
@@ -87,8 +92,10 @@ def evaluated(run: runs_lib.Run) -> dict[str, float]:
     if not inside and (few or line['encoder'] != 'query'):
       continue
     name = folder.name if inside else f'eval_{line["protocol"]}'
-    found[f'{name}/top1'] = line[f'{line["protocol"]}/top1']
-  return found
+    top1 = line[f'{line["protocol"]}/top1']
+    # A kill may have written one result twice.
+    found.setdefault(f'{name}/top1', {})[line['workdir'], top1] = top1
+  return {name: list(values.values()) for name, values in found.items()}
 
 
 def metrics_of(rows: Iterable[Row]) -> list[str]:
