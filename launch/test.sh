@@ -9,8 +9,6 @@ cd "$(dirname "$0")/.."
 source launch/venv.sh
 use_venv requirements-test.txt
 "$python" -m ruff check .
-# The tests see eight devices of their own making.
-unset XLA_FLAGS
 export JAX_PLATFORMS=cpu
 # A process a core; a file's tests stay together, since they share fixtures.
 exec "$python" -m pytest --numprocesses=auto --dist=loadfile "$@"

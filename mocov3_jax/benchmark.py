@@ -14,7 +14,6 @@ A table goes to stderr; the last line on stdout is one JSON object.
 
 import contextlib
 import functools
-import sys
 from typing import Any
 
 from absl import flags
@@ -27,7 +26,7 @@ from mocov3_jax import config as config_lib
 from mocov3_jax.data import pipeline, workers
 from mocov3_jax.data.sources import Source
 from mocov3_jax.errors import UserError
-from mocov3_jax.tools import cli, pillow_chain, step_benchmark
+from mocov3_jax.tools import cli, notes, pillow_chain, step_benchmark
 from mocov3_jax.tools.timing import take_turns
 
 # Calls of the augmentation at each turn.
@@ -100,9 +99,9 @@ def benchmark_input(
       for n in sorted({1, cores})
   }
   for (kind, n), rate in rates.items():
-    print(f'{n:3} {kind:17} {rate:7.0f} img/s', file=sys.stderr)
+    notes.say(f'{n:3} {kind:17} {rate:7.0f} img/s')
   for n, ratio in ratios.items():
-    print(f'on {n} cores {ratio:.2f} times the Pillow chain', file=sys.stderr)
+    notes.say(f'on {n} cores {ratio:.2f} times the Pillow chain')
   return {
       'source': config.data.source, 'cores': cores,
       'images_per_second': {
@@ -163,7 +162,7 @@ def benchmark_augment(config: ConfigDict, rounds: int) -> dict[str, Any]:
         result[f'augment_{unit}'] / result[f'step_{unit}']
     )
   for name, value in result.items():
-    print(f'{name:20} {value:.4g}', file=sys.stderr)
+    notes.say(f'{name:20} {value:.4g}')
   return result | {'device': jax.devices()[0].device_kind,
                    'batch_size': config.batch_size}
 

@@ -11,7 +11,6 @@ A table goes to stderr; the last line on stdout is one JSON object.
 
 from collections.abc import Iterator
 import dataclasses
-import sys
 from typing import Any
 
 from absl import flags
@@ -20,7 +19,7 @@ from ml_collections import ConfigDict, config_flags
 from mocov3_jax import checks, models
 from mocov3_jax import config as config_lib
 from mocov3_jax.errors import UserError
-from mocov3_jax.tools import cli, roofline, tpu
+from mocov3_jax.tools import cli, notes, roofline, tpu
 
 
 def plan(
@@ -173,7 +172,7 @@ def show(report: dict[str, Any]) -> None:
         f'    img/s            {between("images_per_second", ",.0f")}, MFU '
         f'{between("mfu", ".0%")} (the bound last)',
     ]
-  print('\n'.join(lines), file=sys.stderr, flush=True)
+  notes.say('\n'.join(lines))
 
 
 if __name__ == '__main__':

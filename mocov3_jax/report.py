@@ -15,14 +15,13 @@ from collections.abc import Callable
 import csv
 import datetime
 import io
-import sys
 from typing import Any
 
 from absl import flags
 
 from mocov3_jax import workdir as workdir_lib
 from mocov3_jax.errors import UserError, unknown
-from mocov3_jax.tools import cli, runs
+from mocov3_jax.tools import cli, notes, runs
 from mocov3_jax.tools.reports import data as data_lib
 from mocov3_jax.tools.reports import figure as report_figure
 from mocov3_jax.tools.reports import page as report_page
@@ -113,7 +112,7 @@ if __name__ == '__main__':
   cli.run(
       lambda words: report(
           words, OUT.value, FORMAT.value,
-          note=lambda text: print(text, file=sys.stderr, flush=True),
+          note=notes.say,
       ),
       words=True,
   )

@@ -103,7 +103,7 @@ CASES = {
     'a word without dashes': ('train', [CONFIG, 'seed=1'], ["'seed=1'"]),
     'more rows than a batch': (
         'preview', [CONFIG, '--out=/nowhere/x.png', '--count=1000'],
-        ['--count=1000', 'from 1 to 256'],
+        ['--count=1000', 'from 1 to 256, the images of a batch'],
     ),
     'sheet that cannot be written': (
         'preview', [CONFIG, '--out=/nowhere/x.png', '--count=1'],

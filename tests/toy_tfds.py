@@ -13,12 +13,13 @@ class ToyDigits(tfds.core.GeneratorBasedBuilder):
   """Digits in colour: RGB PNGs of 8x8, like CIFAR's of 32x32."""
 
   VERSION = tfds.core.Version('1.0.0')
+  SHAPE = 8, 8, 3
 
   def _info(self):
     return tfds.core.DatasetInfo(
         builder=self,
         features=tfds.features.FeaturesDict({
-            'image': tfds.features.Image(shape=(8, 8, 3)),
+            'image': tfds.features.Image(shape=self.SHAPE),
             'label': tfds.features.ClassLabel(num_classes=10),
         }),
     )
@@ -42,14 +43,7 @@ class ToyDigits(tfds.core.GeneratorBasedBuilder):
 class ToyPhotos(ToyDigits):
   """The same, but of no fixed size, and without a test split."""
 
-  def _info(self):
-    return tfds.core.DatasetInfo(
-        builder=self,
-        features=tfds.features.FeaturesDict({
-            'image': tfds.features.Image(),
-            'label': tfds.features.ClassLabel(num_classes=10),
-        }),
-    )
+  SHAPE = None, None, 3
 
   def _split_generators(self, manager):
     del manager
@@ -59,14 +53,7 @@ class ToyPhotos(ToyDigits):
 class ToyRgba(ToyPhotos):
   """As the digits, of a fixed size with four channels."""
 
-  def _info(self):
-    return tfds.core.DatasetInfo(
-        builder=self,
-        features=tfds.features.FeaturesDict({
-            'image': tfds.features.Image(shape=(8, 8, 4)),
-            'label': tfds.features.ClassLabel(num_classes=10),
-        }),
-    )
+  SHAPE = 8, 8, 4
 
 
 class ToyContest(ToyDigits):

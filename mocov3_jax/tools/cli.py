@@ -22,7 +22,7 @@ from mocov3_jax.errors import (
   unknown,
 )
 from mocov3_jax.eval_config import eval_config
-from mocov3_jax.tools import distributed
+from mocov3_jax.tools import distributed, notes
 
 BAD_INPUT, INTERRUPTED, PREEMPTED = 2, 130, 143
 LESS_MEMORY = (
@@ -66,10 +66,10 @@ def run(main: Main | dict[str, Main], words: bool = False) -> None:
     if result is not None:  # One process of several speaks for all.
       print(json.dumps(result), flush=True)
   except UserError as e:
-    print(f'error: {e}', file=sys.stderr)
+    notes.say(f'error: {e}')
     distributed.leave(BAD_INPUT)
   except Preempted as e:
-    print(e, file=sys.stderr)
+    notes.say(str(e))
     sys.exit(PREEMPTED)
   except KeyboardInterrupt:
     _exit_at_once()
@@ -77,7 +77,7 @@ def run(main: Main | dict[str, Main], words: bool = False) -> None:
     if not is_out_of_memory(e):
       raise
     what = (str(e).splitlines() or ['no memory'])[0][:200].rstrip('.')
-    print(f'error: {what}. {LESS_MEMORY}', file=sys.stderr)
+    notes.say(f'error: {what}. {LESS_MEMORY}')
     distributed.leave(BAD_INPUT)
 
 
@@ -98,7 +98,7 @@ def _quieten() -> None:
 
 def _exit_at_once() -> None:
   # Past Python's own exit, which can crash while XLA compiles in a thread.
-  print('interrupted', file=sys.stderr, flush=True)
+  notes.say('interrupted')
   os._exit(INTERRUPTED)
 
 
@@ -215,10 +215,7 @@ def stop_noted() -> Iterator[Callable[[], bool]]:
     if number == signal.SIGINT:
       if noted:
         _exit_at_once()
-      print(
-          '\nstopping after this step, then saving (again: at once)',
-          file=sys.stderr, flush=True,
-      )
+      notes.say('\nstopping after this step, then saving (again: at once)')
     noted.append(number)
 
   before = {s: signal.signal(s, note) for s in (signal.SIGTERM, signal.SIGINT)}

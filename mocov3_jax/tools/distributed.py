@@ -154,11 +154,10 @@ def peers_watched() -> Iterator[None]:
     if jax.process_count() == 1 or not re.search(LOST, str(e)):
       raise
     lines = str(e).splitlines()
-    print(
+    notes.say(
         f'error: process {jax.process_index()} lost another process of this '
         f'run ({lines[0][:200]}). Start all of them again with the same line: '
-        'they continue from the last checkpoint.',
-        file=sys.stderr, flush=True,
+        'they continue from the last checkpoint.'
     )
     leave(LOST_PEER)
 

@@ -3,13 +3,12 @@
 from collections.abc import Callable
 import contextlib
 import functools
-import sys
 from typing import Any
 
 from ml_collections import ConfigDict
 
 from mocov3_jax.errors import UserError, unknown
-from mocov3_jax.tools import steppers
+from mocov3_jax.tools import notes, steppers
 from mocov3_jax.tools.timing import take_turns
 
 AGAINST = ('compiled', 'eager', 'none')
@@ -145,7 +144,7 @@ def show_step(result: dict[str, Any]) -> None:
         f'{result["ratio"]:.2f} times PyTorch ({result["against"]}), which '
         'has neither augmentation nor metrics in its step'
     )
-  print('\n'.join(lines), file=sys.stderr, flush=True)
+  notes.say('\n'.join(lines))
 
 
 def benchmark_suite(
@@ -160,10 +159,7 @@ def benchmark_suite(
       try:
         results[name] = benchmark_step(changed, against, rounds, steps)
       except steppers.OutOfMemory as e:
-        print(
-            f'{name}: batch {changed.batch_size} does not fit ({e})',
-            file=sys.stderr, flush=True,
-        )
+        notes.say(f'{name}: batch {changed.batch_size} does not fit ({e})')
         if changed.batch_size < 2:
           results[name] = None  # Not at all; the others may.
         changed.batch_size //= 2

@@ -179,7 +179,7 @@ def _sweep(report: Report) -> Chart:
   field = data_lib.varied(report)
   if field is None:
     return {'data': []}
-  others = _others(report)
+  others = others_than_varied(report)
   styles = settings(report)
   members: dict[str, list[int]] = {}
   for number, item in enumerate(report.shown):
@@ -219,14 +219,15 @@ def _sweep(report: Report) -> Chart:
   return chart
 
 
-def _others(report: Report) -> list[str]:
+def others_than_varied(report: Report) -> list[str]:
+  """The fields of the grid that tell the lines of the sweep's chart apart."""
   varied = data_lib.varied(report)
   return [name for name in report.grid if name != varied]
 
 
 def settings(report: Report) -> dict[str, str]:
   """The lines of the sweep's chart, and their colours."""
-  others = _others(report)
+  others = others_than_varied(report)
   names = dict.fromkeys(
       data_lib.label(item.run.config, others) for item in report.shown
   )

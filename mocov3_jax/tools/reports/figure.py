@@ -220,8 +220,7 @@ def _settings(report: Report, letters: int) -> dict[str, str]:
   That is its label; or, where any label has more letters than these, the name
   of its first run.
   """
-  varied = data_lib.varied(report)
-  others = [name for name in report.grid if name != varied]
+  others = report_charts.others_than_varied(report)
   found: dict[str, list[str]] = {}
   for item in report.shown:
     if len(item.curve(data_lib.KNN)[0]):
@@ -239,7 +238,7 @@ def _settings(report: Report, letters: int) -> dict[str, str]:
 def _sweep(axes: Any, report: Report, settings: dict[str, str]) -> None:
   field = data_lib.varied(report)
   styles = report_charts.settings(report)
-  others = [name for name in report.grid if name != field]
+  others = report_charts.others_than_varied(report)
   rows = sweep_table.aggregate([i.run for i in report.shown], report.grid)
   rows = [row for row in rows if f'{data_lib.KNN}_mean' in row]
   rows.sort(key=lambda row: row[field])
