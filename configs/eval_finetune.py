@@ -18,7 +18,7 @@ Hardware and time: ImageNet not run by this project. :small on the digits'
 Expected: ViT-B 83.2 % (paper), not reproduced by this project.
 """
 
-from mocov3_jax.eval_config import eval_config
+from mocov3_jax.config import eval_config
 
 
 def get_config(size='imagenet'):

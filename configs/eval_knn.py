@@ -14,7 +14,7 @@ Hardware and time: one CPU core, seconds, for digits.
 Expected: the last knn/top1 that the run itself logged.
 """
 
-from mocov3_jax.eval_config import eval_config
+from mocov3_jax.config import eval_config
 
 
 def get_config():

@@ -12,7 +12,7 @@ Hardware and time: CPU; seconds for digits, and as long as scikit-learn takes.
 Expected: see docs/evaluation.md for the digits' smoke run.
 """
 
-from mocov3_jax.eval_config import eval_config
+from mocov3_jax.config import eval_config
 
 
 def get_config():

@@ -19,7 +19,7 @@ Expected: ViT-B of the paper 98.9, 90.5, 97.7 and 93.2 %. Not reproduced by
   this project.
 """
 
-from mocov3_jax.eval_config import eval_config
+from mocov3_jax.config import eval_config
 
 # TFDS name, decay, erasing, stochastic depth, mixup, cutmix.
 ROWS = {

@@ -12,160 +12,11 @@ step     images a second, use of the device, memory and compile time of the
 A table goes to stderr; the last line on stdout is one JSON object.
 """
 
-import contextlib
-import functools
-from typing import Any
-
 from absl import flags
-import jax
-from ml_collections import ConfigDict, config_flags
-import numpy as np
+from ml_collections import config_flags
 
-from mocov3_jax import checks, sharding, train
-from mocov3_jax import config as config_lib
-from mocov3_jax.data import pipeline, workers
-from mocov3_jax.data.sources import Source
-from mocov3_jax.errors import UserError
-from mocov3_jax.tools import cli, notes, pillow_chain, step_benchmark
-from mocov3_jax.tools.timing import take_turns
-
-# Calls of the augmentation at each turn.
-REPEATS = 10
-
-
-def encoded_source(config: ConfigDict) -> Source:
-  """Opens the images to train on; refuses those that only get copied.
-
-  Raises:
-    UserError: for bad input, or a source whose images have one size.
-  """
-  checks.validate(config, jax.device_count())
-  source = train.load_source(config).train
-  config_lib.plan(config, len(source))
-  if source.shape:
-    raise UserError(
-        f'data.source={config.data.source!r} has images of one size, which the '
-        'host does not crop. Allowed: folder:PATH, or a TFDS set of '
-        'photographs.'
-    )
-  return source
-
-
-def benchmark_input(
-    config: ConfigDict, images: int, rounds: int
-) -> dict[str, Any]:
-  """Reads batches as training does, and images by the original's chain.
-
-  Args:
-    config: as `default_config()`, after overrides.
-    images: to read at each turn, rounded up to whole batches.
-    rounds: turns.
-
-  Returns:
-    Images per second by number of threads, and of the Pillow chain by number
-    of processes; and, for one and for all cores, the ratio of both.
-
-  Raises:
-    UserError: for bad input, or a source that is not of encoded photographs.
-  """
-  source = encoded_source(config)
-  steps = -(-images // config.batch_size)
-  cores = workers.cores()
-  numbers = pipeline.epoch_order(config.seed, 0, len(source))
-  numbers = np.resize(numbers, steps * config.batch_size).tolist()
-
-  def ours(threads):
-    threaded = config.copy_and_resolve_references().unlock()
-    threaded.data.threads = threads
-    positions = np.arange(config.batch_size)
-    reader = train.make_reader(threaded, source, positions)
-
-    def run():
-      batches = pipeline.train_batches(reader, 0, steps, config.data.prefetch)
-      return sum(len(batch.images) for batch in batches)
-
-    return run
-
-  contenders = {('threads', n): ours(n) for n in sorted({1, 2, 4, cores})}
-  with contextlib.ExitStack() as stack:
-    for n in sorted({1, cores}):
-      read = stack.enter_context(
-          pillow_chain.processes(n, source, config)
-      )
-      contenders['Pillow processes', n] = functools.partial(read, numbers)
-    rates = take_turns(contenders, rounds)
-  ratios = {
-      n: rates['threads', n] / rates['Pillow processes', n]
-      for n in sorted({1, cores})
-  }
-  for (kind, n), rate in rates.items():
-    notes.say(f'{n:3} {kind:17} {rate:7.0f} img/s')
-  for n, ratio in ratios.items():
-    notes.say(f'on {n} cores {ratio:.2f} times the Pillow chain')
-  return {
-      'source': config.data.source, 'cores': cores,
-      'images_per_second': {
-          f'{n} {kind}': rate for (kind, n), rate in rates.items()
-      },
-      'ratio_by_cores': ratios,
-  }
-
-
-def benchmark_augment(config: ConfigDict, rounds: int) -> dict[str, Any]:
-  """Compares the augmentation with the step that contains it.
-
-  Args:
-    config: as `default_config()`, after overrides; its source is not read.
-    rounds: turns of each.
-
-  Returns:
-    FLOPs and seconds of both, and the share of the augmentation in them.
-
-  Raises:
-    UserError: for a bad config.
-  """
-  checks.validate(config, jax.device_count())
-  mesh = sharding.make_mesh(fsdp=config.fsdp_devices)
-  plan = config_lib.plan(config, 10**6)
-  method = train.build_method(config, plan, mesh.size)
-  init, step = train.compile_functions(config, method, mesh)
-  size, channels = config.data.image_size, len(config.data.mean)
-  shape = (config.batch_size, 2, size, size, channels)
-  noise = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
-  batch = sharding.to_global(
-      pipeline.Batch(noise, np.full(config.batch_size, -1, np.int32)), mesh
-  )
-  key = jax.random.key(0)
-  state = init()
-  step = step.lower(state, batch).compile()
-  augment = jax.jit(method.augment).lower(batch.images, key).compile()
-
-  def run_step():
-    nonlocal state
-    state, values = step(state, batch)
-    jax.block_until_ready(values)
-    return config.batch_size
-
-  def run_augment():
-    # Repeated, since after a step the first call finds its memory given back.
-    for _ in range(REPEATS):
-      jax.block_until_ready(augment(batch.images, key))
-    return REPEATS * config.batch_size
-
-  rates = take_turns({'step': run_step, 'augment': run_augment}, rounds)
-  result = {}
-  for name, compiled in ('step', step), ('augment', augment):
-    result[f'{name}_flops'] = compiled.cost_analysis()['flops']
-    result[f'{name}_seconds'] = config.batch_size / rates[name]
-  for unit in 'flops', 'seconds':
-    result[f'share_of_{unit}'] = (
-        result[f'augment_{unit}'] / result[f'step_{unit}']
-    )
-  for name, value in result.items():
-    notes.say(f'{name:20} {value:.4g}')
-  return result | {'device': jax.devices()[0].device_kind,
-                   'batch_size': config.batch_size}
-
+from mocov3_jax.benchmarks import host, step
+from mocov3_jax.config import command_line
 
 if __name__ == '__main__':
   CONFIG = config_flags.DEFINE_config_file(
@@ -192,12 +43,12 @@ if __name__ == '__main__':
       'suite', False, 'step: ViT-S, ViT-B, ViT-L and ResNet-50 instead.'
   )
   flags.mark_flag_as_required('config')
-  cli.run({
-      'input': lambda: benchmark_input(
+  command_line.run({
+      'input': lambda: host.benchmark_input(
           CONFIG.value, IMAGES.value, ROUNDS.value
       ),
-      'augment': lambda: benchmark_augment(CONFIG.value, ROUNDS.value),
-      'step': lambda: step_benchmark.main(
+      'augment': lambda: host.benchmark_augment(CONFIG.value, ROUNDS.value),
+      'step': lambda: step.main(
           CONFIG.value, AGAINST.value, ROUNDS.value, STEPS.value,
           PROFILE.value, SUITE.value,
       ),

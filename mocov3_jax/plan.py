@@ -9,171 +9,12 @@ the compiler: pip install -r requirements-tpu-plan.txt. Takes minutes.
 A table goes to stderr; the last line on stdout is one JSON object.
 """
 
-from collections.abc import Iterator
-import dataclasses
-from typing import Any
-
 from absl import flags
-from ml_collections import ConfigDict, config_flags
+from ml_collections import config_flags
 
-from mocov3_jax import checks, models
-from mocov3_jax import config as config_lib
-from mocov3_jax.errors import UserError
-from mocov3_jax.tools import cli, notes, roofline, tpu
-
-
-def plan(
-    config: ConfigDict, topology: str, images: int = config_lib.IMAGENET_IMAGES,
-    price: float = 0.0, propose: bool = True,
-) -> dict[str, Any]:
-  """Compiles for a slice, and for changes of the config until one fits.
-
-  Args:
-    config: as `default_config()`, after overrides.
-    topology: chip and shape, such as 'v5e:16x16'.
-    images: in the training set.
-    price: of a chip for an hour; 0 = unknown.
-    propose: whether to try changes if it does not fit.
-
-  Returns:
-    The report, flat, for JSON; of the config, or of the first change of it
-    that fits, which 'changes' names.
-
-  Raises:
-    UserError: for bad input, or without the compiler.
-  """
-  if images < 1 or price < 0:
-    raise UserError(
-        f'--images={images} --price={price}. Allowed: at least 1, and 0 or '
-        'more.'
-    )
-  chips = tpu.get_slice(topology)
-  checks.validate(config, len(chips.devices))
-  schedule = config_lib.plan(config, images)
-  report = measured(config, schedule, chips, price)
-  show(report)
-  if report['fits'] or not propose:
-    return report
-  for changes in proposals(config, len(chips.devices)):
-    changed = config.copy_and_resolve_references().unlock()
-    changed.update_from_flattened_dict(changes)
-    other = measured(changed, schedule, chips, price) | {'changes': changes}
-    show(other)
-    if other['fits']:
-      return other
-  return report
-
-
-def proposals(config: ConfigDict, devices: int) -> Iterator[dict[str, Any]]:
-  """Changes that need less memory, those that cost the least time first."""
-  if config.model.name in models.VITS and not config.model.remat:
-    yield {'model.remat': True}
-  split = {'fsdp_devices': devices} if devices > 1 else {}
-  if split and config.fsdp_devices < devices:
-    yield split
-  backbone = models.build_backbone(config.model, config.data.image_size)
-  if backbone.has_batch_norm:
-    return
-  share = config.micro_batch or config.batch_size // devices
-  for parts in (2, 4, 8, 16, 32, 64, 128):
-    if share % parts == 0:
-      yield {'micro_batch': share // parts} | split
-
-
-def measured(
-    config: ConfigDict, schedule: config_lib.Plan, chips: tpu.Slice,
-    price: float,
-) -> dict[str, Any]:
-  """Compiles one config, and reports."""
-  cost = roofline.measure(config, schedule, chips)
-  count = len(chips.devices)
-  report = {
-      'topology': chips.name, 'chips': count, 'model': config.model.name,
-      'batch_size': config.batch_size,
-      'images_per_chip': config.batch_size // count,
-      'micro_batch': config.micro_batch, 'remat': config.model.remat,
-      'fsdp_devices': config.fsdp_devices,
-      'hbm_gib': chips.chip.memory / tpu.GIB,
-  }
-  for field in dataclasses.fields(cost):
-    if field.name != 'collectives':
-      report[field.name] = dataclasses.asdict(cost)[field.name]
-  report['collectives'] = {
-      kind: dataclasses.asdict(c) for kind, c in cost.collectives.items()
-  }
-  if not cost.fits:
-    return report
-  bounds = roofline.seconds(cost, chips)
-  least = max(bounds['compute'], bounds['interconnect'])
-  most = max(bounds.values())
-  hours = schedule.total_steps / 3600
-  report |= {f'seconds_{name}': value for name, value in bounds.items()}
-  report |= {
-      'bound_by': max(bounds, key=bounds.__getitem__),
-      'images_per_second': [
-          config.batch_size / most, config.batch_size / least
-      ],
-      'mfu': [
-          cost.model_flops / x / chips.chip.flops for x in (most, least)
-      ],
-      'steps': schedule.total_steps,
-      'hours': [least * hours, most * hours],
-      'chip_hours': [least * hours * count, most * hours * count],
-  }
-  if price:
-    report['cost'] = [x * price for x in report['chip_hours']]
-  return report
-
-
-def show(report: dict[str, Any]) -> None:
-  """Prints the report for people."""
-  gib = lambda field: (
-      '?' if report[field] is None else f'{report[field] / tpu.GIB:.2f} GiB'
-  )
-  tera = lambda field, unit='': (
-      'not counted (loops)' if report[field] is None
-      else f'{report[field] / 1e12:.3f} T{unit}'
-  )
-  lines = [
-      f'{report["model"]}, batch {report["batch_size"]}, on '
-      f'{report["topology"]}: {report["chips"]} chips, '
-      f'{report["images_per_chip"]} images each; micro_batch '
-      f'{report["micro_batch"]}, remat {report["remat"]}, fsdp_devices '
-      f'{report["fsdp_devices"]}',
-      f'  memory per chip    {gib("total")} of {report["hbm_gib"]:.0f} GiB: '
-      + ('fits' if report['fits'] else 'DOES NOT FIT'),
-      f'    state            {gib("state")}',
-      f'    state and batch  {gib("arguments")}',
-      f'    temporary        {gib("temporary")}',
-      f'  FLOPs per chip     model {tera("model_flops")}, traced '
-      f'{tera("traced_flops")}, compiled {tera("compiled_flops")}',
-      f'  memory traffic     {tera("hbm_bytes", "B")} per chip',
-  ]
-  for kind, c in report['collectives'].items():
-    lines.append(
-        f'  {kind:18} {c["count"]} of {c["bytes"] / 2**20:.2f} MiB in all'
-    )
-  if report['fits']:
-    between = lambda field, form: ' to '.join(
-        format(x, form) for x in report[field]
-    )
-    lines += [
-        '  by the roofline, not measured; the first is a bound, the second '
-        'has all of the memory traffic:',
-        '    a step           '
-        + ', '.join(
-            f'{name} {1e3 * report[f"seconds_{name}"]:.1f} ms'
-            for name in ('compute', 'interconnect', 'memory')
-            if name != 'memory' or report['hbm_bytes'] is not None
-        ),
-        f'    {report["steps"]} steps     {between("hours", ".1f")} hours, '
-        f'{between("chip_hours", ".0f")} chip-hours'
-        + (f', costing {between("cost", ".0f")}' if 'cost' in report else ''),
-        f'    img/s            {between("images_per_second", ",.0f")}, MFU '
-        f'{between("mfu", ".0%")} (the bound last)',
-    ]
-  notes.say('\n'.join(lines))
-
+from mocov3_jax.config import command_line
+from mocov3_jax.config import training as config_lib
+from mocov3_jax.planning import plan
 
 if __name__ == '__main__':
   CONFIG = config_flags.DEFINE_config_file(
@@ -188,8 +29,8 @@ if __name__ == '__main__':
   PRICE = flags.DEFINE_float('price', 0.0, 'Of a chip for an hour.')
   PROPOSE = flags.DEFINE_bool('propose', True, 'Try what fits, if it does not.')
   flags.mark_flag_as_required('config')
-  cli.run(
-      lambda: plan(
+  command_line.run(
+      lambda: plan.plan(
           CONFIG.value, TOPOLOGY.value, IMAGES.value, PRICE.value, PROPOSE.value
       )
   )

@@ -11,96 +11,11 @@ or --format=html|png|csv says which. A report that is there is replaced. The
 last line on stdout is one JSON object.
 """
 
-from collections.abc import Callable
-import csv
-import datetime
-import io
-from typing import Any
-
 from absl import flags
 
-from mocov3_jax import workdir as workdir_lib
-from mocov3_jax.errors import UserError, unknown
-from mocov3_jax.tools import cli, notes, runs
-from mocov3_jax.tools.reports import data as data_lib
-from mocov3_jax.tools.reports import figure as report_figure
-from mocov3_jax.tools.reports import page as report_page
-
-FORMATS = ('html', 'png', 'csv')
-
-
-def report(
-    paths: list[str], out: str, format_: str = '', date: str = '',
-    note: Callable[[str], None] = lambda _: None,
-) -> dict[str, Any]:
-  """Writes a report.
-
-  Args:
-    paths: workdirs, or folders of workdirs.
-    out: the file.
-    format_: one of FORMATS; '' = as the suffix of `out` says.
-    date: to be shown; '' = today.
-    note: is told what is being done.
-
-  Returns:
-    What was written, flat.
-
-  Raises:
-    UserError: for bad input; nothing is written then.
-  """
-  if not paths:
-    raise UserError(
-        'no run was given. Allowed: workdirs of runs or folders of them, as '
-        'words: python -m mocov3_jax.report RUN [RUN ...] --out=report.html.'
-    )
-  path = workdir_lib.absolute(out, '--out')
-  kind = _format(path.suffix, out, format_)
-  if path.is_dir() or not path.parent.is_dir():
-    why = 'is a folder' if path.is_dir() else f'{path.parent} is no folder'
-    raise UserError(
-        f'--out={out} cannot be written: {why}. Allowed: a file in a folder '
-        'that exists.'
-    )
-  found = runs.find(paths)
-  note(f'{len(found)} run(s); looking for dips and spikes')
-  made = data_lib.make(map(runs.read, found))
-  note(f'writing {path}')
-  date = date or datetime.date.today().isoformat()
-  content = {
-      'html': lambda: report_page.page(made, date).encode(errors='replace'),
-      'png': lambda: report_figure.png(made),
-      'csv': lambda: as_csv(made).encode(errors='replace'),
-  }[kind]()
-  part = path.with_name(f'{path.name}.part')
-  try:
-    part.write_bytes(content)
-    part.replace(path)
-  except OSError as e:
-    raise UserError(f'--out={out} cannot be written: {e.strerror}.') from e
-  return {'out': str(path), **data_lib.counts(made), 'bytes': len(content)}
-
-
-def _format(suffix: str, out: str, given: str) -> str:
-  if given:
-    if given not in FORMATS:
-      raise unknown('--format', given, FORMATS)
-    return given
-  if suffix[1:].lower() not in FORMATS:
-    raise UserError(
-        f'--out={out} does not say the format. Allowed: a file that ends with '
-        f'{", ".join(f".{kind}" for kind in FORMATS)}; or --format.'
-    )
-  return suffix[1:].lower()
-
-
-def as_csv(made: data_lib.Report) -> str:
-  """The table of runs (RFC 4180); what is not known is left empty."""
-  file = io.StringIO(newline='')
-  writer = csv.DictWriter(file, data_lib.columns(made))
-  writer.writeheader()
-  writer.writerows(data_lib.table(made))
-  return file.getvalue()
-
+from mocov3_jax.base import console
+from mocov3_jax.config import command_line
+from mocov3_jax.reports import report
 
 if __name__ == '__main__':
   OUT = flags.DEFINE_string(
@@ -109,10 +24,10 @@ if __name__ == '__main__':
   FORMAT = flags.DEFINE_string(
       'format', '', 'html, png or csv; default: as --out ends.'
   )
-  cli.run(
-      lambda words: report(
+  command_line.run(
+      lambda words: report.report(
           words, OUT.value, FORMAT.value,
-          note=notes.say,
+          note=console.say,
       ),
       words=True,
   )

@@ -4,259 +4,14 @@ Run the same line again to continue, exactly. The last line on stdout is one
 JSON object with the results.
 """
 
-from collections.abc import Iterator
-import functools
 from typing import Any
 
 from absl import flags
-import jax
-from jax.sharding import Mesh
 from ml_collections import ConfigDict, config_flags
-import numpy as np
 
-from mocov3_jax import (
-  augment,
-  checks,
-  models,
-  objectives,
-  optim,
-  sharding,
-)
-from mocov3_jax import config as config_lib
-from mocov3_jax import workdir as workdir_lib
-from mocov3_jax.data import catalog, pipeline, sources
-from mocov3_jax.data.workers import Workers
-from mocov3_jax.errors import UserError
-from mocov3_jax.evals import features, knn, label_free, queue
-from mocov3_jax.passes import Passes
-from mocov3_jax.tools import (
-  cli,
-  compilation,
-  distributed,
-  summary,
-  training,
-)
-from mocov3_jax.tools.job import Job
-from mocov3_jax.train_step import Method, init_state, train_step
-
-
-def build_method(
-    config: ConfigDict, plan: config_lib.Plan, devices: int = 1
-) -> Method:
-  """Assembles what the config names into the parts of a step.
-
-  Args:
-    config: of the run.
-    plan: of the run.
-    devices: over which the batch will lie.
-
-  Raises:
-    UserError: for an unknown name or numbers that do not fit together.
-  """
-  learning_rate = optim.warmup_cosine(
-      plan.peak_lr, plan.warmup_steps, plan.total_steps
-  )
-  passes = Passes()
-  if config.micro_batch:
-    count = config.batch_size // (devices * config.micro_batch)
-    passes = Passes(count, devices)
-  model = models.build(
-      config.model, config.head, config.data.image_size, passes
-  )
-  return Method(
-      model=model,
-      objective=objectives.build(config.objective),
-      optimizer=optim.build(
-          config.optimizer, learning_rate, model.backbone.freeze_patch_embed,
-          model.backbone.clip_patch_embed,
-      ),
-      augment=augment.build(
-          augment.both_views(config.augment), config.data,
-          models.DTYPES[config.model.dtype], passes,
-      ),
-      learning_rate=learning_rate,
-      momentum=optim.build_momentum(config.objective, plan.total_steps),
-      log_blocks=config.log.blocks,
-      keep_features=config.knn.queue_share > 0,
-  )
-
-
-def image_shape(data: ConfigDict) -> tuple[int, int, int]:
-  """Of a view, (S, S, C)."""
-  return data.image_size, data.image_size, len(data.mean)
-
-
-def run_keys(seed: int) -> tuple[jax.Array, jax.Array]:
-  """The keys of a run's initialisation and of its augmentation."""
-  init_key, augment_key = jax.random.split(jax.random.key(seed))
-  return init_key, augment_key
-
-
-def compile_functions(
-    config: ConfigDict, method: Method, mesh: Mesh,
-    train: sources.Source | None = None,
-):
-  """Returns jitted (init, step): () -> state, (state, Batch) -> both.
-
-  The state lies on the mesh as `sharding.state_sharding` says, batches are
-  split over it, and the state given to a step is donated.
-
-  Args:
-    config: of the run.
-    method: the parts of a step.
-    mesh: to train on.
-    train: the images; without them there is no queue of `knn.queue_share`.
-  """
-  init_key, augment_key = run_keys(config.seed)
-  knn_c = config.knn
-  size = 0
-  if train is None:
-    method = method.replace(keep_features=False)
-  if method.keep_features:
-    size = queue.length(knn_c.queue_share, len(train), config.batch_size)
-
-  def make():
-    state = init_state(method, init_key, image_shape(config.data))
-    if not size:
-      return state
-    variables = {'params': state.params, 'batch_stats': state.batch_stats}
-    width = features.width(method.model, variables, image_shape(config.data))
-    return queue.with_queue(state, size, width)
-
-  placed = sharding.state_sharding(mesh, jax.eval_shape(make))
-  init = jax.jit(make, out_shardings=placed)
-
-  @functools.partial(
-      jax.jit,
-      in_shardings=(placed, sharding.batch_sharding(mesh)),
-      out_shardings=(placed, sharding.replicated(mesh)),
-      donate_argnums=0,
-  )
-  def step(state, batch):
-    state, values = train_step(method, augment_key, state, batch.images)
-    if size:
-      state, found = queue.watch(
-          state, values.pop('features'), batch.labels,
-          k=knn.capped_k(knn_c.k, size, train.num_classes),
-          temperature=knn_c.temperature, num_classes=train.num_classes,
-      )
-      values |= found
-    return state, values | training.from_batch(batch)
-
-  return init, step
-
-
-def load_source(config: ConfigDict, cache: Any = None) -> sources.Splits:
-  """Opens the data, and checks that the config fits it.
-
-  Args:
-    config: of the run.
-    cache: where listings of image folders are kept; None = nowhere.
-
-  Raises:
-    UserError: for an unknown source, the wrong number of channels, or a
-      monitor that needs labels where there are none.
-  """
-  splits = catalog.load(config.data.source, config.data.labels, cache)
-  channels = sources.channels(splits.train)
-  if len(config.data.mean) != channels:
-    raise UserError(
-        f'data.mean={config.data.mean} has {len(config.data.mean)} values, but '
-        f'data.source={config.data.source!r} has {channels} channels. Allowed: '
-        f'one a channel.'
-    )
-  if config.knn.queue_share and splits.test is None:
-    raise UserError(
-        f'knn.queue_share={config.knn.queue_share} needs labels, and '
-        f'data.source={config.data.source!r} has none. Allowed: 0.'
-    )
-  return splits
-
-
-def make_reader(
-    config: ConfigDict, source: sources.Source, positions: np.ndarray
-) -> pipeline.BatchReader:
-  """Returns the reader of the places `positions` of each global batch."""
-  return pipeline.BatchReader(
-      source, positions, config.batch_size, config.seed,
-      augment.both_views(config.augment), config.data.image_size,
-      Workers(config.data.threads), labelled=config.knn.queue_share > 0,
-  )
-
-
-def build_monitor(
-    config: ConfigDict, method: Method, splits: sources.Splits, mesh: Mesh,
-    reader: pipeline.BatchReader,
-):
-  """Returns the evaluator between steps: kNN, or, without labels, others."""
-  if splits.test is None:
-    _, key = run_keys(config.seed)
-    return label_free.build(method.model, method.augment, mesh, reader, key)
-  # No more at a time than in a pass of the training.
-  count = config.micro_batch * mesh.size or config.batch_size
-  extract = features.extractor(
-      method.model, config.data, mesh, count, reader.workers
-  )
-  return knn.build(config.knn, extract, splits, mesh)
-
-
-def train(config: ConfigDict, path: str) -> dict[str, Any]:
-  """Trains to the end, from the newest checkpoint in `path` if there is one.
-
-  Args:
-    config: as `default_config()`, after overrides.
-    path: the workdir.
-
-  Returns:
-    The results, flat.
-
-  Raises:
-    UserError: for bad input, before anything is written (but a listing of an
-      image folder, beside the workdir); or on divergence.
-    Preempted: after SIGTERM or Ctrl-C, once the state is saved.
-  """
-  checks.validate(config, jax.device_count())
-  splits = load_source(config, workdir_lib.absolute(path).parent / '.listings')
-  plan = config_lib.plan(config, len(splits.train))
-  mesh = sharding.make_mesh(fsdp=config.fsdp_devices)
-  method = build_method(config, plan, mesh.size)
-  reader = make_reader(
-      config, splits.train, sharding.local_positions(mesh, config.batch_size)
-  )
-  monitor = build_monitor(config, method, splits, mesh, reader)
-  init, step_fn = compile_functions(config, method, mesh, splits.train)
-  return training.carry_out(
-      Job(
-          config=config, free=checks.FREE_ON_RESUME, plan=plan, mesh=mesh,
-          reader=reader, fingerprint=splits.fingerprint(), init=init,
-          step=step_fn,
-          evaluate=lambda s: monitor(s.params, s.batch_stats),
-          evaluate_every=config.knn.every_steps, best='knn/top1',
-          flops_per_image=lambda: summary.step_flops(
-              method, image_shape(config.data), config.batch_size
-          ) / config.batch_size,
-          advice='a lower optimizer.lr_per_256, a longer '
-          'schedule.warmup_epochs, model.patch_embed=frozen',
-          notes=tuple(notes(config, splits, method)),
-      ),
-      path,
-      finish=training.keep_results,
-  )
-
-
-def notes(
-    config: ConfigDict, splits: sources.Splits, method: Method
-) -> Iterator[str]:
-  """What to say of a run as it begins."""
-  if splits.note:
-    yield splits.note
-  if splits.test is None:
-    yield (
-        'no labels, hence no kNN: alignment, uniformity and effective rank '
-        'of the features are logged instead'
-    )
-  cost = summary.summarise(method.model, image_shape(config.data))
-  yield f'{config.model.name}: {cost}'
+from mocov3_jax.config import command_line
+from mocov3_jax.parallel import processes
+from mocov3_jax.training import pretrain
 
 
 def main(
@@ -264,10 +19,10 @@ def main(
     num_processes: int | None, process_id: int | None,
 ) -> dict[str, Any] | None:
   """Trains as one of the processes of a run; the first one has the results."""
-  distributed.start(coordinator, num_processes, process_id)
-  compilation.keep_compiled()
-  results = train(config, path)
-  return results if distributed.is_primary() else None
+  processes.start(coordinator, num_processes, process_id)
+  processes.keep_compiled()
+  results = pretrain.train(config, path)
+  return results if processes.is_primary() else None
 
 
 if __name__ == '__main__':
@@ -287,7 +42,7 @@ if __name__ == '__main__':
       'process_id', None, 'Which one this is, from 0.'
   )
   flags.mark_flag_as_required('config')
-  cli.run(
+  command_line.run(
       lambda: main(
           CONFIG.value, WORKDIR.value, COORDINATOR.value, NUM_PROCESSES.value,
           PROCESS_ID.value,

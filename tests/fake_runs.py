@@ -5,8 +5,8 @@ import math
 
 import numpy as np
 
-from mocov3_jax import config as config_lib
-from mocov3_jax import workdir
+from mocov3_jax.config import training as config_lib
+from mocov3_jax.runs import workdir
 
 PERIOD = 10  # Steps between two kNN evaluations.
 

@@ -11,7 +11,8 @@ from mocov3_jax import models
 from mocov3_jax.models.heads import MlpHead
 from mocov3_jax.models.resnet import ResNet
 from mocov3_jax.models.vit import ViT
-from mocov3_jax.tools import torch_names
+from mocov3_jax.runs import network as network_lib
+from mocov3_jax.weights import torch_names
 
 FOLDER = pathlib.Path(__file__).parent / 'golden'
 
@@ -61,13 +62,13 @@ def tree(arrays, prefix, network, dtype=None):
   )
   head = 'fc' if isinstance(model.backbone, ResNet) else 'head'
   result = {}
-  for path in torch_names.flatten(shapes):
+  for path in network_lib.flatten(shapes):
     collection, *rest = path
     name = f'{prefix}{golden_name(rest, network, head)}'
     if name in arrays:
       array = torch_names.to_our_layout(arrays[name], path)
       result[path] = jnp.asarray(array, dtype)
-  return torch_names.unflatten(result)
+  return network_lib.unflatten(result)
 
 
 def golden_name(path, network, head):

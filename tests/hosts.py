@@ -8,8 +8,11 @@ import jax
 import numpy as np
 import tiny
 
-from mocov3_jax import sharding, train
+from mocov3_jax.config import training as config_lib
 from mocov3_jax.data import pipeline
+from mocov3_jax.method.build import build_method, run_keys
+from mocov3_jax.parallel import sharding
+from mocov3_jax.training import pretrain
 
 
 def main(folder, address, processes, process, first, last):
@@ -25,13 +28,13 @@ def main(folder, address, processes, process, first, last):
   })
   mesh = sharding.make_mesh()
   positions = sharding.local_positions(mesh, c.batch_size)
-  reader = train.make_reader(c, train.load_source(c).train, positions)
+  reader = pretrain.make_reader(c, pretrain.load_source(c).train, positions)
   make_views = jax.jit(
-      train.build_method(c, train.config_lib.plan(c, len(reader.source)))
+      build_method(c, config_lib.plan(c, len(reader.source)))
       .augment,
       out_shardings=sharding.batch_sharding(mesh),
   )
-  _, key = train.run_keys(c.seed)
+  _, key = run_keys(c.seed)
   seen = {}
   steps = range(first, last)
   batches = pipeline.train_batches(reader, first, last, 2)

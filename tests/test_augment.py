@@ -8,8 +8,8 @@ import numpy as np
 from PIL import Image
 import pytest
 
-from mocov3_jax import augment, image_ops
-from mocov3_jax import config as config_lib
+from mocov3_jax.config import training as config_lib
+from mocov3_jax.method import augment, image_ops
 
 
 def config(size=8, **view):

@@ -15,9 +15,9 @@ import numpy as np
 import pytest
 from scipy import ndimage
 
-from mocov3_jax import augment, image_ops
-from mocov3_jax import config as config_lib
+from mocov3_jax.config import training as config_lib
 from mocov3_jax.data import crops
+from mocov3_jax.method import augment, image_ops
 
 ARRAYS, META = golden.load('augment')
 IMAGE = jnp.asarray(ARRAYS['img'], jnp.float32) / 255

@@ -8,7 +8,7 @@ import sys
 import pytest
 import tiny
 
-from mocov3_jax import workdir
+from mocov3_jax.runs import workdir
 
 sys.path.insert(0, str(tiny.ROOT / 'configs'))
 import digits  # noqa: E402

@@ -10,9 +10,12 @@ import photos
 import pytest
 import tiny
 
-from mocov3_jax import config as config_lib
-from mocov3_jax import train
-from mocov3_jax.tools import compilation, peaks, step_benchmark, summary
+from mocov3_jax.benchmarks import step, step_process
+from mocov3_jax.config import training as config_lib
+from mocov3_jax.method.build import build_method
+from mocov3_jax.parallel import chips, processes
+from mocov3_jax.training import flops as flops_lib
+from mocov3_jax.training import pretrain
 
 FLAGS = {
     'batch_size': 16, 'data.image_size': 32, 'data.mean': '(.5,.5,.5)',
@@ -99,11 +102,11 @@ def test_a_batch_that_does_not_fit_is_halved(monkeypatch):
   def measured(config, *_):
     tried.append(config.batch_size)
     if config.batch_size > 128:
-      raise step_benchmark.steppers.OutOfMemory('full')
+      raise step_process.OutOfMemory('full')
     return config.model.name
 
-  monkeypatch.setattr(step_benchmark, 'benchmark_step', measured)
-  results = step_benchmark.benchmark_suite(
+  monkeypatch.setattr(step, 'benchmark_step', measured)
+  results = step.benchmark_suite(
       config_lib.default_config(), 'none', 1, 1
   )
   assert list(results) == ['vit_s', 'vit_b', 'vit_l', 'resnet50']
@@ -114,19 +117,19 @@ def test_what_is_computed_again_does_not_count_as_work():
   flops = []
   for changes in {}, {'model.remat': True}, {'micro_batch': 8}:
     c = tiny.config(**changes)
-    method = train.build_method(c, config_lib.plan(c, 1437))
-    flops.append(summary.step_flops(method, (8, 8, 1), c.batch_size))
+    method = build_method(c, config_lib.plan(c, 1437))
+    flops.append(flops_lib.step_flops(method, (8, 8, 1), c.batch_size))
   assert flops[0] == flops[1] == flops[2] > 0
 
 
 def test_mfu_is_logged_where_the_peak_is_known(tmp_path, monkeypatch):
   c = tiny.config(**{'schedule.steps': 3, 'schedule.warmup_epochs': 0.0})
   monkeypatch.setitem(
-      peaks.PEAK_FLOPS, jax.devices()[0].device_kind, 1e12
+      chips.PEAK_FLOPS, jax.devices()[0].device_kind, 1e12
   )
-  result = train.train(c, str(tmp_path / 'run'))
-  method = train.build_method(c, config_lib.plan(c, 1437))
-  flops = summary.step_flops(method, (8, 8, 1), 64) / 64
+  result = pretrain.train(c, str(tmp_path / 'run'))
+  method = build_method(c, config_lib.plan(c, 1437))
+  flops = flops_lib.step_flops(method, (8, 8, 1), 64) / 64
   peak = 1e12 * jax.device_count()
   rows = [r for r in tiny.metrics(tmp_path / 'run') if 'train/mfu' in r]
   assert len(rows) == 3
@@ -137,12 +140,12 @@ def test_mfu_is_logged_where_the_peak_is_known(tmp_path, monkeypatch):
 
 def test_programs_for_a_cpu_are_kept_only_on_request(monkeypatch):
   before = jax.config.jax_compilation_cache_dir
-  compilation.keep_compiled()
+  processes.keep_compiled()
   assert jax.config.jax_compilation_cache_dir == before
   monkeypatch.setattr(jax, 'default_backend', lambda: 'tpu')
   try:
-    compilation.keep_compiled()
+    processes.keep_compiled()
     kept = jax.config.jax_compilation_cache_dir
   finally:
     jax.config.update('jax_compilation_cache_dir', before)
-  assert kept == (before or str(compilation.FOLDER.expanduser()))
+  assert kept == (before or str(processes.FOLDER.expanduser()))

@@ -9,8 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mocov3_jax import checkpoint, saved, sharding
-from mocov3_jax.errors import UserError
+from mocov3_jax.base.errors import UserError
+from mocov3_jax.parallel import sharding
+from mocov3_jax.runs import checkpoints as checkpoints_lib
 
 # TensorStore leaves coroutines and an event loop behind when a checkpoint
 # cannot be read; Python complains when it collects them.
@@ -35,7 +36,7 @@ def state(value, whole):
 
 
 def save(folder, whole, knn_by_step, keep_latest=2, keep_best=1):
-  checkpoints = checkpoint.Checkpoints(
+  checkpoints = checkpoints_lib.Checkpoints(
       epath.Path(folder), keep_latest, keep_best, print
   )
   for step, knn in knn_by_step.items():
@@ -45,10 +46,10 @@ def save(folder, whole, knn_by_step, keep_latest=2, keep_best=1):
 
 def restore(folder, whole):
   warnings = []
-  checkpoints = checkpoint.Checkpoints(
+  checkpoints = checkpoints_lib.Checkpoints(
       epath.Path(folder), 2, 1, warnings.append
   )
-  abstract = checkpoint.abstract(state(0, whole), whole)
+  abstract = checkpoints_lib.abstract(state(0, whole), whole)
   try:
     return checkpoints.restore(abstract), warnings
   finally:
@@ -137,7 +138,7 @@ def test_if_none_can_be_read_none_is_moved(tmp_path, whole):
 def test_what_was_saved_after_a_divergence_is_set_aside(tmp_path, whole):
   save(tmp_path, whole, {3: 0.5, 4: 0.4})
   warnings = []
-  checkpoints = checkpoint.Checkpoints(
+  checkpoints = checkpoints_lib.Checkpoints(
       epath.Path(tmp_path), 2, 1, warnings.append
   )
   assert checkpoints.newest_before(4) == 3
@@ -147,8 +148,8 @@ def test_what_was_saved_after_a_divergence_is_set_aside(tmp_path, whole):
 
 def test_a_part_restores_alone(tmp_path, whole):
   save(tmp_path, whole, {3: 0.5})
-  part = checkpoint.abstract({'params': state(0, whole)['params']}, whole)
-  restored = saved.restore_part(
+  part = checkpoints_lib.abstract({'params': state(0, whole)['params']}, whole)
+  restored = checkpoints_lib.restore_part(
       epath.Path(tmp_path) / 'checkpoints' / '3', part
   )
   assert restored.keys() == {'params'}
@@ -158,12 +159,12 @@ def test_a_part_restores_alone(tmp_path, whole):
 def test_a_workdir_or_a_step_names_a_checkpoint(tmp_path, whole):
   save(tmp_path, whole, {3: 0.5, 20: 0.4})
   (tmp_path / 'config.json').write_text('{}')
-  assert saved.find(str(tmp_path))[1].name == '20'
-  run, folder = saved.find(str(tmp_path / 'checkpoints' / '3'))
+  assert checkpoints_lib.find(str(tmp_path))[1].name == '20'
+  run, folder = checkpoints_lib.find(str(tmp_path / 'checkpoints' / '3'))
   assert (run, folder.name) == (epath.Path(tmp_path), '3')
 
 
 @pytest.mark.parametrize('name', ['absent', '', 'checkpoints'])
 def test_what_is_no_checkpoint_is_refused(tmp_path, name):
   with pytest.raises(UserError, match='is not a checkpoint. Allowed'):
-    saved.find(str(tmp_path / name))
+    checkpoints_lib.find(str(tmp_path / name))

@@ -7,9 +7,10 @@ import json
 import pytest
 import tiny
 
-from mocov3_jax import checks, eval_config, workdir
-from mocov3_jax import config as config_lib
-from mocov3_jax.errors import UserError
+from mocov3_jax.base.errors import UserError
+from mocov3_jax.config import checks, evaluation
+from mocov3_jax.config import training as config_lib
+from mocov3_jax.runs import workdir
 
 
 def changed(**overrides):
@@ -153,7 +154,7 @@ def test_a_url_is_refused():
 
 def test_a_config_of_another_command_is_refused():
   with pytest.raises(UserError, match='unknown fields: checkpoint'):
-    checks.validate(eval_config.eval_config(), 1)
+    checks.validate(evaluation.eval_config(), 1)
   with pytest.raises(UserError, match='unknown fields: augment.view1'):
     checks.validate_eval(config_lib.default_config(), 1)
 

@@ -10,20 +10,24 @@ import numpy as np
 import pytest
 import tiny
 
-from mocov3_jax import config as config_lib
-from mocov3_jax import convert, saved, train
-from mocov3_jax import workdir as workdir_lib
-from mocov3_jax.errors import UserError
-from mocov3_jax.eval_config import eval_config
-from mocov3_jax.tools import (
-  our_weights,
+from mocov3_jax.base import files
+from mocov3_jax.base.errors import UserError
+from mocov3_jax.config import training as config_lib
+from mocov3_jax.config.evaluation import eval_config
+from mocov3_jax.method.build import build_method
+from mocov3_jax.parallel import sharding
+from mocov3_jax.runs import checkpoints, network
+from mocov3_jax.runs import workdir as workdir_lib
+from mocov3_jax.training import pretrain
+from mocov3_jax.weights import (
+  convert,
+  our_checkpoints,
+  state_dict,
+  torch_checkpoints,
   torch_names,
   torch_optimizer,
-  torch_weights,
-  trained,
-  weight_files,
-  weights,
 )
+from mocov3_jax.weights import files as weight_files
 
 with gzip.open(golden.FOLDER / 'state_dict_names.json.gz') as names:
   NAMES = json.load(names)
@@ -66,7 +70,7 @@ def random_run(path, config):
   """A checkpoint of step 4 with random numbers everywhere."""
   rng = np.random.default_rng(0)
   flat = {}
-  for (collection, *rest), x in weights.network_shapes(config).items():
+  for (collection, *rest), x in network.network_shapes(config).items():
     fields = [collection]
     if rest[0] != 'predictor':
       fields.append(f'target_{collection}')
@@ -74,7 +78,7 @@ def random_run(path, config):
       fields.append('trace')
     for field in fields:
       flat[field, *rest] = rng.normal(size=x.shape).astype(np.float32)
-  our_weights.write(str(path), weights.Weights(config, 4, flat, {}))
+  our_checkpoints.write(str(path), state_dict.Weights(config, 4, flat, {}))
 
 
 @pytest.fixture(scope='module')
@@ -86,7 +90,7 @@ def runs(tmp_path_factory):
       'resnet': (small_config(**RESNET), folder / 'resnet'),
   }
   config, path = found['vit']
-  train.train(config, str(path))
+  pretrain.train(config, str(path))
   config, path = found['resnet']
   random_run(path, config)
   return found
@@ -94,10 +98,10 @@ def runs(tmp_path_factory):
 
 def leaves(workdir, fields=FULL):
   """All arrays of a checkpoint by path."""
-  _, folder = saved.find(str(workdir))
-  tree = saved.restore_whole(folder)
+  _, folder = checkpoints.find(str(workdir))
+  tree = checkpoints.restore_whole(folder)
   return {
-      path: x for path, x in our_weights.leaves(tree) if path[0] in fields
+      path: x for path, x in our_checkpoints.leaves(tree) if path[0] in fields
   }
 
 
@@ -111,8 +115,8 @@ def assert_same(one, other):
 @pytest.mark.parametrize('name', ARCHITECTURES)
 def test_every_name_and_shape_of_the_release_has_its_place(name):
   config = architecture(name)
-  places = weights.full_places(config)
-  constants = weights.constants(config, places, step=1)
+  places = state_dict.full_places(config)
+  constants = state_dict.constants(config, places, step=1)
   ours = {n: list(p.shape) for n, p in places.items()}
   ours |= {n: list(x.shape) for n, x in constants.items()}
   theirs = {
@@ -131,13 +135,13 @@ def test_every_name_and_shape_of_the_release_has_its_place(name):
 def test_parameter_counts_are_the_originals(name):
   config = architecture(name)
   count = {'base_encoder': 0, 'predictor': 0}
-  for path, leaf in weights.network_shapes(config).items():
+  for path, leaf in network.network_shapes(config).items():
     if path[0] == 'params':
       owner = 'predictor' if path[1] == 'predictor' else 'base_encoder'
       count[owner] += leaf.size
   # The original counts its fixed positions, too.
   if name != 'resnet50':
-    count['base_encoder'] += weights.position_table(config).size
+    count['base_encoder'] += state_dict.position_table(config).size
   wanted = NAMES[name]['n_params']
   assert count == {k: wanted[k] for k in count}
 
@@ -146,12 +150,12 @@ def test_parameter_counts_are_the_originals(name):
 def test_a_backbone_has_the_names_of_the_releases_export(name):
   if name == 'resnet50':  # There the release leaves the projector in.
     config = architecture(name)
-    places = weights.backbone_places(config, 'query')
+    places = state_dict.backbone_places(config, 'query')
     assert set(places) < set(NAMES[name]['deit'])
     return
   config = architecture(name)
-  places = weights.backbone_places(config, 'query')
-  constants = weights.constants(config, places, step=1)
+  places = state_dict.backbone_places(config, 'query')
+  constants = state_dict.constants(config, places, step=1)
   names = {n: list(p.shape) for n, p in places.items()}
   names |= {n: list(x.shape) for n, x in constants.items()}
   assert names == NAMES[name]['deit']
@@ -160,13 +164,13 @@ def test_a_backbone_has_the_names_of_the_releases_export(name):
 @pytest.mark.parametrize('name', ARCHITECTURES)
 def test_the_architecture_is_read_off_the_tensors(name):
   config = architecture(name)
-  places = weights.full_places(config)
+  places = state_dict.full_places(config)
   tensors = {
       n: np.broadcast_to(np.float32(0), p.shape) for n, p in places.items()
   }
-  tensors |= weights.constants(config, places, step=1)
+  tensors |= state_dict.constants(config, places, step=1)
   file = weight_files.File(tensors, {}, (), '', 0.0)
-  found, _ = torch_weights._inferred('x.pth.tar', file, True, 0)
+  found, _ = torch_checkpoints._inferred('x.pth.tar', file, True, 0)
   for group in 'model', 'head':
     assert found[group] == config[group]
   assert found.data.image_size == 224
@@ -201,8 +205,8 @@ def test_a_converted_backbone_has_the_same_features(runs, tmp_path):
   x = np.random.default_rng(0).normal(size=(3, 8, 8, 1)).astype(np.float32)
   features = []
   for folder in run, back:
-    found = trained.find(str(folder))
-    params, stats = trained.restore(found, train.sharding.make_mesh())
+    found = network.find(str(folder))
+    params, stats = network.restore(found, sharding.make_mesh())
     features.append(found.model.apply(
         {'params': params, 'batch_stats': stats}, x, train=False,
         method='features',
@@ -222,10 +226,10 @@ def test_golden_features_after_the_real_converter(tmp_path):
   with pytest.raises(UserError, match='--num_heads=N'):
     convert.convert(str(file), str(tmp_path / 'run'))
   convert.convert(str(file), str(tmp_path / 'run'), num_heads=4)
-  found = trained.find(str(tmp_path / 'run'))
+  found = network.find(str(tmp_path / 'run'))
   assert found.model.backbone.patch_size == 8
   assert found.config.data.image_size == 32
-  params, stats = trained.restore(found, train.sharding.make_mesh())
+  params, stats = network.restore(found, sharding.make_mesh())
   for x, feature in ('x1', 'feat1'), ('x2', 'feat2'):
     got = found.model.apply(
         {'params': params, 'batch_stats': stats},
@@ -238,20 +242,20 @@ def test_golden_features_after_the_real_converter(tmp_path):
 def release_tensors(config, seed=0):
   """Random tensors of a whole checkpoint of the release."""
   rng = np.random.default_rng(seed)
-  places = weights.full_places(config)
+  places = state_dict.full_places(config)
   tensors = {
       n: rng.normal(size=p.shape).astype(np.float32)
       for n, p in places.items()
   }
-  return tensors | weights.constants(config, places, step=3)
+  return tensors | state_dict.constants(config, places, step=3)
 
 
 def backbone_file(path, change):
   """A safetensors file of a small ViT's backbone, after `change`."""
   config = tiny.config()
-  places = weights.backbone_places(config, 'query')
+  places = state_dict.backbone_places(config, 'query')
   tensors = {n: np.ones(p.shape, np.float32) for n, p in places.items()}
-  tensors |= weights.constants(config, places, step=0)
+  tensors |= state_dict.constants(config, places, step=0)
   change(tensors)
   weight_files.write_safetensors(path, tensors, '')
 
@@ -372,9 +376,9 @@ def test_ignoring_the_positions_does_not_make_a_network_without(tmp_path):
 def test_a_small_vit_of_unknown_heads_is_not_guessed_at(tmp_path):
   config = config_lib.default_config()
   config.model.depth = 1
-  places = weights.backbone_places(config, 'query')
+  places = state_dict.backbone_places(config, 'query')
   tensors = {n: np.ones(p.shape, np.float32) for n, p in places.items()}
-  tensors |= weights.constants(config, places, step=0)
+  tensors |= state_dict.constants(config, places, step=0)
   weight_files.write_safetensors(tmp_path / 'a.safetensors', tensors, '')
   with pytest.raises(UserError, match='--num_heads=12 or --num_heads=6'):
     convert.convert(str(tmp_path / 'a.safetensors'), str(tmp_path / 'run'))
@@ -472,28 +476,28 @@ def test_an_old_config_is_told_so(runs, tmp_path):
   del saved['model']['readout']
   (tmp_path / 'config.json').write_text(json.dumps(saved))
   with pytest.raises(UserError, match='lacks fields: model.readout'):
-    workdir_lib.read_training_config(workdir_lib.absolute(str(tmp_path)))
+    workdir_lib.read_training_config(files.absolute(str(tmp_path)))
 
 
 def test_a_complete_state_is_recognised(runs):
   for config, run in runs.values():
-    found = our_weights.read(str(run))
-    state, used = our_weights.train_state(found)
+    found = our_checkpoints.read(str(run))
+    state, used = our_checkpoints.train_state(found)
     assert used == set(found.flat)
-    method = train.build_method(config, config_lib.Plan(1, 1, 0, 1.0))
+    method = build_method(config, config_lib.Plan(1, 1, 0, 1.0))
     wanted = jax.tree.structure(method.optimizer.init(state.params))
     assert jax.tree.structure(state.opt_state) == wanted
     some = {k: v for k, v in found.flat.items() if k[0] in FULL}
-    partial = weights.Weights(config, 4, some, {})
-    assert our_weights.train_state(partial) == (None, set())
+    partial = state_dict.Weights(config, 4, some, {})
+    assert our_checkpoints.train_state(partial) == (None, set())
 
 
 def test_a_run_whose_queue_is_missing_cannot_continue(runs, tmp_path, capsys):
   _, run = runs['vit']
   config = small_config(**{'knn.queue_share': 0.2})
-  found = our_weights.read(str(run))
-  whole = weights.Weights(config, 4, found.flat, found.names)
-  written, complete = our_weights.write(str(tmp_path / 'whole'), whole)
+  found = our_checkpoints.read(str(run))
+  whole = state_dict.Weights(config, 4, found.flat, found.names)
+  written, complete = our_checkpoints.write(str(tmp_path / 'whole'), whole)
   assert not complete and {path[0] for path in written} == set(FULL)
   assert leaves(tmp_path / 'whole').keys() == written.keys()
   backbone_file(tmp_path / 'a.safetensors', lambda t: None)

@@ -11,9 +11,9 @@ import pytest
 from scipy import stats
 import tiny
 
-from mocov3_jax import augment
 from mocov3_jax.data import crops, pipeline
 from mocov3_jax.data.decode import Encoded, Unreadable
+from mocov3_jax.method import augment
 
 VIEW = tiny.config().augment.view1
 

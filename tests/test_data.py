@@ -10,11 +10,11 @@ from PIL import Image
 import pytest
 import tiny
 
-from mocov3_jax import augment
+from mocov3_jax.base.errors import UserError
 from mocov3_jax.data import catalog, pipeline, sources
 from mocov3_jax.data.decode import Unreadable
 from mocov3_jax.data.workers import Workers
-from mocov3_jax.errors import UserError
+from mocov3_jax.method import augment
 
 VIEWS = augment.both_views(tiny.config().augment)
 

@@ -14,12 +14,14 @@ import pytest
 from scipy import stats
 import tiny
 
-from mocov3_jax import metrics, optim
+from mocov3_jax.base.errors import UserError
+from mocov3_jax.config.evaluation import eval_config
 from mocov3_jax.data import catalog, sources
-from mocov3_jax.errors import UserError
-from mocov3_jax.eval_config import eval_config
-from mocov3_jax.evals import logistic, score
-from mocov3_jax.tools import evaluation, finetuning, trained
+from mocov3_jax.evals import confidence, logistic
+from mocov3_jax.method import optimizers
+from mocov3_jax.protocols import finetune
+from mocov3_jax.protocols import setup as setup_lib
+from mocov3_jax.runs import metrics, network
 
 LINEAR = '--config=configs/eval_linear.py:small'
 FINETUNE = '--config=configs/eval_finetune.py:small'
@@ -190,14 +192,14 @@ def test_a_probe_that_is_repeated_keeps_its_first_record(run, tmp_path):
 
 def record(folder, top1):
   """Records an evaluation that found this accuracy; returns (record, lines)."""
-  setup = evaluation.Setup(
-      eval_config(), trained.Trained(
+  setup = setup_lib.Setup(
+      eval_config(), network.Trained(
           tiny.config(), epath.Path(folder / 'run/checkpoints/1'), None
       ), labelled([0, 1], [1]), None, None, {},
   )
   for name in 'run', 'out':
     (folder / name).mkdir(exist_ok=True)
-  found = evaluation.record(
+  found = setup_lib.record(
       setup, {'knn/top1': top1, 'test/images': 1}, epath.Path(folder / 'out')
   )
   assert found == json.loads((folder / 'out/result.json').read_text())
@@ -252,7 +254,7 @@ def test_labels_that_do_not_do_are_named(monkeypatch, train, test, words):
   c = tiny.config()
   monkeypatch.setattr(catalog, 'load', lambda *_: labelled(train, test))
   with pytest.raises(UserError, match=words):
-    evaluation.load_splits(eval_config(), c, None)
+    setup_lib.load_splits(eval_config(), c, None)
 
 
 def test_few_of_each_class_are_the_seeds_choice():
@@ -260,7 +262,7 @@ def test_few_of_each_class_are_the_seeds_choice():
   images = np.arange(80, dtype=np.uint8).reshape(80, 1, 1, 1)
   source = sources.ArraySource('x', images, labels, 4)
   chosen = [
-      evaluation.few_of_each(source, labels, 5, seed).indices
+      setup_lib.few_of_each(source, labels, 5, seed).indices
       for seed in (0, 0, 1)
   ]
   np.testing.assert_array_equal(chosen[0], chosen[1])
@@ -271,7 +273,7 @@ def test_few_of_each_class_are_the_seeds_choice():
 @pytest.mark.parametrize('right, count', [(0, 10), (7, 10), (355, 360)])
 def test_the_interval_is_wilsons(right, count):
   wanted = stats.binomtest(right, count).proportion_ci(method='wilson')
-  found = score.interval(right / count, count)
+  found = confidence.interval(right / count, count)
   np.testing.assert_allclose(found, wanted, atol=1e-9)
 
 
@@ -297,7 +299,7 @@ def params(depth):
 
 
 def test_each_block_learns_slower_than_the_one_above():
-  scales = optim.layer_scales(params(3), 3, 0.5)
+  scales = finetune.layer_scales(params(3), 3, 0.5)
   backbone = scales['backbone']
   assert scales['head']['kernel'] == backbone['norm']['scale'] == 1
   assert [
@@ -308,7 +310,7 @@ def test_each_block_learns_slower_than_the_one_above():
 
 def test_fine_tuning_decays_matrices_alone_each_at_its_rate():
   tree = params(3)
-  optimizer = optim.finetuning(lambda step: 0.1, 0.05, 3, 0.5)
+  optimizer = finetune.finetuning(lambda step: 0.1, 0.05, 3, 0.5)
   zero = jax.tree.map(jnp.zeros_like, tree)
   updates, _ = optimizer.update(zero, optimizer.init(tree), tree)
   np.testing.assert_allclose(updates['head']['kernel'], -0.1 * 0.05)
@@ -321,8 +323,8 @@ def test_fine_tuning_decays_matrices_alone_each_at_its_rate():
 
 def test_without_layer_decay_it_is_optaxs_adamw():
   tree = params(1)
-  ours = optim.finetuning(lambda step: 0.1, 0.05, 1, 1.0)
-  theirs = optax.adamw(0.1, weight_decay=0.05, mask=optim.is_kernel)
+  ours = finetune.finetuning(lambda step: 0.1, 0.05, 1, 1.0)
+  theirs = optax.adamw(0.1, weight_decay=0.05, mask=optimizers.is_kernel)
   grads = jax.tree.map(lambda x: 0.3 * x, tree)
   for a, b in zip(
       jax.tree.leaves(ours.update(grads, ours.init(tree), tree)[0]),
@@ -333,7 +335,7 @@ def test_without_layer_decay_it_is_optaxs_adamw():
 
 
 def test_the_rate_rises_from_its_start_and_ends_at_its_end():
-  rate = optim.warmup_cosine_between(1e-6, 1e-3, 1e-5, 10, 100)
+  rate = optimizers.warmup_cosine_between(1e-6, 1e-3, 1e-5, 10, 100)
   np.testing.assert_allclose(
       [rate(s) for s in (0, 5, 10, 55, 100)],
       [1e-6, 5.005e-4, 1e-3, (1e-3 + 1e-5) / 2, 1e-5], rtol=1e-4,
@@ -342,17 +344,17 @@ def test_the_rate_rises_from_its_start_and_ends_at_its_end():
   for step in range(101):
     np.testing.assert_allclose(rate(step), theirs(step), rtol=1e-5)
   # A training that is all warm-up.
-  rising = optim.warmup_cosine_between(0.0, 1.0, 0.0, 10, 10)
+  rising = optimizers.warmup_cosine_between(0.0, 1.0, 0.0, 10, 10)
   assert float(rising(9)) == pytest.approx(0.9)
 
 
 def test_how_blocks_were_looped_over_does_not_matter_to_fine_tuning():
   c = tiny.config(**{'model.scan': True, 'model.depth': 2})
-  run = trained.Trained(c, epath.Path('/run/checkpoints/1'), None)
+  run = network.Trained(c, epath.Path('/run/checkpoints/1'), None)
   source = labelled([0, 1], [1])
-  setup = evaluation.Setup(
+  setup = setup_lib.Setup(
       eval_config(), run, source, None, None, {}
   )
-  backbone = finetuning.build_model(setup).backbone
+  backbone = finetune.build_model(setup).backbone
   assert not backbone.scan and backbone.drop_path == 0.1
   assert backbone.patch_embed == 'learned'

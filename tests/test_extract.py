@@ -5,10 +5,13 @@ import photos
 import pytest
 import tiny
 
-from mocov3_jax import convert, extract, train
+from mocov3_jax.base.errors import UserError
 from mocov3_jax.data import catalog
-from mocov3_jax.errors import UserError
-from mocov3_jax.tools import trained
+from mocov3_jax.evals import extract
+from mocov3_jax.parallel import sharding
+from mocov3_jax.runs import network
+from mocov3_jax.training import pretrain
+from mocov3_jax.weights import convert
 
 
 @pytest.fixture(scope='module')
@@ -19,7 +22,7 @@ def run(tmp_path_factory):
       'knn.every_steps': 0, 'augment.view1.blur_sigma': (0.1, 0.5),
       'augment.view2.blur_sigma': (0.1, 0.5),
   })
-  train.train(config, str(path))
+  pretrain.train(config, str(path))
   return path
 
 
@@ -39,8 +42,8 @@ def test_features_are_the_backbones_of_each_image(run, tmp_path):
       splits.test.all_labels,
   )
   # Any of them, computed alone.
-  checkpoint = trained.find(str(run))
-  params, stats = trained.restore(checkpoint, train.sharding.make_mesh())
+  checkpoint = network.find(str(run))
+  params, stats = network.restore(checkpoint, sharding.make_mesh())
   i = found['names'].tolist().index('digits test[7]')
   image = splits.test.images[7].astype(np.float32) / 255
   image = (image - checkpoint.config.data.mean) / checkpoint.config.data.std
@@ -86,7 +89,7 @@ def test_a_flat_folder_has_names_and_no_labels(tmp_path, capsys):
       'augment.view2.blur_sigma': (0.1, 0.5), 'schedule.steps': 1,
       'schedule.warmup_epochs': 0.0, 'data.max_unreadable': 1.0,
   })
-  train.train(config, str(tmp_path / 'run'))
+  pretrain.train(config, str(tmp_path / 'run'))
   result = extract.extract(
       str(tmp_path / 'run'), '', str(tmp_path / 'f.npz'), batch_size=16
   )
@@ -119,7 +122,7 @@ def test_a_normed_projection_is_used_like_any_other(kind, tmp_path):
       'schedule.steps': 2, 'schedule.warmup_epochs': 0.0,
       'knn.every_steps': 0, 'model.patch_embed': kind,
   })
-  train.train(config, str(tmp_path / 'run'))
+  pretrain.train(config, str(tmp_path / 'run'))
   extract.extract(str(tmp_path / 'run'), '', str(tmp_path / 'f.npz'))
   found = arrays(tmp_path / 'f.npz')['features']
   assert found.shape == (1797, 16) and np.all(np.isfinite(found))

@@ -9,10 +9,10 @@ from PIL import Image
 import pytest
 import tiny
 
+from mocov3_jax.base.errors import UserError
+from mocov3_jax.config.evaluation import eval_config
 from mocov3_jax.data import catalog, listing
-from mocov3_jax.errors import UserError
-from mocov3_jax.eval_config import eval_config
-from mocov3_jax.tools import evaluation
+from mocov3_jax.protocols import setup
 
 
 def plant(root, *paths):
@@ -66,7 +66,7 @@ def test_a_folder_with_a_class_of_one_image_can_be_evaluated(tmp_path):
   training = tiny.config(**{
       'data.source': f'folder:{tmp_path}', 'data.mean': (0.5, 0.5, 0.5),
   })
-  found = evaluation.load_splits(
+  found = setup.load_splits(
       eval_config(), training, tmp_path / '.listings'
   )
   assert (len(found.bank), len(found.test)) == (14, 2)

@@ -9,8 +9,9 @@ import numpy as np
 import optax
 import pytest
 
-from mocov3_jax import models, objectives
-from mocov3_jax.train_step import Method, TrainState, train_step
+from mocov3_jax import models
+from mocov3_jax.method import objectives
+from mocov3_jax.method.train_step import Method, TrainState, train_step
 
 FILES = {
     'vit_step': golden.tiny_vit(),

@@ -6,10 +6,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mocov3_jax import config as config_lib
-from mocov3_jax import objectives, optim
+from mocov3_jax.config import training as config_lib
+from mocov3_jax.method import objectives, optimizers
+from mocov3_jax.method.train_step import Method, TrainState, train_step
 from mocov3_jax.models import vit
-from mocov3_jax.train_step import Method, TrainState, train_step
 
 ARRAYS, META = golden.load('vit_train_adamw')
 ARRAYS_X64, _ = golden.load('vit_train_adamw_x64')
@@ -20,7 +20,7 @@ def train(dtype):
   """Runs the ten steps; returns the last state and all metrics."""
   per_epoch = CFG['iters_per_epoch']
   total = CFG['epochs'] * per_epoch
-  learning_rate = optim.warmup_cosine(
+  learning_rate = optimizers.warmup_cosine(
       CFG['lr'], CFG['warmup_epochs'] * per_epoch, total
   )
   c = config_lib.default_config().optimizer
@@ -31,10 +31,10 @@ def train(dtype):
               online, target, temperature=CFG['moco_t']
           ), has_target=True,
       ),
-      optimizer=optim.build(c, learning_rate, freeze_patch_embed=True),
+      optimizer=optimizers.build(c, learning_rate, freeze_patch_embed=True),
       augment=lambda images, key: images,
       learning_rate=learning_rate,
-      momentum=optim.cosine_momentum(CFG['moco_m'], total),
+      momentum=optimizers.cosine_momentum(CFG['moco_m'], total),
   )
   base = golden.tree(ARRAYS, 'init/', 'base_encoder', dtype)
   target = golden.tree(ARRAYS, 'init/', 'momentum_encoder', dtype)

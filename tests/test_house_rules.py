@@ -8,68 +8,106 @@ import re
 import jax
 import pytest
 
-from mocov3_jax import checks, eval_config, train
-from mocov3_jax import config as config_lib
+from mocov3_jax.config import checks, evaluation
+from mocov3_jax.config import training as config_lib
+from mocov3_jax.method.build import build_method
 
 ROOT = pathlib.Path(__file__).parent.parent
 PACKAGE = ROOT / 'mocov3_jax'
 FILES = sorted(PACKAGE.rglob('*.py'))
 RECIPES = sorted((ROOT / 'configs').rglob('*.py'))
-LAYERS = {
-    'errors': 0, 'config': 0, 'eval_config': 0, 'checks': 0, 'passes': 0,
-    'models': 1, 'objectives': 1, 'image_ops': 1, 'augment': 1, 'mixing': 1,
-    'curves': 1, 'stability': 1,
-    'optim': 2, 'sharding': 2, 'train_step': 2,
-    'data': 3, 'checkpoint': 3, 'saved': 3, 'metrics': 3, 'workdir': 3,
-    'loop': 4,
-    'evals': 5,
-    'tools': 6, 'train': 6, 'evaluate': 6, 'preview': 6, 'benchmark': 6,
-    'extract': 6, 'convert': 6, 'plan': 6, 'visualize': 6,
-    'sweep': 6, 'report': 6,
-}
+# The folders from the ground up. A file may import its own folder and those of
+# the floors below, so no two folders can import each other.
+FLOORS = (
+    ('base',),
+    ('config', 'parallel'),
+    ('models',),
+    ('method', 'runs'),
+    ('data',),
+    ('evals', 'weights'),
+    ('training',),
+    ('protocols', 'sweeps', 'reports', 'pictures', 'planning', 'benchmarks'),
+)
+FLOOR = {folder: n for n, folders in enumerate(FLOORS) for folder in folders}
 
 
-def module(path):
-  """The first name under mocov3_jax of a file: 'data' of data/sources.py."""
-  return path.relative_to(PACKAGE).parts[0].removesuffix('.py')
-
-
-def imports(tree):
-  """The first names under mocov3_jax that a file imports."""
+def imported(tree):
+  """The modules of the package that a file imports, without 'mocov3_jax.'."""
   for node in ast.walk(tree):
     if isinstance(node, ast.Import):
-      for alias in node.names:
-        assert not alias.name.startswith('mocov3_jax.'), alias.name
-    if not isinstance(node, ast.ImportFrom):
+      names = [alias.name for alias in node.names]
+    elif isinstance(node, ast.ImportFrom):
+      assert node.level == 0, 'relative import'
+      names = [f'{node.module}.{alias.name}' for alias in node.names]
+    else:
       continue
-    assert node.level == 0, 'relative import'
-    parts = node.module.split('.')
-    if parts[0] == 'mocov3_jax':
-      yield from parts[1:2] or (alias.name for alias in node.names)
+    for name in names:
+      if name.startswith('mocov3_jax.'):
+        yield name.removeprefix('mocov3_jax.')
 
 
-@pytest.mark.parametrize('path', FILES, ids=lambda p: p.name)
-def test_imports_go_down(path):
-  if path.name == '__init__.py' and path.parent == PACKAGE:
-    return
-  layer = LAYERS[module(path)]
-  for name in imports(ast.parse(path.read_text())):
-    if name != module(path):
-      assert LAYERS[name] <= layer, f'{path.name} imports {name}'
+def violations(package):
+  """What in a package breaks the rule of the house, a line each."""
+  found = []
+  for path in sorted(package.rglob('*.py')):
+    file = path.relative_to(package)
+    if file.parts == ('__main__.py',):
+      continue  # It maps words to commands, and so names them all.
+    command = len(file.parts) == 1
+    folder = file.parts[0]
+    if not command and folder not in FLOOR:
+      found.append(f'{file}: the folder {folder} has no floor')
+      continue
+    floor = len(FLOORS) if command else FLOOR[folder]
+    for name in imported(ast.parse(path.read_text())):
+      target = name.split('.')[0]
+      if target == '__version__' or (target == folder and not command):
+        continue
+      if (package / f'{target}.py').exists():
+        found.append(f'{file} imports the command {target}')
+      elif target not in FLOOR or FLOOR[target] >= floor:
+        found.append(f'{file} imports {target}, which is not below it')
+  return found
 
 
-@pytest.mark.parametrize('path', FILES, ids=lambda p: p.name)
-def test_files_and_functions_are_short(path):
-  text = path.read_text()
-  assert len(text.splitlines()) <= 300
-  for node in ast.walk(ast.parse(text)):
-    if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
-      length = node.end_lineno - node.lineno + 1
-      assert length <= 60, f'{path.name}: {node.name} has {length} lines'
+def test_imports_go_down():
+  assert violations(PACKAGE) == []
+
+
+@pytest.mark.parametrize(
+    'files, message',
+    [
+        ({'data/x.py': 'from mocov3_jax.training import loop'},
+         'data/x.py imports training, which is not below it'),
+        ({'sweeps/x.py': 'from mocov3_jax.reports.page import page'},
+         'sweeps/x.py imports reports, which is not below it'),
+        ({'training/x.py': 'from mocov3_jax import train'},
+         'training/x.py imports the command train'),
+        ({'method/x.py': 'import mocov3_jax.runs.table',
+          'runs/x.py': 'from mocov3_jax.method import build'},
+         'method/x.py imports runs, which is not below it'),
+        ({'tools/x.py': 'import os'},
+         'tools/x.py: the folder tools has no floor'),
+    ],
+    ids=['upwards', 'between workshops', 'a command', 'a circle', 'a drawer'],
+)
+def test_the_rule_bites(tmp_path, files, message):
+  (tmp_path / 'train.py').write_text('from mocov3_jax.training import loop')
+  assert violations(tmp_path) == []
+  for name, text in files.items():
+    (tmp_path / name).parent.mkdir()
+    (tmp_path / name).write_text(text)
+  assert message in violations(tmp_path)
+
+
+def test_a_file_beside_the_folders_is_a_command():
+  for path in PACKAGE.glob('*.py'):
+    if not path.name.startswith('__'):
+      assert "__name__ == '__main__'" in path.read_text(), path.name
 
 
 def test_the_train_step_has_at_most_forty_lines_of_code():
-  tree = ast.parse((PACKAGE / 'train_step.py').read_text())
+  tree = ast.parse((PACKAGE / 'method' / 'train_step.py').read_text())
   step = next(
       node for node in tree.body
       if isinstance(node, ast.FunctionDef) and node.name == 'train_step'
@@ -116,15 +154,16 @@ def leaves(config, prefix=''):
 
 
 @pytest.mark.parametrize(
-    'make', [config_lib.default_config, eval_config.eval_config]
+    'make', [config_lib.default_config, evaluation.eval_config]
 )
 def test_every_field_is_read_somewhere(make):
   # A read is an attribute (c.weight_decay), outside of where it is set.
   text = '\n'.join(
       p.read_text() for p in FILES
-      if p.name not in ('config.py', 'eval_config.py')
+      if p.parent.name != 'config'
   )
-  text += (PACKAGE / 'config.py').read_text().split('class Plan')[1]
+  settings = PACKAGE / 'config' / 'training.py'
+  text += settings.read_text().split('class Plan')[1]
   for field in leaves(make()):
     last = field.rsplit('.', 1)[-1]
     assert re.search(rf'\.{last}\b', text), field
@@ -145,7 +184,7 @@ def test_a_recipe_is_valid_and_documents_itself(path):
     checks.validate_eval(c, 1)
   else:
     checks.validate(c, 1)
-    train.build_method(c, config_lib.plan(c, 50_000))
+    build_method(c, config_lib.plan(c, 50_000))
   with pytest.raises((AttributeError, KeyError)):
     c.no_such_field = 1  # Still locked.
   for word in 'paper', 'Command:', 'Hardware', 'Expected':

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 from sklearn.neighbors import KNeighborsClassifier
 
-from mocov3_jax import sharding
 from mocov3_jax.data import sources
 from mocov3_jax.evals import knn
+from mocov3_jax.parallel import sharding
 
 
 def unit(x):

@@ -8,24 +8,25 @@ import numpy as np
 import pytest
 import tiny
 
-from mocov3_jax import augment, eval_config, optim
-from mocov3_jax.evals import linear
+from mocov3_jax.config import evaluation
+from mocov3_jax.method import augment, optimizers
 from mocov3_jax.models.layers import BatchNorm
+from mocov3_jax.protocols import linear_step
 
 ARRAYS, META = golden.load('lincls_vit')
 
 
 def probe_of(rates, schedule, features=None, norm=None):
-  return linear.Probe(
+  return linear_step.Probe(
       features=features or (lambda frozen, images, key: images),
-      optimizer=linear.build_optimizer(rates, schedule, 0.9),
+      optimizer=linear_step.build_optimizer(rates, schedule, 0.9),
       learning_rate=schedule, norm=norm,
   )
 
 
 def test_ten_steps_equal_the_originals():
   epochs, per_epoch = META['epochs'], 2
-  schedule = optim.cosine_by_epochs(
+  schedule = optimizers.cosine_by_epochs(
       META['batch'] / 256, per_epoch, epochs * per_epoch
   )
   model = golden.tiny_vit()
@@ -39,13 +40,13 @@ def test_ten_steps_equal_the_originals():
           frozen, images, train=False, method='features'
       ),
   )
-  state = linear.init_state(probe, jax.random.key(0), 1, 64, 10)
+  state = linear_step.init_state(probe, jax.random.key(0), 1, 64, 10)
   state = state.replace(params={
       'kernel': jnp.asarray(ARRAYS['head/weight0'].T)[None],
       'bias': jnp.asarray(ARRAYS['head/bias0'])[None],
   })
   step = jax.jit(
-      lambda state, x, y: linear.probe_step(
+      lambda state, x, y: linear_step.probe_step(
           probe, frozen, jax.random.key(0), state, x, y
       )
   )
@@ -77,7 +78,7 @@ def test_ten_steps_equal_the_originals():
 def test_the_rate_is_the_originals_in_every_epoch(name):
   arrays, meta = golden.load('schedules')
   row = meta['configs'][name]
-  schedule = optim.cosine_by_epochs(row['init_lr'], 7, 7 * row['epochs'])
+  schedule = optimizers.cosine_by_epochs(row['init_lr'], 7, 7 * row['epochs'])
   for epoch, rate in zip(
       arrays[f'{name}/epoch_f64'], arrays[f'{name}/lr_f64'], strict=True
   ):
@@ -92,13 +93,13 @@ def test_a_sweep_at_once_equals_separate_runs(norm):
   rng = np.random.default_rng(0)
   centres = rng.normal(size=(5, 12))
   rates = (0.1, 1.0, 30.0)
-  schedule = optim.cosine_by_epochs(0.5, 4, 40)
+  schedule = optimizers.cosine_by_epochs(0.5, 4, 40)
 
   def train(rates):
     probe = probe_of(rates, schedule, norm=norm)
-    state = linear.init_state(probe, jax.random.key(1), len(rates), 12, 5)
+    state = linear_step.init_state(probe, jax.random.key(1), len(rates), 12, 5)
     step = jax.jit(
-        lambda state, x, y: linear.probe_step(
+        lambda state, x, y: linear_step.probe_step(
             probe, None, jax.random.key(0), state, x, y
         )[0]
     )
@@ -120,15 +121,15 @@ def test_a_sweep_at_once_equals_separate_runs(norm):
 
 
 def test_images_without_a_label_count_for_nothing():
-  schedule = optim.cosine_by_epochs(0.5, 4, 40)
+  schedule = optimizers.cosine_by_epochs(0.5, 4, 40)
   probe = probe_of((1.0,), schedule)
   rng = np.random.default_rng(0)
   x = rng.normal(size=(8, 6)).astype(np.float32)
   y = np.arange(8) % 3
 
   def step(x, y):
-    state = linear.init_state(probe, jax.random.key(1), 1, 6, 3)
-    return linear.probe_step(probe, None, jax.random.key(0), state, x, y)
+    state = linear_step.init_state(probe, jax.random.key(1), 1, 6, 3)
+    return linear_step.probe_step(probe, None, jax.random.key(0), state, x, y)
 
   y[5:] = -1
   (some, values), (few, wanted) = step(x, y), step(x[:5], y[:5])
@@ -141,22 +142,22 @@ def test_images_without_a_label_count_for_nothing():
 
 
 def test_a_head_that_diverges_leaves_the_others_alone():
-  schedule = optim.cosine_by_epochs(1.0, 4, 40)
+  schedule = optimizers.cosine_by_epochs(1.0, 4, 40)
   probe = probe_of((0.1, 1e30), schedule)
-  state = linear.init_state(probe, jax.random.key(1), 2, 6, 3)
+  state = linear_step.init_state(probe, jax.random.key(1), 2, 6, 3)
   x = np.random.default_rng(0).normal(size=(9, 6)).astype(np.float32)
   y = np.arange(9) % 3
   for _ in range(30):
-    state, values = linear.probe_step(
+    state, values = linear_step.probe_step(
         probe, None, jax.random.key(0), state, x, y
     )
   assert np.isfinite(values['train/loss'])
   assert np.isfinite(state.params['kernel'][0]).all()
-  assert linear.predict(probe, state, jnp.asarray(x)).shape == (2, 9)
+  assert linear_step.predict(probe, state, jnp.asarray(x)).shape == (2, 9)
 
 
 def test_probes_see_crops_and_flips_alone():
-  c = eval_config.eval_config()
+  c = evaluation.eval_config()
   view = augment.build((c.view,), tiny.config().data)
   images = np.random.default_rng(0).integers(0, 256, (4, 8, 8, 1), np.uint8)
   made = view(images, jax.random.key(0))
@@ -170,7 +171,7 @@ def test_probes_see_crops_and_flips_alone():
 def test_the_batchnorm_before_the_heads_has_no_parameters():
   norm = BatchNorm(affine=False)
   assert isinstance(norm, nn.Module)
-  probe = probe_of((1.0,), optim.cosine_by_epochs(1.0, 4, 40), norm=norm)
-  state = linear.init_state(probe, jax.random.key(1), 1, 6, 3)
+  probe = probe_of((1.0,), optimizers.cosine_by_epochs(1.0, 4, 40), norm=norm)
+  state = linear_step.init_state(probe, jax.random.key(1), 1, 6, 3)
   assert set(state.params) == {'kernel', 'bias'}
   assert set(state.batch_stats) == {'mean', 'var'}

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mocov3_jax import loop
+from mocov3_jax.training import loop
 
 
 @jax.jit

@@ -7,7 +7,8 @@ import time
 from etils import epath
 import pytest
 
-from mocov3_jax import metrics
+from mocov3_jax.runs import metrics
+from mocov3_jax.training import progress as progress_lib
 
 
 def rows(folder):
@@ -74,7 +75,7 @@ def test_first_and_latest_values_survive_a_restart(tmp_path):
 def test_throughput_leaves_out_the_first_step_and_the_pauses(monkeypatch):
   now = [0.0]
   monkeypatch.setattr(time, 'perf_counter', lambda: now[0])
-  throughput = metrics.Throughput(10)
+  throughput = progress_lib.Throughput(10)
   now[0] = 100.0  # Compilation.
   assert throughput.tick() == 0.0 and throughput.average == 0.0
   now[0] = 102.0
@@ -94,7 +95,7 @@ VALUES = {
 
 def test_progress_prints_plain_lines_when_piped():
   stream = io.StringIO()
-  progress = metrics.Progress(80, stream)
+  progress = progress_lib.Progress(80, stream)
   progress.update(5, VALUES, images_per_step=100)
   progress.update(6, VALUES, images_per_step=100)  # Too soon.
   progress.note('done')
@@ -107,7 +108,7 @@ def test_progress_prints_plain_lines_when_piped():
 def test_progress_rewrites_its_line_on_a_terminal():
   stream = io.StringIO()
   stream.isatty = lambda: True
-  metrics.Progress(80, stream).update(5, VALUES, images_per_step=100)
+  progress_lib.Progress(80, stream).update(5, VALUES, images_per_step=100)
   assert stream.getvalue().startswith('\r') and '\n' not in stream.getvalue()
 
 

@@ -11,13 +11,13 @@ import pytest
 import scipy.special
 import scipy.stats
 
-from mocov3_jax import mixing
+from mocov3_jax.protocols import mixup
 
 
 def batch(n=4, size=8, classes=5, seed=0, dtype=np.float32):
   rng = np.random.default_rng(seed)
   images = rng.normal(size=(n, size, size, 3)).astype(np.float32)
-  targets = mixing.smooth(rng.integers(0, classes, n), classes, 0.1)
+  targets = mixup.smooth(rng.integers(0, classes, n), classes, 0.1)
   return jnp.asarray(images, dtype), targets
 
 
@@ -31,12 +31,12 @@ def numbered(n=4, size=16):
 
 @jax.jit
 def both(images, targets, key):
-  return mixing.mix(images, targets, key, 0.8, 1.0)
+  return mixup.mix(images, targets, key, 0.8, 1.0)
 
 
 # Compiled once for each size, not operation by operation.
-erase = jax.jit(mixing.erase, static_argnums=2)
-draw_cut = jax.jit(mixing.draw_cut, static_argnums=(1, 2))
+erase = jax.jit(mixup.erase, static_argnums=2)
+draw_cut = jax.jit(mixup.draw_cut, static_argnums=(1, 2))
 
 
 def keys(n, seed=0):
@@ -51,7 +51,7 @@ def keys(n, seed=0):
     st.lists(st.integers(0, 6), min_size=1, max_size=9), st.floats(0, 0.99)
 )
 def test_smoothed_labels_sum_to_one_and_follow_the_formula(labels, s):
-  targets = mixing.smooth(jnp.asarray(labels), 7, s)
+  targets = mixup.smooth(jnp.asarray(labels), 7, s)
   assert targets.dtype == jnp.float32 and targets.shape == (len(labels), 7)
   np.testing.assert_allclose(targets.sum(1), 1, atol=1e-6)
   np.testing.assert_allclose(
@@ -60,7 +60,7 @@ def test_smoothed_labels_sum_to_one_and_follow_the_formula(labels, s):
 
 
 def test_an_unknown_label_gives_a_row_of_zeros():
-  targets = mixing.smooth(jnp.asarray([-1, 2]), 3, 0.3)
+  targets = mixup.smooth(jnp.asarray([-1, 2]), 3, 0.3)
   np.testing.assert_allclose(targets, [[0, 0, 0], [0.1, 0.1, 0.8]], rtol=1e-6)
 
 
@@ -74,21 +74,21 @@ def test_soft_cross_entropy_is_that_of_scipy(seed, scale):
   targets[unknown] = 0
   each = -(targets * scipy.special.log_softmax(logits, axis=1)).sum(1)
   expected = each[~unknown].mean() if not unknown.all() else 0.0
-  actual = mixing.soft_cross_entropy(logits, targets)
+  actual = mixup.soft_cross_entropy(logits, targets)
   assert actual.shape == () and actual.dtype == jnp.float32
   np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=1e-6)
 
 
 def test_soft_cross_entropy_of_hard_labels_is_that_of_the_label():
   logits = jnp.asarray([[2.0, 0.0, -1.0], [0.0, 0.0, 0.0]])
-  loss = mixing.soft_cross_entropy(logits, jnp.eye(3)[:2])
+  loss = mixup.soft_cross_entropy(logits, jnp.eye(3)[:2])
   first = -2 + np.log(np.exp(2) + 1 + np.exp(-1))
   np.testing.assert_allclose(loss, (first + np.log(3)) / 2, rtol=1e-6)
 
 
 def test_a_batch_of_unknown_labels_has_no_loss_and_no_gradient():
-  targets = mixing.smooth(jnp.full(3, -1), 4, 0.1)
-  loss, grad = jax.value_and_grad(mixing.soft_cross_entropy)(
+  targets = mixup.smooth(jnp.full(3, -1), 4, 0.1)
+  loss, grad = jax.value_and_grad(mixup.soft_cross_entropy)(
       jnp.ones((3, 4)), targets
   )
   assert loss == 0
@@ -97,17 +97,17 @@ def test_a_batch_of_unknown_labels_has_no_loss_and_no_gradient():
 
 def test_an_unknown_row_gets_no_gradient_and_does_not_dilute_the_others():
   logits = jnp.asarray(np.random.default_rng(0).normal(size=(3, 4)), 'float32')
-  targets = mixing.smooth(jnp.asarray([1, -1, 3]), 4, 0.1)
-  grad = jax.grad(mixing.soft_cross_entropy)(logits, targets)
+  targets = mixup.smooth(jnp.asarray([1, -1, 3]), 4, 0.1)
+  grad = jax.grad(mixup.soft_cross_entropy)(logits, targets)
   np.testing.assert_array_equal(grad[1], 0)
   known = jnp.asarray([0, 2])
-  expected = jax.grad(mixing.soft_cross_entropy)(logits[known], targets[known])
+  expected = jax.grad(mixup.soft_cross_entropy)(logits[known], targets[known])
   np.testing.assert_allclose(grad[known], expected, rtol=1e-6)
 
 
 def test_the_loss_of_bfloat16_logits_is_float32():
   logits = jnp.asarray([[1.0, 2.0, 4.0]], jnp.bfloat16)
-  loss = mixing.soft_cross_entropy(logits, jnp.eye(3)[:1])
+  loss = mixup.soft_cross_entropy(logits, jnp.eye(3)[:1])
   assert loss.dtype == jnp.float32
   expected = -scipy.special.log_softmax([1.0, 2.0, 4.0])[0]
   np.testing.assert_allclose(loss, expected, rtol=1e-6)
@@ -120,7 +120,7 @@ def test_the_loss_of_bfloat16_logits_is_float32():
 @pytest.mark.parametrize('lam', [0.0, 0.3, 1.0])
 def test_mixup_blends_with_the_reversed_batch(n, lam):
   images, targets = batch(n)
-  mixed, soft = mixing.mixup(images, targets, lam)
+  mixed, soft = mixup.mixup(images, targets, lam)
   x, y = np.asarray(images), np.asarray(targets)
   np.testing.assert_allclose(mixed, lam * x + (1 - lam) * x[::-1], atol=1e-6)
   np.testing.assert_allclose(soft, lam * y + (1 - lam) * y[::-1], atol=1e-6)
@@ -134,7 +134,7 @@ def test_cutmix_takes_the_box_and_its_share_from_the_partner(data):
   height = data.draw(st.integers(0, size - top))
   width = data.draw(st.integers(0, size - left))
   images, targets = numbered(4, size)
-  mixed, soft = mixing.cutmix(images, targets, (top, left, height, width))
+  mixed, soft = mixup.cutmix(images, targets, (top, left, height, width))
   expected = np.array(images)
   inside = (slice(None), slice(top, top + height), slice(left, left + width))
   expected[inside] = np.asarray(images)[::-1][inside]
@@ -158,7 +158,7 @@ def test_a_drawn_cut_lies_inside_and_is_at_most_of_the_asked_size(seed, lam):
 def test_cuts_that_stay_inside_have_the_asked_area_and_uniform_centres():
   size, lam = 1000, 0.91  # Sides of 300.
   top, left, h, w = jax.vmap(
-      lambda key: jnp.stack(mixing.draw_cut(key, size, size, lam))
+      lambda key: jnp.stack(mixup.draw_cut(key, size, size, lam))
   )(keys(2000)).T
   whole = (top > 0) & (top + h < size)
   np.testing.assert_allclose(h[whole], 300, atol=1)
@@ -170,7 +170,7 @@ def test_cuts_that_stay_inside_have_the_asked_area_and_uniform_centres():
 
 def test_lambda_of_cutmix_is_the_true_share_of_pixels_after_clipping():
   images, targets = numbered(2, 16)
-  run = jax.jit(lambda key: mixing.mix(images, targets, key, 0.0, 1.0))
+  run = jax.jit(lambda key: mixup.mix(images, targets, key, 0.0, 1.0))
   shares = []
   for key in keys(40):
     mixed, soft = run(key)
@@ -187,7 +187,7 @@ def lambdas(mixup_alpha, cutmix_alpha):
   images, targets = numbered(2, 16)
 
   def one(key):
-    mixed, soft = mixing.mix(images, targets, key, mixup_alpha, cutmix_alpha)
+    mixed, soft = mixup.mix(images, targets, key, mixup_alpha, cutmix_alpha)
     # Mixup makes one value of all pixels, which is neither image's.
     blended = jnp.all(mixed[0] == mixed[0, 0, 0, 0])
     whole = (mixed[0, 0, 0, 0] == 0) | (mixed[0, 0, 0, 0] == 1)
@@ -219,7 +219,7 @@ def test_an_alpha_of_zero_switches_a_method_off():
 
 def test_without_alphas_mix_returns_its_very_arguments():
   images, targets = batch()
-  mixed, soft = mixing.mix(images, targets, jax.random.key(0), 0.0, 0.0)
+  mixed, soft = mixup.mix(images, targets, jax.random.key(0), 0.0, 0.0)
   assert mixed is images and soft is targets
 
 
@@ -241,7 +241,7 @@ def test_mix_keeps_shapes_and_dtypes():
   images, targets = batch(3, dtype=jnp.bfloat16)
   for alphas in (0.8, 1.0), (0.8, 0.0), (0.0, 1.0):
     mixed, soft = jax.eval_shape(
-        lambda key, a=alphas: mixing.mix(images, targets, key, *a),
+        lambda key, a=alphas: mixup.mix(images, targets, key, *a),
         jax.random.key(0),
     )
     assert mixed.shape == images.shape and mixed.dtype == images.dtype
@@ -250,8 +250,8 @@ def test_mix_keeps_shapes_and_dtypes():
 
 def test_an_unknown_partner_takes_its_share_away_and_brings_no_label():
   images, _ = batch(2)
-  targets = mixing.smooth(jnp.asarray([-1, 2]), 4, 0.0)
-  _, soft = mixing.mixup(images, targets, 0.75)
+  targets = mixup.smooth(jnp.asarray([-1, 2]), 4, 0.0)
+  _, soft = mixup.mixup(images, targets, 0.75)
   np.testing.assert_array_equal(soft, [[0, 0, 0.25, 0], [0, 0, 0.75, 0]])
 
 
@@ -280,7 +280,7 @@ def test_the_asked_share_of_images_is_erased(prob):
 
 def test_without_probability_erase_returns_its_very_argument():
   images, _ = batch()
-  assert mixing.erase(images, keys(4), 0.0) is images
+  assert mixup.erase(images, keys(4), 0.0) is images
 
 
 def test_what_is_erased_is_a_box_of_the_asked_area_and_ratio():
@@ -347,5 +347,5 @@ def test_an_image_in_which_no_box_fits_stays_as_it_is():
 
 def test_erase_keeps_the_dtype():
   images, _ = batch(4, dtype=jnp.bfloat16)
-  out = jax.eval_shape(lambda k: mixing.erase(images, k, 1.0), keys(4))
+  out = jax.eval_shape(lambda k: mixup.erase(images, k, 1.0), keys(4))
   assert out.dtype == jnp.bfloat16 and out.shape == images.shape

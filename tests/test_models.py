@@ -9,13 +9,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mocov3_jax import config as config_lib
 from mocov3_jax import models
-from mocov3_jax.errors import UserError
-from mocov3_jax.models import block, layers, vit
+from mocov3_jax.base.errors import UserError
+from mocov3_jax.config import training as config_lib
+from mocov3_jax.models import attention, block, recompute, vit
 from mocov3_jax.models.stem import PatchEmbed
 from mocov3_jax.models.vit import sincos_positions
-from mocov3_jax.tools import summary, torch_names
+from mocov3_jax.runs import network as network_lib
+from mocov3_jax.training import flops
 
 POSITIONS, _ = golden.load('pos_embed')
 INIT_STATS = json.loads((golden.FOLDER / 'init_stats.json').read_text())
@@ -71,7 +72,7 @@ def test_initial_values_are_distributed_as_the_originals(
   network = models.build(c.model, c.head, c.data.image_size)
   views = jnp.zeros((1, 2, 224, 224, 3))
   init = jax.jit(lambda key: network.init(key, views, train=True)['params'])
-  params = torch_names.flatten(jax.device_get(init(jax.random.key(0))))
+  params = network_lib.flatten(jax.device_get(init(jax.random.key(0))))
   head = 'fc' if name == 'resnet50' else 'head'
   for path, leaf in params.items():
     key = golden.golden_name(path, 'base_encoder', head)
@@ -187,7 +188,7 @@ def test_a_block_keeps_twelve_rows_a_token_and_with_remat_one():
       variables = jax.eval_shape(
           lambda x, m=model: m.init(jax.random.key(0), x, train=True), views[0]
       )
-      one, two = (summary.kept_bytes(model, variables, x) for x in views)
+      one, two = (flops.kept_bytes(model, variables, x) for x in views)
       kept.append(two - one)  # Without what does not grow with the batch.
     # Input, sum and their norms, queries, keys and values, what was attended
     # to, the hidden layer of four: each once, and nothing of tokens x tokens.
@@ -229,7 +230,7 @@ def test_the_last_block_computes_the_class_token_alone():
         *results,
     )
     macs = [
-        summary.macs(jax.make_jaxpr(
+        flops.macs(jax.make_jaxpr(
             lambda p, m=m: m.apply(p, images, train=True)
         )(params).jaxpr)
         for m in (model, model.clone(scan=True))
@@ -250,7 +251,7 @@ def test_attention_is_that_of_the_textbook(queries):
     qkv = jax.random.normal(jax.random.key(0), (2, 5, 3, 2, 4), jnp.float64)
     results = [
         jax.value_and_grad(lambda x, f=f: jnp.sum(jnp.sin(f(x, queries))))(qkv)
-        for f in (textbook_attention, block.attend)
+        for f in (textbook_attention, attention.attend)
     ]
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, atol=1e-12), *results
@@ -267,7 +268,7 @@ def test_attention_keeps_its_precision(dtype, scale, close):
   qkv = (scale * jax.random.normal(jax.random.key(0), shape)).astype(dtype)
   toward = jax.random.normal(jax.random.key(1), (2, 33, 2, 16)).astype(dtype)
 
-  got, pull = jax.vjp(lambda x: block.attend(x, 33), qkv)
+  got, pull = jax.vjp(lambda x: attention.attend(x, 33), qkv)
   gradient = pull(toward)[0]
   assert got.dtype == gradient.dtype == qkv.dtype
   with jax.enable_x64(True):
@@ -295,8 +296,8 @@ def test_norm_and_gelu_are_flaxs():
       return nn.gelu(normed, approximate=False) @ kernel
 
     def ours(x, scale, bias, kernel):
-      normed = layers.layer_norm(x * 3 + 1, scale, bias, 1e-6)
-      return block.gelu_dense(normed, kernel)
+      normed = recompute.layer_norm(x * 3 + 1, scale, bias, 1e-6)
+      return recompute.gelu_dense(normed, kernel)
 
     results = [
         jax.value_and_grad(

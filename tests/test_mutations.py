@@ -15,7 +15,7 @@ import tiny
 # name: (file, what is there, what the mistake writes, the tests that see it)
 MUTATIONS = {
     'tanh GELU': (
-        'models/block.py', 'jax.lax.erf(wide / math.sqrt(2))',
+        'models/recompute.py', 'jax.lax.erf(wide / math.sqrt(2))',
         'jnp.tanh(0.7978845608 * (wide + 0.044715 * wide**3))',
         'test_golden_step.py',
     ),
@@ -24,11 +24,11 @@ MUTATIONS = {
         'test_golden_step.py',
     ),
     'gradient of the softmax without its mean': (
-        'models/block.py', 'to_weights - mean', 'to_weights',
+        'models/attention.py', 'to_weights - mean', 'to_weights',
         'test_golden_step.py',
     ),
     'softmax without its maximum': (
-        'models/block.py', 'logits - jnp.max(logits, -1, keepdims=True)',
+        'models/attention.py', 'logits - jnp.max(logits, -1, keepdims=True)',
         'logits', 'test_models.py',
     ),
     'biased running variance': (
@@ -36,7 +36,7 @@ MUTATIONS = {
         'self.momentum * (var', 'test_golden_step.py',
     ),
     'EMA after the optimizer step': (
-        'train_step.py', '      target_params=target_params,\n',
+        'method/train_step.py', '      target_params=target_params,\n',
         '      target_params=ema(\n'
         '          state.target_params,\n'
         '          encoder(optax.apply_updates(state.params, updates)),\n'
@@ -45,13 +45,13 @@ MUTATIONS = {
         'test_golden_training.py',
     ),
     'keys from the target before it moved': (
-        'train_step.py',
+        'method/train_step.py',
         '      method, target_params, state.target_batch_stats, views\n',
         '      method, state.target_params, state.target_batch_stats, views\n',
         'test_golden_step.py',
     ),
     'learning rate inside the LARS momentum': (
-        'optim.py',
+        'method/optimizers.py',
         '      optax.trace(c.momentum),\n'
         '      optax.scale_by_learning_rate(learning_rate),\n',
         '      optax.scale_by_learning_rate(learning_rate),\n'
@@ -59,7 +59,7 @@ MUTATIONS = {
         'test_optim.py',
     ),
     'decay on the frozen patch projection': (
-        'optim.py', 'if not freeze_patch_embed:', 'if True:',
+        'method/optimizers.py', 'if not freeze_patch_embed:', 'if True:',
         'test_golden_training.py',
     ),
     'both views through one BatchNorm': (
@@ -70,7 +70,7 @@ MUTATIONS = {
         'test_golden_step.py',
     ),
     'q, k and v initialised as one matrix': (
-        'models/block.py',
+        'models/attention.py',
         "kernel_init=xavier(dim, dim), name='qkv'",
         "kernel_init=xavier(dim, 3 * dim), name='qkv'",
         'test_models.py',
@@ -88,7 +88,7 @@ MUTATIONS = {
         'test_golden_step.py',
     ),
     'loss without the factor 2T': (
-        'objectives.py', 'return 2 * temperature * loss', 'return loss',
+        'method/objectives.py', 'return 2 * temperature * loss', 'return loss',
         'test_golden_step.py',
     ),
     'positions with rows and columns exchanged': (
@@ -96,11 +96,13 @@ MUTATIONS = {
         'test_models.py',
     ),
     'decoupled decay of matrices only': (
-        'optim.py', "MASKS = {'all': None", "MASKS = {'all': is_kernel",
+        'method/optimizers.py',
+        "MASKS = {'all': None", "MASKS = {'all': is_kernel",
         'test_optim.py',
     ),
     'warm-up one step early': (
-        'optim.py', 'rise = peak * step', 'rise = peak * (step + 1)',
+        'method/optimizers.py',
+        'rise = peak * step', 'rise = peak * (step + 1)',
         'test_optim.py',
     ),
 }

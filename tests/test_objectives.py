@@ -7,13 +7,15 @@ import pytest
 from scipy.special import log_softmax
 import tiny
 
-from mocov3_jax import config as config_lib
-from mocov3_jax import objectives, sharding, train, train_step
+from mocov3_jax.base.errors import UserError
+from mocov3_jax.config import training as config_lib
 from mocov3_jax.data import pipeline
-from mocov3_jax.errors import UserError
+from mocov3_jax.method import objectives, train_step
+from mocov3_jax.method.build import build_method
 from mocov3_jax.models import Embeddings
 from mocov3_jax.models.heads import Prototypes
-from mocov3_jax.tools import summary
+from mocov3_jax.parallel import sharding
+from mocov3_jax.training import flops, pretrain
 
 
 def embeddings(n=12, d=6, seed=0):
@@ -195,8 +197,8 @@ def test_every_method_takes_the_same_steps_on_eight_devices(changes):
     c = tiny.config(**(CALM | changes))
     mesh = sharding.make_mesh(jax.devices()[:devices])
     plan = config_lib.plan(c, 1437)
-    method = train.build_method(c, plan, devices)
-    init, step = train.compile_functions(c, method, mesh)
+    method = build_method(c, plan, devices)
+    init, step = pretrain.compile_functions(c, method, mesh)
     state, losses[devices] = init(), []
     before = jax.device_get((state.params, state.target_params))
     for _ in range(4):
@@ -214,7 +216,7 @@ def test_every_method_takes_the_same_steps_on_eight_devices(changes):
 @pytest.mark.parametrize('name', ['no predictor', 'no BatchNorm', 'momentum 0'])
 def test_every_ablation_of_moco_takes_a_step(name):
   c = tiny.config(**(CALM | METHODS[name]))
-  method = train.build_method(c, config_lib.plan(c, 1437))
+  method = build_method(c, config_lib.plan(c, 1437))
   state = train_step.abstract_state(method, (8, 8, 1))
   assert ('predictor' in state.params) == (name != 'no predictor')
   assert bool(state.batch_stats) == (name != 'no BatchNorm')
@@ -228,13 +230,13 @@ def test_every_ablation_of_moco_takes_a_step(name):
 
 
 def test_without_a_target_network_no_keys_are_computed():
-  flops = {}
+  counted = {}
   for name, changes in METHODS.items():
     c = tiny.config(**(CALM | changes))
-    method = train.build_method(c, config_lib.plan(c, 1437))
-    flops[name] = summary.step_flops(method, (8, 8, 1), 64)
+    method = build_method(c, config_lib.plan(c, 1437))
+    counted[name] = flops.step_flops(method, (8, 8, 1), 64)
   # Three passes of four through backbone and projector.
-  assert flops['simclr'] < 0.8 * flops['no predictor']
+  assert counted['simclr'] < 0.8 * counted['no predictor']
 
 
 def test_past_keys_are_further_negatives():
@@ -281,8 +283,8 @@ def test_the_queue_holds_exactly_the_last_keys(length, symmetric, made):
 def test_the_queue_of_a_run_holds_the_keys_of_its_steps():
   c = tiny.config(**(CALM | {'objective.queue': 200}))
   mesh = sharding.make_mesh(jax.devices()[:1])
-  method = train.build_method(c, config_lib.plan(c, 1437))
-  init, step = train.compile_functions(c, method, mesh)
+  method = build_method(c, config_lib.plan(c, 1437))
+  init, step = pretrain.compile_functions(c, method, mesh)
   images = np.random.default_rng(0).integers(0, 256, (64, 8, 8, 1), np.uint8)
   batch = sharding.to_global(
       pipeline.Batch(images, np.full(64, -1, np.int32)), mesh

@@ -7,9 +7,9 @@ import numpy as np
 import optax
 import pytest
 
-from mocov3_jax import config as config_lib
-from mocov3_jax import optim
-from mocov3_jax.errors import UserError
+from mocov3_jax.base.errors import UserError
+from mocov3_jax.config import training as config_lib
+from mocov3_jax.method import optimizers
 
 UNITS, UNITS_META = golden.load('optim_units')
 SCHEDULES, SCHEDULES_META = golden.load('schedules')
@@ -35,7 +35,7 @@ def find(state, kind):
 @pytest.mark.parametrize('name', ['adamw', 'lars', 'lars_wd'])
 def test_ten_steps_on_given_gradients_equal_the_original(name):
   rates = jnp.asarray(UNITS[f'{name}_lr_f64'], jnp.float32)
-  optimizer = optim.build(
+  optimizer = optimizers.build(
       settings(name), lambda step: rates[step], freeze_patch_embed=False
   )
   params = {t: jnp.asarray(UNITS[f'p0/{t}']) for t in TENSORS}
@@ -64,7 +64,7 @@ def test_a_frozen_projection_is_left_alone_whatever_its_gradient(name):
       }
   }
   for freeze in True, False:
-    optimizer = optim.build(settings(name), lambda step: 0.1, freeze)
+    optimizer = optimizers.build(settings(name), lambda step: 0.1, freeze)
     updates, _ = optimizer.update(params, optimizer.init(params), params)
     patch = jax.tree.leaves(updates['backbone']['patch_embed'])
     assert all(np.any(u) != freeze for u in patch)
@@ -88,7 +88,7 @@ def test_clipping_shortens_the_gradient_of_the_projection_alone():
     c.patch_embed_clip = limit
     updates = {}
     for clip in True, False:
-      optimizer = optim.build(c, lambda step: 1.0, False, clip)
+      optimizer = optimizers.build(c, lambda step: 1.0, False, clip)
       # Biases have no trust ratio: their first update is minus the gradient.
       updates[clip], _ = optimizer.update(
           grads, optimizer.init(params), params
@@ -118,7 +118,7 @@ def test_under_adam_a_limit_evens_out_spikes_and_a_tiny_one_freezes():
 
   def way(limit, spike):
     c.patch_embed_clip = limit
-    optimizer = optim.build(c, lambda step: 1e-2, False, True)
+    optimizer = optimizers.build(c, lambda step: 1e-2, False, True)
     params, state = start, optimizer.init(start)
     for i, g in enumerate(grads):
       g = jnp.asarray(g * (spike if i == 20 else 1), jnp.float32)
@@ -141,7 +141,7 @@ def test_lamb_scales_adamws_update_to_the_size_of_each_tensor():
   c = config_lib.default_config().optimizer
   c.name = 'lamb'
   rates = [0.0, 0.1, 0.05]
-  optimizer = optim.build(
+  optimizer = optimizers.build(
       c, lambda step: jnp.asarray(rates)[step], freeze_patch_embed=False
   )
   rng = np.random.default_rng(0)
@@ -180,7 +180,7 @@ def test_decay_mask_matrices_spares_biases_norms_and_tokens():
       'kernel': jnp.ones((2, 3)), 'bias': jnp.ones(3),
       'cls_token': jnp.ones((1, 1, 3)), 'pos_embed': jnp.ones((1, 5, 3)),
   }
-  optimizer = optim.build(c, lambda step: 0.1, freeze_patch_embed=False)
+  optimizer = optimizers.build(c, lambda step: 0.1, freeze_patch_embed=False)
   grads = jax.tree.map(jnp.zeros_like, params)
   updates, _ = optimizer.update(grads, optimizer.init(params), params)
   np.testing.assert_allclose(
@@ -197,10 +197,10 @@ def test_schedules_equal_the_original(name):
   cfg = SCHEDULES_META['configs'][name]
   per_epoch = cfg['iters_per_epoch']
   total = cfg['epochs'] * per_epoch
-  rate = optim.warmup_cosine(
+  rate = optimizers.warmup_cosine(
       cfg['lr'], cfg['warmup_epochs'] * per_epoch, total
   )
-  momentum = optim.cosine_momentum(cfg['moco_m'], total)
+  momentum = optimizers.cosine_momentum(cfg['moco_m'], total)
   step = SCHEDULES[f'{name}/epoch_f64'] * per_epoch
   with jax.enable_x64(True):
     x = jnp.asarray(step, jnp.float64)
@@ -217,7 +217,7 @@ def test_schedules_equal_the_original(name):
 
 
 def test_learning_rate_starts_at_exactly_zero_and_peaks_after_warmup():
-  rate = optim.warmup_cosine(2.0, warmup_steps=10, total_steps=30)
+  rate = optimizers.warmup_cosine(2.0, warmup_steps=10, total_steps=30)
   values = [float(rate(jnp.asarray(s))) for s in range(30)]
   assert values[0] == 0.0 and values[10] == 2.0
   assert values[:11] == sorted(values[:11])
@@ -226,12 +226,12 @@ def test_learning_rate_starts_at_exactly_zero_and_peaks_after_warmup():
 
 
 def test_schedule_without_warmup_starts_at_the_peak():
-  rate = optim.warmup_cosine(2.0, warmup_steps=0, total_steps=4)
+  rate = optimizers.warmup_cosine(2.0, warmup_steps=0, total_steps=4)
   assert float(rate(jnp.asarray(0))) == 2.0
 
 
 def test_constant_momentum_is_constant():
-  momentum = optim.constant_momentum(0.99, 100)
+  momentum = optimizers.constant_momentum(0.99, 100)
   values = {float(momentum(jnp.asarray(s))) for s in (0, 50, 99)}
   assert values == {float(np.float32(0.99))}
 
@@ -244,4 +244,4 @@ def test_an_unknown_name_suggests_the_nearest(field, value):
   with c.unlocked():
     c[field] = value
   with pytest.raises(UserError, match=rf'optimizer.{field}=.*Did you mean'):
-    optim.build(c, lambda step: 0.1, freeze_patch_embed=True)
+    optimizers.build(c, lambda step: 0.1, freeze_patch_embed=True)

@@ -11,11 +11,11 @@ from PIL import Image
 import pytest
 import tiny
 
-from mocov3_jax import config as config_lib
-from mocov3_jax import sharding, train
-from mocov3_jax.errors import Preempted, UserError
-from mocov3_jax.tools import training
-from mocov3_jax.tools.job import Job
+from mocov3_jax.base.errors import Preempted, UserError
+from mocov3_jax.config import training as config_lib
+from mocov3_jax.parallel import sharding
+from mocov3_jax.training import pretrain, trainer
+from mocov3_jax.training.job import Job
 
 SMALL = {
     'data.image_size': 32, 'data.mean': '(.485,.456,.406)',
@@ -127,16 +127,16 @@ def small_job(folder, evaluate=lambda state: {'test/top1': 0.0}):
       'save.every_steps': 100,
   })
   mesh = sharding.make_mesh()
-  source = train.load_source(c).train
+  source = pretrain.load_source(c).train
 
   @jax.jit
   def step(state, batch):
     values = {'train/loss': jnp.ones(()), 'train/loss_chance': jnp.ones(())}
-    return {'step': state['step'] + 1}, values | training.from_batch(batch)
+    return {'step': state['step'] + 1}, values | trainer.from_batch(batch)
 
   return Job(
       config=c, free=(), plan=config_lib.plan(c, 64), mesh=mesh,
-      reader=train.make_reader(c, source, sharding.local_positions(mesh, 8)),
+      reader=pretrain.make_reader(c, source, sharding.local_positions(mesh, 8)),
       fingerprint={}, step=step, evaluate=evaluate, evaluate_every=0,
       init=jax.jit(
           lambda: {'step': jnp.zeros((), jnp.int32)},
@@ -171,12 +171,12 @@ def test_the_same_line_goes_on_once_the_files_are_mended(spoil, tmp_path):
   folder, workdir = spoil(range(8), 2), str(tmp_path / 'run')
   # The eighth is noticed while one more step is being computed.
   with pytest.raises(UserError, match=r'10 images .* step 0 up to step 5, .*'):
-    training.carry_out(small_job(folder), workdir)
+    trainer.carry_out(small_job(folder), workdir)
   # Six in the three steps left of this epoch are not too many, as the rule is.
   with pytest.raises(UserError, match=r'images .* step 8 up to step 1\d, .*'):
-    training.carry_out(small_job(folder), workdir)
+    trainer.carry_out(small_job(folder), workdir)
   spoil()
-  done = training.carry_out(small_job(folder), workdir)
+  done = trainer.carry_out(small_job(folder), workdir)
   assert done['step'] == 24 and done['data/unreadable'] == 0
 
 
@@ -189,15 +189,15 @@ def test_bad_images_before_an_interruption_are_counted(spoil, tmp_path):
     return {'test/top1': 0.0}
 
   with pytest.raises(Preempted, match='saved step 2 '):
-    training.carry_out(small_job(folder, interrupted), workdir)
+    trainer.carry_out(small_job(folder, interrupted), workdir)
   with pytest.raises(UserError, match='10 images .* step 0 up to step 5, '):
-    training.carry_out(small_job(folder), workdir)
+    trainer.carry_out(small_job(folder), workdir)
 
 
 def test_too_many_in_the_last_step_of_an_epoch_are_noticed(spoil, tmp_path):
   folder = spoil([7], 7)
   with pytest.raises(UserError, match='step 0 up to step 9, '):
-    training.carry_out(small_job(folder), str(tmp_path / 'run'))
+    trainer.carry_out(small_job(folder), str(tmp_path / 'run'))
 
 
 def test_a_folder_without_labels_gets_other_monitors(tmp_path):

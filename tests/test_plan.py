@@ -8,10 +8,14 @@ import jax.numpy as jnp
 import pytest
 import tiny
 
-from mocov3_jax import config as config_lib
-from mocov3_jax import plan, sharding, train
-from mocov3_jax.errors import UserError
-from mocov3_jax.tools import hlo, roofline, summary, tpu
+from mocov3_jax.base.errors import UserError
+from mocov3_jax.config import training as config_lib
+from mocov3_jax.method.build import build_method
+from mocov3_jax.parallel import chips as chips_lib
+from mocov3_jax.parallel import sharding
+from mocov3_jax.planning import cost as cost_lib
+from mocov3_jax.planning import hlo, plan, topology
+from mocov3_jax.training import flops as flops_lib
 
 NO_COMPILER = importlib.util.find_spec('libtpu') is None
 
@@ -50,7 +54,7 @@ def test_without_several_devices_there_are_no_collectives():
 
 
 @pytest.mark.parametrize(
-    'topology, words',
+    'given, words',
     [
         ('v5f:4x4', "--topology='v5f'.*v4, v5e, v5p, v6e"),
         ('v5e', 'v5e:NxN'),
@@ -59,9 +63,9 @@ def test_without_several_devices_there_are_no_collectives():
         ('v5e:0x4', 'v5e:NxN'),
     ],
 )
-def test_a_topology_that_cannot_be_is_named(topology, words):
+def test_a_topology_that_cannot_be_is_named(given, words):
   with pytest.raises(UserError, match=words):
-    tpu.parse(topology)
+    topology.parse(given)
 
 
 def test_the_model_needs_eight_forward_passes():
@@ -69,8 +73,8 @@ def test_the_model_needs_eight_forward_passes():
   # the online network and forward in the target: 8 backbone passes.
   c = config_lib.default_config()
   c.batch_size = 64
-  method = train.build_method(c, config_lib.plan(c, 10**6))
-  flops = summary.step_flops(method, (224, 224, 3), 64) / 64
+  method = build_method(c, config_lib.plan(c, 10**6))
+  flops = flops_lib.step_flops(method, (224, 224, 3), 64) / 64
   # Of the last block only the class token: the other 196 need no projection,
   # no MLP and no products of their queries.
   last = 2 * 196 * (9 * 384**2 + 2 * 197 * 384)
@@ -84,8 +88,8 @@ def test_the_model_needs_eight_forward_passes():
 
 
 def test_bounds_follow_from_published_peaks():
-  chips = tpu.Slice('v5e:2x2', tpu.CHIPS['v5e'], [None] * 4)
-  cost = roofline.Cost(
+  chips = topology.Slice('v5e:2x2', chips_lib.CHIPS['v5e'], [None] * 4)
+  cost = cost_lib.Cost(
       fits=True, state=1, total=1, model_flops=1.0, traced_flops=1.0,
       compiled_flops=197e12, hbm_bytes=2 * 819e9,
       collectives={
@@ -93,7 +97,7 @@ def test_bounds_follow_from_published_peaks():
           'all-gather': hlo.Collectives(2, 200 * 10**9),
       },
   )
-  bounds = roofline.seconds(cost, chips)
+  bounds = cost_lib.seconds(cost, chips)
   assert bounds['compute'] == pytest.approx(1)
   assert bounds['memory'] == pytest.approx(2)
   # Rings of four: 3/4 of the bytes travel, twice for the reduction.
@@ -101,14 +105,14 @@ def test_bounds_follow_from_published_peaks():
 
 
 def test_the_compilers_word_on_memory_is_understood():
-  assert roofline.memory_needed(
+  assert cost_lib.memory_needed(
       'Ran out of memory in memory space hbm. Used 22.50G of 15.75G hbm.'
   ) == int(22.5 * 2**30)
-  assert roofline.memory_needed(
+  assert cost_lib.memory_needed(
       'the total memory required for HLO temporaries (22.38G) exceeds '
       'available HBM (15.75G). HLO module: jit_step.'
   ) == int(22.38 * 2**30)
-  assert roofline.memory_needed('another error') is None
+  assert cost_lib.memory_needed('another error') is None
 
 
 def test_proposals_leave_a_batchnorm_backbone_whole():

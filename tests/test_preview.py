@@ -7,21 +7,23 @@ from PIL import Image
 import pytest
 import tiny
 
-from mocov3_jax import augment, image_ops, preview, train
-from mocov3_jax.errors import UserError
-from mocov3_jax.eval_config import eval_config
+from mocov3_jax.base.errors import UserError
+from mocov3_jax.config.evaluation import eval_config
+from mocov3_jax.method import augment, image_ops
+from mocov3_jax.method.build import run_keys
+from mocov3_jax.pictures import views
 
 
 def test_the_sheet_has_a_row_an_example(tmp_path):
   out = tmp_path / 'views.png'
-  result = preview.preview(tiny.config(), str(out), count=3)
+  result = views.preview(tiny.config(), str(out), count=3)
   assert result == {'out': str(out), 'examples': 3}
   with Image.open(out) as sheet:
-    height = 3 * (preview.SIDE + preview.GAP) + preview.GAP + preview.HEADER
+    height = 3 * (views.SIDE + views.GAP) + views.GAP + views.HEADER
     assert sheet.size[1] == height
     # No picture is blank.
     pixels = np.asarray(sheet.convert('L'))
-  for left in (preview.GAP, preview.SIDE + 2 * preview.GAP):
+  for left in (views.GAP, views.SIDE + 2 * views.GAP):
     picture = pixels[36:166, left + 5 : left + 150]
     assert picture.std() > 10
 
@@ -36,11 +38,11 @@ def test_a_sheet_of_a_folder_shows_whole_images_and_their_crops(tmp_path):
       'data.mean': (0.5,) * 3, 'data.std': (0.2,) * 3,
   })
   out = tmp_path / 'views.png'
-  assert preview.preview(c, str(out), count=32)['examples'] == 32
+  assert views.preview(c, str(out), count=32)['examples'] == 32
   with Image.open(out) as sheet:
-    pixels = np.asarray(sheet.convert('RGB'))[preview.HEADER:]
-  top, left = preview.GAP, preview.GAP
-  picture = pixels[top:top + preview.SIDE, left:left + preview.SIDE]
+    pixels = np.asarray(sheet.convert('RGB'))[views.HEADER:]
+  top, left = views.GAP, views.GAP
+  picture = pixels[top:top + views.SIDE, left:left + views.SIDE]
   # In colour, so from the folder; with the red box of a crop on it.
   assert np.ptp(picture.astype(int), axis=-1).max() > 10
   assert (picture == (255, 0, 0)).all(axis=-1).any()
@@ -58,20 +60,20 @@ def test_fewer_images_than_a_batch_are_shown_all_the_same(tmp_path):
       'data.mean': (0.5,) * 3, 'data.std': (0.2,) * 3,
   })
   out = tmp_path / 'views.png'
-  assert preview.preview(c, str(out))['examples'] == 5
+  assert views.preview(c, str(out))['examples'] == 5
   with pytest.raises(UserError, match='--count=6 .* from 1 to 5'):
-    preview.preview(c, str(out), count=6)
+    views.preview(c, str(out), count=6)
 
 
 def test_the_views_are_those_of_the_first_step():
   c = tiny.config()
   images = np.arange(3 * 64, dtype=np.uint8).reshape(3, 8, 8, 1)
-  _, key = train.run_keys(c.seed)
+  _, key = run_keys(c.seed)
   key = jax.random.fold_in(key, 0)
   make = augment.build(augment.both_views(c.augment), c.data)
   trained = make(images, key)
   for i, example_key in enumerate(augment.example_keys(key, 3)):
-    made, _ = preview._views(images[i], example_key, c)
+    made, _ = views._views(images[i], example_key, c)
     for v in 0, 1:
       np.testing.assert_allclose(
           image_ops.normalise(made[v], c.data), trained[i, v], atol=1e-5
@@ -81,12 +83,12 @@ def test_the_views_are_those_of_the_first_step():
 def test_a_recipe_for_more_devices_than_there_are_is_shown(tmp_path):
   c = tiny.config(fsdp_devices=2 * jax.device_count())
   out = tmp_path / 'views.png'
-  assert preview.preview(c, str(out), count=1)['examples'] == 1
+  assert views.preview(c, str(out), count=1)['examples'] == 1
 
 
 def test_the_config_of_an_evaluation_is_refused(tmp_path):
   with pytest.raises(UserError, match='unknown fields'):
-    preview.preview(eval_config(), str(tmp_path / 'x.png'), count=1)
+    views.preview(eval_config(), str(tmp_path / 'x.png'), count=1)
 
 
 def test_what_was_drawn_is_said_in_words():
@@ -97,7 +99,7 @@ def test_what_was_drawn_is_said_in_words():
       'solarize_prob': 1.0, 'flip_prob': 1.0,
   })
   drawn = jax.device_get(augment.draw(jax.random.key(0), view, 8, 8))
-  lines = preview.describe(drawn, (0, 0, 4, 4), view)
+  lines = views.describe(drawn, (0, 0, 4, 4), view)
   assert lines[0].startswith('crop ') and len(lines) == 8
   assert [line.split()[0] for line in lines[4:]] == [
       'gray', 'blur', 'solarize', 'flip'

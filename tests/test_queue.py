@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 import tiny
 
-from mocov3_jax import train
-from mocov3_jax.evals import queue
+from mocov3_jax.evals import knn_queue
+from mocov3_jax.training import pretrain
 
 
 def empty(size, width):
-  return queue.Queue(
+  return knn_queue.Queue(
       jnp.zeros((size, width)), jnp.full(size, -1, jnp.int32),
       jnp.zeros((), jnp.int32),
   )
@@ -27,7 +27,7 @@ def test_it_holds_exactly_the_last_features():
   labels = rng.integers(-1, 5, (7, 4))
   held = empty(12, 3)
   for x, y in zip(batches, labels, strict=True):
-    held = queue.push(held, jnp.asarray(x), jnp.asarray(y))
+    held = knn_queue.push(held, jnp.asarray(x), jnp.asarray(y))
   order = (np.arange(12) + int(held.next)) % 12  # The oldest first.
   np.testing.assert_allclose(
       np.asarray(held.features)[order], unit(batches[4:].reshape(12, 3)),
@@ -43,7 +43,9 @@ def test_its_votes_are_counted_as_by_hand():
   features = rng.normal(size=(40, 6)).astype(np.float32)
   labels = rng.integers(0, 3, 40)
   labels[::7] = -1
-  held = queue.push(empty(60, 6), jnp.asarray(features), jnp.asarray(labels))
+  held = knn_queue.push(
+      empty(60, 6), jnp.asarray(features), jnp.asarray(labels)
+  )
   asked = rng.normal(size=(20, 6)).astype(np.float32)
   wanted = rng.integers(0, 3, 20)
   wanted[:5] = -1
@@ -55,7 +57,7 @@ def test_its_votes_are_counted_as_by_hand():
     votes = np.zeros(3)
     np.add.at(votes, labels[its], np.exp(row[its] / 0.1))
     right += label >= 0 and np.argmax(votes) == label
-  found = queue.classify(
+  found = knn_queue.classify(
       held, jnp.asarray(asked), jnp.asarray(wanted), k=5, temperature=0.1,
       num_classes=3,
   )
@@ -71,9 +73,11 @@ def test_an_image_whose_features_are_zero_spoils_no_vote():
   found = []
   for label in -1, 1:  # Without a vote, and with one.
     labels[0] = label
-    held = queue.push(empty(40, 6), jnp.asarray(features), jnp.asarray(labels))
+    held = knn_queue.push(
+        empty(40, 6), jnp.asarray(features), jnp.asarray(labels)
+    )
     found.append(
-        queue.classify(held, *asked, k=5, temperature=0.1, num_classes=3)
+        knn_queue.classify(held, *asked, k=5, temperature=0.1, num_classes=3)
     )
   assert found[0] == found[1] > 0.5
   # Where NaN would be sorted to depends on the device.
@@ -88,7 +92,7 @@ def test_an_image_whose_features_are_zero_spoils_no_vote():
     ],
 )
 def test_its_length_is_a_share_in_whole_batches(share, n, batch, expected):
-  assert queue.length(share, n, batch) == expected
+  assert knn_queue.length(share, n, batch) == expected
 
 
 def test_it_watches_a_run_without_changing_it(tmp_path):
@@ -97,8 +101,8 @@ def test_it_watches_a_run_without_changing_it(tmp_path):
       'schedule.steps': 12, 'schedule.warmup_epochs': 0.1,
       'knn.queue_share': 0.2,
   })
-  train.train(plain, str(tmp_path / 'plain'))
-  train.train(watched, str(tmp_path / 'watched'))
+  pretrain.train(plain, str(tmp_path / 'plain'))
+  pretrain.train(watched, str(tmp_path / 'watched'))
   a, b = (tiny.metrics(tmp_path / name) for name in ('plain', 'watched'))
   for before, after in zip(a, b, strict=True):
     if 'train/loss' in before:
@@ -115,8 +119,8 @@ def test_it_is_restored_with_the_rest(tmp_path):
       'schedule.steps': 12, 'schedule.warmup_epochs': 0.1,
       'knn.queue_share': 0.2, 'save.every_steps': 6,
   }
-  train.train(tiny.config(**overrides), str(tmp_path / 'a'))
+  pretrain.train(tiny.config(**overrides), str(tmp_path / 'a'))
   (tmp_path / 'a' / 'checkpoints' / '12').rename(tmp_path / 'gone')
   straight = tiny.metrics(tmp_path / 'a')
-  train.train(tiny.config(**overrides), str(tmp_path / 'a'))
+  pretrain.train(tiny.config(**overrides), str(tmp_path / 'a'))
   assert tiny.metrics(tmp_path / 'a') == straight

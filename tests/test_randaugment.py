@@ -9,10 +9,10 @@ from PIL import Image, ImageEnhance, ImageOps
 import pytest
 import scipy.stats
 
+from mocov3_jax.base.errors import UserError
 from mocov3_jax.data import randaugment
 from mocov3_jax.data.pipeline import random_words
 from mocov3_jax.data.randaugment import NAMES, OPERATIONS, WORDS, RandAugment
-from mocov3_jax.errors import UserError
 
 STREAM = 9
 FILL = (10, 200, 60)

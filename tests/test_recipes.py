@@ -7,10 +7,12 @@ import pytest
 from test_house_rules import RECIPES, ROOT, recipe
 import tiny
 
-from mocov3_jax import checks, train
-from mocov3_jax import config as config_lib
-from mocov3_jax.tools import summary, weights
-from mocov3_jax.train_step import init_state
+from mocov3_jax.config import checks
+from mocov3_jax.config import training as config_lib
+from mocov3_jax.method.build import build_method
+from mocov3_jax.method.train_step import init_state
+from mocov3_jax.training import flops, pretrain
+from mocov3_jax.weights import state_dict
 
 TRAINING = [p for p in RECIPES if not p.stem.startswith('eval_')]
 # These run in the suite, the others in the slow tests: most of the time goes
@@ -56,7 +58,7 @@ def shrunk(c, folder):
     ],
 )
 def test_a_recipe_runs_two_steps(path, folder, tmp_path):
-  result = train.train(shrunk(loaded(path), folder), str(tmp_path / 'run'))
+  result = pretrain.train(shrunk(loaded(path), folder), str(tmp_path / 'run'))
   assert result['step'] == 2
   rows = tiny.metrics(tmp_path / 'run')
   assert all(np.isfinite(r['train/loss']) for r in rows if 'train/loss' in r)
@@ -65,7 +67,7 @@ def test_a_recipe_runs_two_steps(path, folder, tmp_path):
 @pytest.mark.parametrize('path', TRAINING, ids=lambda p: p.stem)
 def test_a_recipe_can_be_built_full_size(path):
   c = loaded(path)
-  method = train.build_method(c, config_lib.plan(c, 100_000))
+  method = build_method(c, config_lib.plan(c, 100_000))
   shape = (c.data.image_size, c.data.image_size, len(c.data.mean))
   state = jax.eval_shape(
       lambda: init_state(method, jax.random.key(0), shape)
@@ -86,15 +88,15 @@ def test_a_recipe_can_be_built_full_size(path):
 def test_sizes_are_those_of_the_papers_table(name, millions, gmacs):
   path = next(p for p in RECIPES if p.stem == name)
   c = loaded(path)
-  method = train.build_method(c, config_lib.plan(c, 100_000))
+  method = build_method(c, config_lib.plan(c, 100_000))
   # The paper counts the last block in full, the classifier and the positions.
   whole = method.model.backbone.clone(scan=True)
-  found = summary.summarise(
+  found = flops.summarise(
       method.model.clone(backbone=whole), (224, 224, 3)
   )
   width = whole.dim
   parameters = found.backbone + 1000 * (width + 1)
-  parameters += weights.position_table(c).size
+  parameters += state_dict.position_table(c).size
   assert parameters == pytest.approx(millions * 1e6, rel=0.01)
   assert found.macs == pytest.approx(gmacs * 1e9, rel=0.01)
 

@@ -18,16 +18,16 @@ from PIL import Image
 import pytest
 import tiny
 
-from mocov3_jax import config as config_lib
-from mocov3_jax import report, workdir
-from mocov3_jax.errors import UserError
-from mocov3_jax.tools import runs
-from mocov3_jax.tools.reports import curves as report_curves
-from mocov3_jax.tools.reports import data as report_data
-from mocov3_jax.tools.reports import figure as report_figure
-from mocov3_jax.tools.reports import page as report_page
-from mocov3_jax.tools.reports import tables as report_tables
-from mocov3_jax.tools.reports import words as report_words
+from mocov3_jax.base.errors import UserError
+from mocov3_jax.config import training as config_lib
+from mocov3_jax.reports import data as report_data
+from mocov3_jax.reports import figure as report_figure
+from mocov3_jax.reports import page as report_page
+from mocov3_jax.reports import report
+from mocov3_jax.reports import tables as report_tables
+from mocov3_jax.reports import thinning as report_curves
+from mocov3_jax.reports import verdict as report_words
+from mocov3_jax.runs import history, workdir
 
 LIMIT = 5_000_000
 ODD = '<b>&"\'$x$ %{y} <script><i>'
@@ -40,7 +40,7 @@ def sweep(tmp_path_factory):
 
 @pytest.fixture(scope='module')
 def made(sweep):
-  return report_data.make(map(runs.read, runs.find([str(sweep)])))
+  return report_data.make(map(history.read, history.find([str(sweep)])))
 
 
 @pytest.fixture(scope='module')
@@ -52,7 +52,7 @@ def one(folder, **options):
   """The report of a single run of these rows."""
   lines = fake_runs.rows(**options)
   fake_runs.write(folder, lines, done='diverge_at' not in options)
-  return report_data.make(map(runs.read, runs.find([str(folder)])))
+  return report_data.make(map(history.read, history.find([str(folder)])))
 
 
 def charts(page):
@@ -129,12 +129,12 @@ def test_names_are_shown_and_not_obeyed(tmp_path):
         tmp_path / name, lines, environment={'jax': ODD},
         **{'data.source': f'folder:{name}'},
     )
-  made = report_data.make(map(runs.read, runs.find([str(tmp_path)])))
+  made = report_data.make(map(history.read, history.find([str(tmp_path)])))
   page = report_page.page(made, '2026-01-01')
   assert ODD not in page and html.escape(ODD) in page
   assert charts(page)['knn']['data'][0]['name'] == ODD
   assert page.count('</script>') == 3
-  assert report_figure_size(report.report_figure.png(made))[0] == 1600
+  assert report_figure_size(report_figure.png(made))[0] == 1600
 
 
 def test_names_that_are_no_text_are_shown_with_question_marks(tmp_path):
@@ -142,7 +142,7 @@ def test_names_that_are_no_text_are_shown_with_question_marks(tmp_path):
   made = one(folder, steps=40)
   assert made.shown[0].name == 'run??模型'
   assert 'run??模型' in report_page.page(made, '')
-  assert report_figure_size(report.report_figure.png(made))[0] == 1600
+  assert report_figure_size(report_figure.png(made))[0] == 1600
 
 
 def test_json_cannot_end_its_script():
@@ -266,7 +266,7 @@ def test_a_figure_of_runs_with_little_in_common_is_laid_out(
         **{'optimizer.lr_per_256': (n + 1) / 1000},
         **{field: (n + i) % 5 / 10 for i, field in enumerate(wide)},
     )
-  made = report_data.make(map(runs.read, runs.find([str(tmp_path)])))
+  made = report_data.make(map(history.read, history.find([str(tmp_path)])))
   assert report_figure_size(report_figure.png(made))[0] == 1600
   figure, axes = drawn(made)
   sweep = axes['last kNN accuracy, mean and sd']
@@ -299,7 +299,7 @@ def test_an_evaluation_that_another_replaced_is_counted(tmp_path):
   fake_runs.write(tmp_path / 'run', fake_runs.rows(40), evaluations=[
       ('knn', 0.5), ('linear', 0.9), ('linear', 0.8), ('linear', 0.8),
   ])
-  made = report_data.make(map(runs.read, runs.find([str(tmp_path)])))
+  made = report_data.make(map(history.read, history.find([str(tmp_path)])))
   table = report_tables.runs(made).replace('\u00a0', ' ')
   assert '>80.0 % (newest of 2)<' in table and '>50.0 %<' in table
   row, = report_data.table(made)
@@ -312,7 +312,7 @@ def test_no_two_columns_of_the_settings_are_called_the_same(tmp_path):
         tmp_path / str(seed), fake_runs.rows(40), seed=seed,
         evaluations=[('knn', 0.5)],
     )
-  made = report_data.make(map(runs.read, runs.find([str(tmp_path)])))
+  made = report_data.make(map(history.read, history.find([str(tmp_path)])))
   heads = re.findall(
       '<th scope="col"[^>]*>(.*?)</th>', report_tables.sweep(made)
   )
@@ -322,13 +322,13 @@ def test_no_two_columns_of_the_settings_are_called_the_same(tmp_path):
 
 
 def test_the_figure_has_a_row_for_each_of_the_most_unstable_runs(made):
-  width, height = report_figure_size(report.report_figure.png(made))
+  width, height = report_figure_size(report_figure.png(made))
   assert width == 1600 and height == 100 * (4.6 + 4 * 2.5)
 
 
 def test_the_same_runs_give_the_same_bytes(made, page):
   assert report_page.page(made, '2026-01-01') == page
-  figure = report.report_figure.png
+  figure = report_figure.png
   assert figure(made) == figure(made)
 
 
@@ -355,16 +355,16 @@ def test_a_run_that_diverged_is_drawn_up_to_there(tmp_path):
   loss = charts(report_page.page(made, ''))['loss']['data'][0]
   assert loss['x'][-1] == 304 and None not in loss['y']
   assert 'The run diverged.' in report_words.verdict(made)
-  assert report_figure_size(report.report_figure.png(made))[0] == 1600
+  assert report_figure_size(report_figure.png(made))[0] == 1600
 
 
 def test_a_run_that_has_just_begun_has_a_report(tmp_path):
   folder = fake_runs.write(tmp_path / 'run', [], done=False)
   (folder / 'data.json').unlink()
-  made = report_data.make(map(runs.read, runs.find([str(folder)])))
+  made = report_data.make(map(history.read, history.find([str(folder)])))
   page = report_page.page(made, '')
   assert charts(page) == {} and 'stopped' in page
-  assert report_figure_size(report.report_figure.png(made))[0] == 1600
+  assert report_figure_size(report_figure.png(made))[0] == 1600
   assert len(report.as_csv(made).splitlines()) == 2
 
 
@@ -493,7 +493,8 @@ def test_a_level_that_would_flatten_the_curves_is_not_drawn(
       for i, value in enumerate(np.linspace(lowest, 0.97, 30))
   ]
   fake_runs.write(tmp_path / 'run', lines)
-  made = report_data.make(map(runs.read, runs.find([str(tmp_path / 'run')])))
+  found = history.find([str(tmp_path / 'run')])
+  made = report_data.make(map(history.read, found))
   assert report_data.chances(made) == [0.1 if drawn else None]
 
 
@@ -505,7 +506,7 @@ def test_a_run_that_ends_below_its_random_network_is_named(tmp_path):
     ]
     fake_runs.write(tmp_path / name, lines)
   verdict = lambda *names: report_words.verdict(report_data.make(
-      map(runs.read, runs.find([str(tmp_path / n) for n in names]))
+      map(history.read, history.find([str(tmp_path / n) for n in names]))
   ))
   assert 'Below their random network: falls.' in verdict('falls', 'rises')
   assert 'less than the random network' in verdict('falls')

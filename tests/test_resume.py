@@ -11,8 +11,11 @@ import numpy as np
 import pytest
 import tiny
 
-from mocov3_jax import checkpoint, sharding, train
-from mocov3_jax import config as config_lib
+from mocov3_jax.config import training as config_lib
+from mocov3_jax.method.build import build_method
+from mocov3_jax.parallel import sharding
+from mocov3_jax.runs import checkpoints as checkpoints_lib
+from mocov3_jax.training import pretrain
 
 STEPS = 60
 
@@ -33,11 +36,11 @@ def final_state(workdir):
   c = tiny.config(**CHANGES)
   plan = config_lib.plan(c, 1437)
   mesh = sharding.make_mesh(jax.devices()[:1])
-  init, _ = train.compile_functions(c, train.build_method(c, plan), mesh)
-  abstract = checkpoint.abstract(
+  init, _ = pretrain.compile_functions(c, build_method(c, plan), mesh)
+  abstract = checkpoints_lib.abstract(
       jax.eval_shape(init), sharding.replicated(mesh)
   )
-  checkpoints = checkpoint.Checkpoints(epath.Path(workdir), 2, 1, print)
+  checkpoints = checkpoints_lib.Checkpoints(epath.Path(workdir), 2, 1, print)
   state, step = checkpoints.restore(abstract)
   checkpoints.close()
   assert step == STEPS
@@ -143,7 +146,7 @@ def test_a_damaged_newest_checkpoint_falls_back(tmp_path, straight):
   kill_at(45, workdir, signal.SIGTERM)
   steps = sorted(int(p.name) for p in (workdir / 'checkpoints').iterdir())
   newest = workdir / 'checkpoints' / str(steps[-1])
-  for file in (newest / checkpoint.ITEM).rglob('d/*'):
+  for file in (newest / checkpoints_lib.ITEM).rglob('d/*'):
     file.write_bytes(file.read_bytes()[:10])
   code, _, err = tiny.run('train', *arguments(workdir))
   assert code == 0 and f'{steps[-1]} is damaged' in err

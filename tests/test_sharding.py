@@ -8,20 +8,23 @@ import numpy as np
 import pytest
 import tiny
 
-from mocov3_jax import config as config_lib
-from mocov3_jax import loop, sharding, train, train_step
+from mocov3_jax.config import training as config_lib
 from mocov3_jax.data import pipeline
+from mocov3_jax.method import train_step
+from mocov3_jax.method.build import build_method
 from mocov3_jax.models.vit import ViT
+from mocov3_jax.parallel import sharding
+from mocov3_jax.training import loop, pretrain
 
 
 def run_steps(config, devices, steps=10):
   """Runs the real step on the first `devices`; returns (step_fn, metrics)."""
   mesh = sharding.make_mesh(jax.devices()[:devices], config.fsdp_devices)
-  splits = train.load_source(config)
+  splits = pretrain.load_source(config)
   plan = config_lib.plan(config, len(splits.train))
-  method = train.build_method(config, plan, mesh.size)
-  init, step_fn = train.compile_functions(config, method, mesh)
-  reader = train.make_reader(
+  method = build_method(config, plan, mesh.size)
+  init, step_fn = pretrain.compile_functions(config, method, mesh)
+  reader = pretrain.make_reader(
       config, splits.train, sharding.local_positions(mesh, config.batch_size)
   )
   history = []
@@ -152,7 +155,7 @@ def test_the_gradient_in_passes_is_that_of_the_whole_batch():
   grads = []
   for micro_batch in 0, 8:
     config = tiny.config(micro_batch=micro_batch, **CALM)
-    method = train.build_method(config, config_lib.plan(config, 1437))
+    method = build_method(config, config_lib.plan(config, 1437))
     state = train_step.init_state(method, jax.random.key(0), (8, 8, 1))
 
     def loss(params, method=method, state=state):
@@ -186,15 +189,15 @@ def test_monitors_take_no_more_at_once_than_a_pass_does(labels):
 
   for micro_batch in 0, 2:
     config = tiny.config(micro_batch=micro_batch)
-    splits = train.load_source(config)
+    splits = pretrain.load_source(config)
     if not labels:
       splits = dataclasses.replace(splits, test=None)
     mesh = sharding.make_mesh(jax.devices()[:4])
     plan = config_lib.plan(config, len(splits.train))
-    method = train.build_method(config, plan, mesh.size)
-    reader = train.make_reader(config, splits.train, np.arange(64))
+    method = build_method(config, plan, mesh.size)
+    reader = pretrain.make_reader(config, splits.train, np.arange(64))
     state = train_step.init_state(method, jax.random.key(0), (8, 8, 1))
-    monitor = train.build_monitor(config, method, splits, mesh, reader)
+    monitor = pretrain.build_monitor(config, method, splits, mesh, reader)
     at_once.clear()
     with nn.intercept_methods(watch):
       results.append(monitor(state.params, state.batch_stats))

@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 import tiny
 
-from mocov3_jax import config as config_lib
-from mocov3_jax import curves, metrics, stability
-from mocov3_jax.curves import Dip, Spike
+from mocov3_jax.config import training as config_lib
 from mocov3_jax.data.pipeline import Batch
-from mocov3_jax.tools import recorder
+from mocov3_jax.training import events as events_lib
+from mocov3_jax.training import progress, recorder, stability
+from mocov3_jax.training.events import Dip, Spike
 
 LAYERS = 'patch_embed', 'block_0', 'last_block'
 EVERY = 20  # Steps between two evaluations.
@@ -138,13 +138,13 @@ def test_every_planted_spike_is_found_in_its_layer_with_its_lag():
         assert abs(np.log(ours.ratio / true.ratio)) < 5 * sigma + 0.2, seed
     del lags[first]
     events = len(planted[first])
-    assert found.lead == curves.Lead(first, lags, events, events), seed
+    assert found.lead == events_lib.Lead(first, lags, events, events), seed
 
 
 def test_every_planted_dip_is_found_with_its_depth():
   for seed in SEEDS:
     rows, _, _, planted, _, sigma = planted_run(seed)
-    found = curves.dips(*stability.series(rows, 'knn/top1'))
+    found = events_lib.dips(*stability.series(rows, 'knn/top1'))
     assert len(found) == len(planted), (seed, found, planted)
     for ours, true in zip(found, planted, strict=True):
       assert abs(ours.start / EVERY - true.start) <= 3, seed
@@ -167,7 +167,7 @@ def test_a_smooth_noisy_run_gives_no_alarm():
 def test_a_long_noisy_gradient_gives_no_alarm():
   for seed in range(5):
     values = gradient(np.random.default_rng(seed), 10_000, 0.3)
-    assert curves.spikes(np.arange(10_000), values) == []
+    assert events_lib.spikes(np.arange(10_000), values) == []
 
 
 def test_a_watch_warns_of_every_planted_event_once():
@@ -197,8 +197,8 @@ def test_the_unit_of_a_gradient_does_not_matter(power, seed):
   values = gradient(np.random.default_rng(seed), 1000, 0.15)[:300]
   values[[100, 200]] *= 12
   steps = np.arange(300)
-  before = curves.spikes(steps, values)
-  after = curves.spikes(steps, values * 2.0**power)
+  before = events_lib.spikes(steps, values)
+  after = events_lib.spikes(steps, values * 2.0**power)
   assert [s.step for s in before] == [s.step for s in after] == [100, 200]
   np.testing.assert_allclose(
       [s.ratio for s in before], [s.ratio for s in after]
@@ -213,7 +213,7 @@ def test_a_dip_does_not_depend_on_the_level(shift, seed):
   plant_dips(rng, level, 0.004, [30, 55])
   values = noisy(rng, level, 0.004)
   steps = np.arange(80)
-  before, after = (curves.dips(steps, v) for v in (values, values + shift))
+  before, after = (events_lib.dips(steps, v) for v in (values, values + shift))
   assert [d.low for d in before] == [d.low for d in after]
   assert len(before) == 2
   np.testing.assert_allclose(
@@ -224,9 +224,9 @@ def test_a_dip_does_not_depend_on_the_level(shift, seed):
 @given(st.lists(st.floats(0, 1), max_size=60))
 @settings(max_examples=100, deadline=None)
 def test_dips_are_ordered_and_deep_enough_on_any_curve(values):
-  found = curves.dips(np.arange(len(values)) * 25, np.asarray(values))
+  found = events_lib.dips(np.arange(len(values)) * 25, np.asarray(values))
   for dip in found:
-    assert dip.depth > curves.DIP_DEPTH
+    assert dip.depth > events_lib.DIP_DEPTH
     assert dip.start < dip.low
     assert dip.end is None or dip.low < dip.end == dip.start + dip.width
   for one, two in zip(found[:-1], found[1:], strict=True):
@@ -236,9 +236,9 @@ def test_dips_are_ordered_and_deep_enough_on_any_curve(values):
 @given(st.lists(st.floats(0, allow_infinity=False), max_size=150))
 @settings(max_examples=50, deadline=None)
 def test_spikes_of_any_curve_are_high_and_apart(values):
-  found = curves.spikes(np.arange(len(values)), np.asarray(values))
+  found = events_lib.spikes(np.arange(len(values)), np.asarray(values))
   for spike in found:
-    assert spike.ratio > curves.SPIKE_RATIO * 0.999
+    assert spike.ratio > events_lib.SPIKE_RATIO * 0.999
   for one, two in zip(found[:-1], found[1:], strict=True):
     assert one.step < two.step
 
@@ -246,7 +246,7 @@ def test_spikes_of_any_curve_are_high_and_apart(values):
 def test_a_slow_decline_is_one_dip_without_an_end():
   rng = np.random.default_rng(0)
   level = np.concatenate([np.linspace(0.2, 0.6, 30), np.linspace(0.6, 0.2, 90)])
-  found = curves.dips(np.arange(120) * 25, noisy(rng, level, 0.005))
+  found = events_lib.dips(np.arange(120) * 25, noisy(rng, level, 0.005))
   assert len(found) == 1
   assert found[0].end is None and found[0].width is None
   assert found[0].low > 115 * 25 and abs(found[0].depth - 0.4) < 0.03
@@ -254,7 +254,7 @@ def test_a_slow_decline_is_one_dip_without_an_end():
 
 def test_a_fall_at_the_last_evaluation_is_a_dip():
   values = np.append(np.full(20, 0.5), 0.3)
-  found = curves.dips(np.arange(21), values)
+  found = events_lib.dips(np.arange(21), values)
   assert found == [Dip(19, 20, None, pytest.approx(0.2))]
 
 
@@ -262,7 +262,7 @@ def test_a_dip_starts_at_the_end_of_a_plateau():
   values = np.full(40, 0.5)
   values[3] = 0.51
   values[30] = 0.3
-  assert curves.dips(np.arange(40), values) == [
+  assert events_lib.dips(np.arange(40), values) == [
       Dip(29, 30, 31, pytest.approx(0.21))
   ]
 
@@ -272,16 +272,16 @@ def test_a_dip_ends_when_most_of_the_fall_is_made_good():
     values = np.full(40, back)
     values[:10] = 0.6
     values[10:13] = 0.3
-    found = curves.dips(np.arange(40), values)
+    found = events_lib.dips(np.arange(40), values)
     assert found == [Dip(9, 10, end, pytest.approx(0.3))]
 
 
 def test_the_first_values_are_too_few_to_call_one_a_spike():
   values = np.ones(100)
   values[19] = 9
-  assert curves.spikes(np.arange(100), values) == []
+  assert events_lib.spikes(np.arange(100), values) == []
   values[20] = 99
-  assert curves.spikes(np.arange(100), values) == [
+  assert events_lib.spikes(np.arange(100), values) == [
       Spike(20, pytest.approx(99))
   ]
 
@@ -289,17 +289,17 @@ def test_the_first_values_are_too_few_to_call_one_a_spike():
 def test_a_gradient_that_grows_for_good_is_no_spike_afterwards():
   rng = np.random.default_rng(0)
   log = np.where(np.arange(600) < 300, 0.0, np.log(8)) + rng.normal(0, 0.1, 600)
-  assert curves.spikes(np.arange(600), np.exp(log)) == []
+  assert events_lib.spikes(np.arange(600), np.exp(log)) == []
 
 
 def test_a_spike_in_the_last_steps_of_a_run_is_found():
   values = gradient(np.random.default_rng(0), 200, 0.1)
   values[198] *= 10
-  assert [s.step for s in curves.spikes(np.arange(200), values)] == [198]
+  assert [s.step for s in events_lib.spikes(np.arange(200), values)] == [198]
 
 
 def test_a_frozen_layer_has_no_spikes():
-  assert curves.spikes(np.arange(200), np.zeros(200)) == []
+  assert events_lib.spikes(np.arange(200), np.zeros(200)) == []
 
 
 def test_steps_need_not_be_even():
@@ -307,7 +307,7 @@ def test_steps_need_not_be_even():
   values = gradient(rng, 300, 0.1)
   values[150] *= 9
   steps = np.cumsum(rng.integers(1, 20, 300))
-  assert [s.step for s in curves.spikes(steps, values)] == [steps[150]]
+  assert [s.step for s in events_lib.spikes(steps, values)] == [steps[150]]
 
 
 def spikes_at(*steps):
@@ -315,24 +315,24 @@ def spikes_at(*steps):
 
 
 def test_spikes_at_the_same_step_have_no_leader():
-  found = curves.lead({'a': spikes_at(10, 500), 'b': spikes_at(10, 500)})
-  assert found == curves.Lead(None, {'a': 0, 'b': 0}, 2, 0)
+  found = events_lib.lead({'a': spikes_at(10, 500), 'b': spikes_at(10, 500)})
+  assert found == events_lib.Lead(None, {'a': 0, 'b': 0}, 2, 0)
 
 
 def test_the_leader_is_first_in_most_events_and_the_lag_is_the_median():
-  found = curves.lead({
+  found = events_lib.lead({
       'a': spikes_at(100, 300, 507, 900), 'b': spikes_at(110, 320, 500, 940),
       'c': spikes_at(2000),
   })
-  assert found == curves.Lead('a', {'b': 15}, 4, 3)
+  assert found == events_lib.Lead('a', {'b': 15}, 4, 3)
 
 
 def test_spikes_too_far_apart_are_not_one_event():
-  apart = curves.MAX_LAG
+  apart = events_lib.MAX_LAG
   for lag, events in (apart, 1), (apart + 1, 0):
-    found = curves.lead({'a': spikes_at(100), 'b': spikes_at(100 + lag)})
+    found = events_lib.lead({'a': spikes_at(100), 'b': spikes_at(100 + lag)})
     assert found.events == events
-  assert curves.lead({}) == curves.Lead(None, {}, 0, 0)
+  assert events_lib.lead({}) == events_lib.Lead(None, {}, 0, 0)
 
 
 def loss_rows(losses, spread=0.3, chance=4.0, **more):
@@ -470,7 +470,7 @@ def test_a_dip_that_shows_only_afterwards_is_not_warned_of():
   # Among so few values it may be noise; once the curve is known, it is none.
   values = np.append([0.5, 0.55, 0.45, 0.5, 0.3, 0.5], np.full(40, 0.5))
   values[6:] += np.tile([0, 0.01], 20)
-  assert len(curves.dips(np.arange(46), values)) == 1
+  assert len(events_lib.dips(np.arange(46), values)) == 1
   assert watched([
       {'step': 25 * i, 'knn/top1': value} for i, value in enumerate(values)
   ]) == []
@@ -499,7 +499,7 @@ def recorded(workdir, rows, start):
   checkpoints = types.SimpleNamespace(save=lambda *_: None)
   run = recorder.Recorder(job, epath.Path(workdir), checkpoints, start)
   shown = io.StringIO()
-  run.progress = metrics.Progress(job.plan.total_steps, shown)
+  run.progress = progress.Progress(job.plan.total_steps, shown)
   batches = run.watch(start, lambda: False)
   for row in rows:
     if 'knn/top1' in row:

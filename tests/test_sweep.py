@@ -18,14 +18,13 @@ from ml_collections import config_flags
 import pytest
 import tiny
 
-from mocov3_jax import metrics
-from mocov3_jax import sweep as sweep_lib
-from mocov3_jax import workdir as workdir_lib
-from mocov3_jax.errors import Preempted, UserError
-from mocov3_jax.tools import runs
-from mocov3_jax.tools.sweeps import grid as sweep_grid
-from mocov3_jax.tools.sweeps import running as sweeping
-from mocov3_jax.tools.sweeps import table as sweep_table
+from mocov3_jax.base.errors import Preempted, UserError
+from mocov3_jax.runs import history, metrics
+from mocov3_jax.runs import table as sweep_table
+from mocov3_jax.runs import workdir as workdir_lib
+from mocov3_jax.sweeps import grid as sweep_grid
+from mocov3_jax.sweeps import running as sweeping
+from mocov3_jax.sweeps import sweep as sweep_lib
 
 # ml_collections reads config files by it.
 pytestmark = pytest.mark.filterwarnings('ignore:the load_module')
@@ -400,7 +399,9 @@ def test_a_bad_protocol_gets_one_clear_message(files, words):
 
 def test_the_table_leaves_out_what_runs_without_labels_lack(tmp_path):
   found = [
-      runs.Run(tmp_path, {'seed': seed, 'data.std': [0.5]}, [], status, {}, [])
+      history.Run(
+          tmp_path, {'seed': seed, 'data.std': [0.5]}, [], status, {}, []
+      )
       for seed, status in enumerate(['done', 'stopped', 'absent'])
   ]
   (row,) = sweep_table.aggregate(found, ['data.std'])
@@ -424,7 +425,7 @@ def test_an_evaluation_elsewhere_is_named_by_its_protocol(tmp_path):
       for other in ({'checkpoint_step': 5}, {'encoder': 'momentum'}, few)
   ]
   result = {'step': 9, 'knn/top1': 0.5}
-  found = runs.Run(tmp_path, {}, [], 'done', result, lines)
+  found = history.Run(tmp_path, {}, [], 'done', result, lines)
   (row,) = sweep_table.aggregate([found], [])
   assert row['knn/top1_mean'] == 0.5 and row['eval_knn/top1_mean'] == 0.25
   assert row['knn/top1_sd'] is None
@@ -651,7 +652,7 @@ def test_a_sweep_of_processes_trains(tmp_path):
   )
   assert code == 0, err
   result = json.loads(out)
-  run = runs.read(tmp_path / 's/lr_per_256=0.004,seed=0')
+  run = history.read(tmp_path / 's/lr_per_256=0.004,seed=0')
   assert (result['runs'], result['done'], run.result['step']) == (1, 1, 4)
   assert '[1/1] lr_per_256=0.004 seed=0\n' in err and '\nstep 4/4  kNN' in err
   assert result['table'][0]['knn/top1_mean'] == run.result['knn/top1']

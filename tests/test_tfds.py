@@ -14,9 +14,9 @@ from sklearn.datasets import load_digits
 import tiny
 import toy_tfds
 
+from mocov3_jax.base.errors import UserError
 from mocov3_jax.data import catalog, pipeline
 from mocov3_jax.data.workers import Workers
-from mocov3_jax.errors import UserError
 
 FLAGS = tiny.flags(**{
     'data.source': 'tfds:toy_digits', 'data.mean': '(.3,.3,.3)',

@@ -6,9 +6,10 @@ import pytest
 import test_convert
 import tiny
 
-from mocov3_jax import config as config_lib
-from mocov3_jax import convert, models
-from mocov3_jax.tools import torch_names, weights
+from mocov3_jax import models
+from mocov3_jax.config import training as config_lib
+from mocov3_jax.runs import network
+from mocov3_jax.weights import convert, state_dict
 
 torch = pytest.importorskip('torch')
 timm = pytest.importorskip('timm')
@@ -18,7 +19,7 @@ def random_tree(config, seed=0):
   """Random weights near an initialisation, and plausible statistics."""
   rng = np.random.default_rng(seed)
   flat = {}
-  for path, x in weights.network_shapes(config).items():
+  for path, x in network.network_shapes(config).items():
     leaf = path[-1]
     values = rng.normal(size=x.shape).astype(np.float32)
     if leaf == 'kernel':
@@ -44,10 +45,10 @@ def test_full_size_backbones_agree(tmp_path, ours, theirs, arguments):
   config = config_lib.default_config()
   config.model.name = ours
   config.head.hidden_dim = config.head.out_dim = 8
-  source = weights.Weights(config, 1, random_tree(config), {})
-  places = weights.backbone_places(config, 'query')
+  source = state_dict.Weights(config, 1, random_tree(config), {})
+  places = state_dict.backbone_places(config, 'query')
   state = {
-      n: torch.tensor(x) for n, x in weights.to_torch(source, places).items()
+      n: torch.tensor(x) for n, x in state_dict.to_torch(source, places).items()
   }
   net = timm.create_model(theirs, num_classes=0, **arguments)
   net.load_state_dict(state, strict=True)
@@ -57,7 +58,7 @@ def test_full_size_backbones_agree(tmp_path, ours, theirs, arguments):
   with torch.no_grad():
     want = net(torch.tensor(x.transpose(0, 3, 1, 2))).numpy()
   model = models.build(config.model, config.head, 224)
-  variables = torch_names.unflatten(source.flat)
+  variables = network.unflatten(source.flat)
   got = jax.jit(
       lambda v, x: model.apply(v, x, train=False, method='features')
   )(variables, x)

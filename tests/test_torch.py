@@ -11,11 +11,15 @@ import pytest
 import test_convert
 import tiny
 
-from mocov3_jax import config as config_lib
-from mocov3_jax import convert, models, objectives, optim, train
-from mocov3_jax.errors import UserError
-from mocov3_jax.tools import torch_names, torch_optimizer, weights
-from mocov3_jax.train_step import Method, TrainState, train_step
+from mocov3_jax import models
+from mocov3_jax.base.errors import UserError
+from mocov3_jax.config import training as config_lib
+from mocov3_jax.method import objectives, optimizers
+from mocov3_jax.method.train_step import Method, TrainState, train_step
+from mocov3_jax.models import heads, resnet
+from mocov3_jax.runs import network
+from mocov3_jax.training import pretrain
+from mocov3_jax.weights import convert, state_dict, torch_names, torch_optimizer
 
 torch = pytest.importorskip('torch')
 torch_moco = pytest.importorskip('torch_moco')
@@ -37,9 +41,9 @@ def test_ten_lars_steps_in_float64():
 
   with jax.enable_x64(True):
     model = models.Network(
-        backbone=models.ResNet((1, 1, 1, 1), True, width, dtype=jnp.float64),
-        projector=models.MlpHead(2, hidden, outputs, dtype=jnp.float64),
-        predictor=models.MlpHead(
+        backbone=resnet.ResNet((1, 1, 1, 1), True, width, dtype=jnp.float64),
+        projector=heads.MlpHead(2, hidden, outputs, dtype=jnp.float64),
+        predictor=heads.MlpHead(
             2, hidden, outputs, out_bn=False, dtype=jnp.float64
         ),
     )
@@ -53,7 +57,7 @@ def test_ten_lars_steps_in_float64():
                 online, target, temperature=1.0
             ), has_target=True,
         ),
-        optimizer=optim.build(c, schedule, freeze_patch_embed=False),
+        optimizer=optimizers.build(c, schedule, freeze_patch_embed=False),
         augment=lambda images, key: images,
         learning_rate=schedule,
         momentum=lambda step: jnp.array(
@@ -90,15 +94,15 @@ def our_state(method, nets):
       )
   )
   flat = {}
-  for collection, *rest in torch_names.flatten(shapes):
+  for collection, *rest in network.flatten(shapes):
     name = torch_names.torch_name(tuple(rest), 'fc')
-    for owner, fields in weights.FIELDS.items():
+    for owner, fields in network.FIELDS.items():
       full = name if rest[0] == 'predictor' else f'{owner}.{name}'
       if rest[0] == 'predictor' and owner == 'momentum_encoder':
         continue
       path = (fields[collection], *rest)
       flat[path] = jnp.asarray(torch_names.to_our_layout(arrays[full], path))
-  tree = torch_names.unflatten(flat)
+  tree = network.unflatten(flat)
   return TrainState(
       step=jnp.zeros((), jnp.int32),
       opt_state=method.optimizer.init(tree['params']),
@@ -136,7 +140,7 @@ def test_a_converted_run_can_be_continued(runs, tmp_path):
   # From step 2: a workdir that had only got so far.
   convert.convert(f'{run}/checkpoints/2', str(file))
   convert.convert(str(file), str(back), config=config)
-  train.train(config, str(back))
+  pretrain.train(config, str(back))
   test_convert.assert_same(
       test_convert.leaves(back), test_convert.leaves(run)
   )
@@ -315,10 +319,10 @@ def test_epochs_are_those_of_the_release(tmp_path):
   for step, epoch in (312, 1), (93_600, 300), (311, 0):
     flat = {
         (f, *path[1:]): np.ones(x.shape, np.float32)
-        for path, x in weights.network_shapes(config).items()
+        for path, x in network.network_shapes(config).items()
         for f in (path[0], f'target_{path[0]}')
     }
-    source = weights.Weights(config, step, flat, {})
+    source = state_dict.Weights(config, step, flat, {})
     file = tmp_path / f'{step}.pth.tar'
     test_convert.torch_weights.write(file, source, 'query')
     content = torch.load(file, weights_only=True)

@@ -15,12 +15,12 @@ import pytest
 from scipy.special import erf
 import tiny
 
-from mocov3_jax import train, visualize
-from mocov3_jax.errors import UserError
-from mocov3_jax.evals import attention, near
+from mocov3_jax.base.errors import UserError
 from mocov3_jax.models.vit import ViT, sincos_positions
-from mocov3_jax.tools import pictures
-from mocov3_jax.tools.showing import Options
+from mocov3_jax.pictures import attention, projection, sheets
+from mocov3_jax.pictures import draw as draw_lib
+from mocov3_jax.pictures.showing import Options
+from mocov3_jax.training import pretrain
 
 SHORT = {
     'schedule.steps': 2, 'schedule.warmup_epochs': 0.0, 'knn.every_steps': 0,
@@ -36,7 +36,7 @@ COLOR = {
 @pytest.fixture(scope='module')
 def digits(tmp_path_factory):
   path = tmp_path_factory.mktemp('visualize') / 'digits'
-  train.train(tiny.config(**SHORT), str(path))
+  pretrain.train(tiny.config(**SHORT), str(path))
   return str(path)
 
 
@@ -50,7 +50,7 @@ def tiles(tmp_path_factory):
       'data.source': f'folder:{folder}/tiles', 'data.max_unreadable': 1.0,
       'model.scan': True, 'model.remat': True, 'model.depth': 2,
   })
-  train.train(config, str(folder / 'run'))
+  pretrain.train(config, str(folder / 'run'))
   return str(folder / 'run')
 
 
@@ -133,47 +133,47 @@ def test_the_weights_are_those_of_a_computation_by_hand(how):
 
 def test_attention_has_a_row_an_image_and_a_column_a_head(digits, tmp_path):
   out = tmp_path / 'new' / 'a.png'
-  result = visualize.attention(Options(digits, str(out), images=3))
+  result = draw_lib.attention(Options(digits, str(out), images=3))
   assert result['images'] == 3 and result['heads'] == 2
   assert result['patches'] == 4 and 0 < result['class_token'] < 1
   width, height = size(out)
-  assert width >= 4 * pictures.SIDE and height > 3 * pictures.SIDE
+  assert width >= 4 * sheets.SIDE and height > 3 * sheets.SIDE
 
 
 def test_a_map_lies_where_its_patch_is_and_reaches_its_maximum():
   weights = np.zeros((4, 4))
   weights[1, 2] = 0.02
-  made = pictures.overlay(np.zeros((8, 8, 1), np.uint8), weights)
+  made = sheets.overlay(np.zeros((8, 8, 1), np.uint8), weights)
   place = made.astype(int).sum(-1)
   y, x = np.unravel_index(place.argmax(), place.shape)
-  side = pictures.SIDE / 4
+  side = sheets.SIDE / 4
   assert side <= y < 2 * side and 2 * side <= x < 3 * side
   np.testing.assert_array_equal(
-      made, pictures.overlay(np.zeros((8, 8, 1), np.uint8), 50 * weights)
+      made, sheets.overlay(np.zeros((8, 8, 1), np.uint8), 50 * weights)
   )
 
 
 def test_neighbours_are_framed_by_label(digits, tmp_path):
   out = tmp_path / 'n.png'
-  result = visualize.neighbours(Options(digits, str(out), images=4), k=3)
+  result = draw_lib.neighbours(Options(digits, str(out), images=4), k=3)
   assert result['images'] == 4 and result['k'] == 3
   assert result['bank'] == 1437 and 0.05 < result['chance'] < 0.2
   width, height = size(out)
-  assert width >= 4 * pictures.SIDE and height > 4 * pictures.SIDE
+  assert width >= 4 * sheets.SIDE and height > 4 * sheets.SIDE
   with Image.open(out) as image:
     pixels = np.asarray(image.convert('RGB')).reshape(-1, 3)
   shown = {
       color: (pixels == tuple(bytes.fromhex(color[1:]))).all(-1).any()
-      for color in (pictures.SAME, pictures.OTHER)
+      for color in (sheets.SAME, sheets.OTHER)
   }
-  assert shown[pictures.SAME] == (result['hits'] > 0)
-  assert shown[pictures.OTHER] == (result['hits'] < 1)
+  assert shown[sheets.SAME] == (result['hits'] > 0)
+  assert shown[sheets.OTHER] == (result['hits'] < 1)
 
 
 @pytest.mark.parametrize('method', ['pca', 'tsne'])
 def test_an_embedding_is_the_same_every_time(digits, tmp_path, method):
   first, second = (
-      visualize.embedding(
+      draw_lib.embedding(
           Options(digits, str(tmp_path / name), images=60), method
       )
       for name in ('a.png', 'b.png')
@@ -193,7 +193,7 @@ def test_pca_keeps_the_plane_in_which_points_lie():
   angles = rng.uniform(0, 2 * np.pi, 50)
   circle = np.stack([np.cos(angles), np.sin(angles)], 1).astype(np.float32)
   turned, _ = np.linalg.qr(rng.normal(size=(7, 2)))
-  points, axes, numbers = near.plane(
+  points, axes, numbers = projection.plane(
       5 * circle @ turned.T.astype(np.float32), 'pca'
   )
   assert points.shape == (50, 2) and 'component 1' in axes[0]
@@ -203,19 +203,19 @@ def test_pca_keeps_the_plane_in_which_points_lie():
 def test_umap_that_is_missing_is_named_before_any_work(monkeypatch, tmp_path):
   monkeypatch.setitem(sys.modules, 'umap', None)
   with pytest.raises(UserError, match='pip install umap-learn'):
-    visualize.embedding(Options('nowhere', str(tmp_path / 'u.png')), 'umap')
+    draw_lib.embedding(Options('nowhere', str(tmp_path / 'u.png')), 'umap')
 
 
 def test_umap_is_used_where_it_is_installed(monkeypatch, digits, tmp_path):
   class Umap:
     def __init__(self, **options):
-      assert options['random_state'] == near.SEED
+      assert options['random_state'] == projection.SEED
 
     def fit_transform(self, x):
       return x[:, :2]
 
   monkeypatch.setitem(sys.modules, 'umap', types.SimpleNamespace(UMAP=Umap))
-  result = visualize.embedding(
+  result = draw_lib.embedding(
       Options(digits, str(tmp_path / 'u.png'), images=20), 'umap'
   )
   assert result['method'] == 'umap' and size(tmp_path / 'u.png')
@@ -225,21 +225,21 @@ def test_a_folder_is_drawn_with_the_names_of_its_classes(
     tiles, tmp_path, capsys, monkeypatch
 ):
   drawn = []
-  text = pictures.Sheet.text
+  text = sheets.Sheet.text
   monkeypatch.setattr(
-      pictures.Sheet, 'text',
+      sheets.Sheet, 'text',
       lambda self, left, top, text_, *args, **more: (
           drawn.append(text_), text(self, left, top, text_, *args, **more)
       ),
   )
   a, n, e = (str(tmp_path / f'{name}.png') for name in 'ane')
   # All held-out images: every tenth.
-  result = visualize.attention(Options(tiles, a, images=64))
+  result = draw_lib.attention(Options(tiles, a, images=64))
   assert result['images'] == 6 and result['patches'] == 64
-  result = visualize.neighbours(Options(tiles, n, images=2), k=2)
+  result = draw_lib.neighbours(Options(tiles, n, images=2), k=2)
   assert result['bank'] == 45 and {'china', 'hubble_deep_fie…'} & set(drawn)
   drawn.clear()
-  result = visualize.embedding(Options(tiles, e, batch_size=16), 'pca')
+  result = draw_lib.embedding(Options(tiles, e, batch_size=16), 'pca')
   assert result['images'] == 50 and result['classes'] == 10
   assert {'astronaut', 'chelsea', 'china', 'coffee', 'retina'} < set(drawn)
   assert 'unreadable: china/broken.jpg' in capsys.readouterr().err
@@ -248,26 +248,26 @@ def test_a_folder_is_drawn_with_the_names_of_its_classes(
 
 def test_without_labels_there_are_no_frames_and_gray_points(tiles, tmp_path):
   n, e = (str(tmp_path / f'{name}.png') for name in 'ne')
-  result = visualize.neighbours(
+  result = draw_lib.neighbours(
       Options(tiles, n, labels='none', images=60), k=3
   )
   assert result['images'] == 50 and 'hits' not in result
-  result = visualize.embedding(Options(tiles, e, labels='none'), 'pca')
+  result = draw_lib.embedding(Options(tiles, e, labels='none'), 'pca')
   assert result['classes'] == 0
   with Image.open(e) as image:
     pixels = np.asarray(image.convert('RGB')).astype(int)
   assert np.ptp(pixels, axis=-1).max() < 8
-  assert size(n)[0] >= 4 * pictures.SIDE
+  assert size(n)[0] >= 4 * sheets.SIDE
 
 
 def test_names_are_shown_literally(tmp_path):
   for name in '$x_1$', '_hidden', 'a\nb', 'a\udcff', '猫' * 40:
-    assert len(pictures.printable(name)) <= pictures.SHOWN
-    sheet = pictures.scatter_sheet(
+    assert len(sheets.printable(name)) <= sheets.SHOWN
+    sheet = sheets.scatter_sheet(
         np.eye(2), np.array([0, -1]), {0: name}, ('x', 'y'), ['title']
     )
     with warnings.catch_warnings(action='error'):
-      sheet.save(pictures.epath.Path(tmp_path / 'x.png'))
+      sheet.save(sheets.epath.Path(tmp_path / 'x.png'))
     assert size(tmp_path / 'x.png')
 
 
@@ -321,7 +321,7 @@ def test_bad_input_ends_the_command_with_2(case, digits, tmp_path):
 def test_bad_options_are_named(digits, tmp_path, options, message):
   given = {'checkpoint': digits, 'out': str(tmp_path / 'x.png')} | options
   with pytest.raises(UserError, match=message):
-    visualize.neighbours(Options(**given), k=5)
+    draw_lib.neighbours(Options(**given), k=5)
   assert not list(tmp_path.iterdir())
 
 
@@ -329,30 +329,30 @@ def test_what_is_out_of_range_is_said(digits, tiles, tmp_path):
   out = str(tmp_path / 'x.png')
   for k in 0, 21:
     with pytest.raises(UserError, match=f'--k={k} .*1 to 20'):
-      visualize.neighbours(Options(digits, out), k=k)
+      draw_lib.neighbours(Options(digits, out), k=k)
   few = tmp_path / 'few'
   few.mkdir()
   for i in range(3):
     Image.new('RGB', (40, 40), (i, 0, 0)).save(few / f'{i}.png')
   with pytest.raises(UserError, match='--k=3 .*1 to 2'):
-    visualize.neighbours(Options(tiles, out, f'folder:{few}'), k=3)
+    draw_lib.neighbours(Options(tiles, out, f'folder:{few}'), k=3)
   with pytest.raises(UserError, match='3 images .* 4 or more'):
-    visualize.embedding(Options(tiles, out, f'folder:{few}'), 'pca')
+    draw_lib.embedding(Options(tiles, out, f'folder:{few}'), 'pca')
   with pytest.raises(UserError, match='3 channels.*trained on 1'):
-    visualize.attention(Options(digits, out, f'folder:{few}'))
+    draw_lib.attention(Options(digits, out, f'folder:{few}'))
   (few / '0.png').write_bytes(b'')
   (few / '1.png').write_bytes(b'')
   (few / '2.png').write_bytes(b'')
   with pytest.raises(UserError, match='none of 3 images could be read'):
-    visualize.attention(Options(tiles, out, f'folder:{few}'))
+    draw_lib.attention(Options(tiles, out, f'folder:{few}'))
   assert not (tmp_path / 'x.png').exists()
 
 
 def test_a_file_that_is_there_is_never_written_over(digits, tmp_path):
   (tmp_path / 'x.png').write_text('mine')
   for draw in (
-      visualize.attention, lambda o: visualize.neighbours(o, 5),
-      lambda o: visualize.embedding(o, 'pca'),
+      draw_lib.attention, lambda o: draw_lib.neighbours(o, 5),
+      lambda o: draw_lib.embedding(o, 'pca'),
   ):
     with pytest.raises(UserError, match='x.png exists.*new file'):
       draw(Options(digits, str(tmp_path / 'x.png')))
@@ -375,5 +375,5 @@ def test_networks_without_a_class_token_are_refused(
   path.write_text(json.dumps(config))
   out = tmp_path / 'x.png'
   with pytest.raises(UserError, match=message):
-    visualize.attention(Options(str(tmp_path / 'run'), str(out)))
+    draw_lib.attention(Options(str(tmp_path / 'run'), str(out)))
   assert not out.exists()

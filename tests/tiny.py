@@ -6,7 +6,7 @@ import pathlib
 import subprocess
 import sys
 
-from mocov3_jax import config as config_lib
+from mocov3_jax.config import training as config_lib
 
 ROOT = pathlib.Path(__file__).parent.parent
 

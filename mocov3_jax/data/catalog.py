@@ -3,9 +3,9 @@
 from etils import epath
 import numpy as np
 
+from mocov3_jax.base.errors import UserError, unknown
 from mocov3_jax.data import folder, tfds
 from mocov3_jax.data.sources import ArraySource, Splits
-from mocov3_jax.errors import UserError, unknown
 
 
 def digits() -> Splits:

@@ -8,11 +8,11 @@ import os
 from etils import epath
 import numpy as np
 
+from mocov3_jax.base.errors import UserError
+from mocov3_jax.base.files import absolute
 from mocov3_jax.data.decode import Unreadable
 from mocov3_jax.data.listing import SUFFIXES, cached_walk
 from mocov3_jax.data.sources import Source, Splits, Subset, hold_out
-from mocov3_jax.errors import UserError
-from mocov3_jax.workdir import absolute
 
 # Names of the folders of the splits; the first that is there is tested on.
 TRAIN, TESTS = 'train', ('val', 'valid', 'validation', 'test')

@@ -15,12 +15,12 @@ import cv2
 import grain
 import numpy as np
 
-from mocov3_jax.augment import Views
+from mocov3_jax.base.errors import UserError
 from mocov3_jax.data import crops
 from mocov3_jax.data.decode import Encoded, Unreadable
 from mocov3_jax.data.sources import Source, channels
 from mocov3_jax.data.workers import Workers
-from mocov3_jax.errors import UserError
+from mocov3_jax.method.augment import Views
 
 # Streams of random words; epochs have the 0.
 CROPS, REPLACEMENTS, RECOLOURS = 1, 2, 3

@@ -27,7 +27,7 @@ import statistics
 import numpy as np
 from PIL import Image, ImageEnhance, ImageOps
 
-from mocov3_jax.errors import UserError
+from mocov3_jax.base.errors import UserError
 
 # The magnitude of the severest operations.
 MAX_MAGNITUDE = 10.0

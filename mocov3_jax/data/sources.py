@@ -7,7 +7,7 @@ from typing import Protocol
 
 import numpy as np
 
-from mocov3_jax.errors import UserError
+from mocov3_jax.base.errors import UserError
 
 # Without a test split, every so-manieth labelled image is held out.
 HOLD_OUT = 10

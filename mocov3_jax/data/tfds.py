@@ -11,9 +11,9 @@ from typing import Any
 from etils import epath
 import numpy as np
 
+from mocov3_jax.base.errors import UserError
 from mocov3_jax.data.decode import Unreadable
 from mocov3_jax.data.sources import Source, Splits, hold_out
-from mocov3_jax.errors import UserError
 
 # In place of a label that has not been read yet.
 UNREAD = -2

@@ -10,12 +10,14 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 import numpy as np
 
-from mocov3_jax import augment, sharding
+from mocov3_jax.base import console
+from mocov3_jax.base.errors import UserError
 from mocov3_jax.data import pipeline
 from mocov3_jax.data.sources import Source
 from mocov3_jax.data.workers import Workers
-from mocov3_jax.errors import UserError
+from mocov3_jax.method import augment
 from mocov3_jax.models import Network
+from mocov3_jax.parallel import sharding
 
 PyTree = Any
 # (params, batch_stats, source) -> features [n, D] of the images that could be
@@ -89,3 +91,9 @@ def extractor(
     return features, places
 
   return extract
+
+
+def say_unreadable(source: Source, readable: np.ndarray) -> None:
+  """Names the images of a source that are not among those places."""
+  for index in np.setdiff1d(np.arange(len(source)), readable).tolist():
+    console.say(f'unreadable: {source.name(index)}')

@@ -14,12 +14,12 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 import numpy as np
 
-from mocov3_jax import sharding
+from mocov3_jax.base.errors import UserError
 from mocov3_jax.data import sources
 from mocov3_jax.data.sources import Splits
-from mocov3_jax.errors import UserError
 from mocov3_jax.evals.features import Extract
 from mocov3_jax.models.layers import unit
+from mocov3_jax.parallel import sharding
 
 PyTree = Any
 # Queries compared with the whole bank at once: their similarities to 1.28 M

@@ -12,10 +12,11 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from mocov3_jax import augment, sharding
 from mocov3_jax.data import pipeline
+from mocov3_jax.method import augment
 from mocov3_jax.models import Network
 from mocov3_jax.models.layers import unit
+from mocov3_jax.parallel import sharding
 
 PyTree = Any
 

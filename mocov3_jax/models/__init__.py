@@ -8,11 +8,11 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from mocov3_jax.errors import UserError, unknown
+from mocov3_jax.base.errors import UserError, unknown
 from mocov3_jax.models.heads import MlpHead, Prototypes
 from mocov3_jax.models.resnet import ResNet
 from mocov3_jax.models.vit import PATCH_EMBEDS, ViT
-from mocov3_jax.passes import Passes
+from mocov3_jax.parallel.microbatch import Passes
 
 Backbone = ViT | ResNet
 

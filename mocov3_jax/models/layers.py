@@ -1,13 +1,12 @@
 """Initialisers, normalisations, and what to compute again in the backward."""
 
-from collections.abc import Callable
-import functools
 import math
 
 import flax.linen as nn
 import jax
-from jax.extend import core
 import jax.numpy as jnp
+
+from mocov3_jax.models.recompute import layer_norm
 
 
 def uniform(bound: float) -> nn.initializers.Initializer:
@@ -36,81 +35,6 @@ def unit(x: jax.Array) -> jax.Array:
   """
   norm = jnp.sqrt(jnp.maximum(jnp.sum(x * x, -1, keepdims=True), 1e-24))
   return x / norm
-
-
-def later(x: jax.Array, g: jax.Array) -> jax.Array:
-  """Returns `x`, so that a backward pass computes anew what it makes of it.
-
-  Without this, the compiler sees that the forward pass had computed the same,
-  and keeps that in memory; `jax.checkpoint` has a barrier for it, but XLA for
-  CPUs drops barriers. So there the result is made to need the gradient, by
-  adding a zero of which XLA does not know that it is one.
-
-  Args:
-    x: [B, ...], kept from the forward pass.
-    g: [B, ...], the gradient that the backward pass was given.
-  """
-
-  def needing_g(x, g):
-    first = g.reshape(len(g), -1)[:, 0].reshape(-1, *[1] * (x.ndim - 1))
-    return x + jnp.where(jnp.isnan(first), first, 0).astype(x.dtype)
-
-  return jax.lax.platform_dependent(
-      x, g, cpu=needing_g,
-      default=lambda x, g: jax.lax.optimization_barrier(x),
-  )
-
-
-def once_more(f: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
-  """`f`, marked for `is_once_more`: it had been computed before."""
-
-  def _once_more(*args):
-    return f(*args)
-
-  return jax.jit(_once_more)
-
-
-def is_once_more(eqn: core.JaxprEqn) -> bool:
-  """Whether this is a call of a function that `once_more` marked."""
-  return 'name' in eqn.params and eqn.params['name'] == '_once_more'
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def layer_norm(
-    x: jax.Array, scale: jax.Array, bias: jax.Array, epsilon: float
-) -> jax.Array:
-  """Normalises the last axis (Ba et al. 2016); the mean square in two passes.
-
-  For the backward pass it keeps its arguments alone. Autodiff would keep three
-  more arrays of the size of `x`.
-
-  Args:
-    x: [..., D].
-    scale, bias: [D].
-    epsilon: added to the variance.
-
-  Returns:
-    [..., D], float32 or wider.
-  """
-  x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-  centred = x - jnp.mean(x, -1, keepdims=True)
-  var = jnp.mean(centred**2, -1, keepdims=True)
-  shape = (1,) * (x.ndim - 1) + scale.shape
-  normed = centred * jax.lax.rsqrt(var + epsilon)
-  return normed * scale.reshape(shape) + bias.reshape(shape)
-
-
-def _layer_norm_forward(x, scale, bias, epsilon):
-  return layer_norm(x, scale, bias, epsilon), (x, scale, bias)
-
-
-def _layer_norm_backward(epsilon, kept, g):
-  x, *affine = kept
-  plain = lambda *kept: layer_norm.fun(*kept, epsilon)
-  return jax.vjp(plain, later(x, g), *affine)[1](g)
-
-
-layer_norm.defvjp(_layer_norm_forward, _layer_norm_backward)
 
 
 class LayerNorm(nn.Module):

@@ -1,0 +1,54 @@
+"""Exit codes, and the signals that end a command."""
+
+from collections.abc import Callable, Iterator
+import contextlib
+import os
+import signal
+import sys
+
+import jax
+
+from mocov3_jax.base import console
+
+BAD_INPUT, INTERRUPTED, PREEMPTED = 2, 130, 143
+
+
+def exit_at_once() -> None:
+  """Ends the process as interrupted."""
+  # Past Python's own exit, which can crash while XLA compiles in a thread.
+  console.say('interrupted')
+  os._exit(INTERRUPTED)
+
+
+@contextlib.contextmanager
+def stop_noted() -> Iterator[Callable[[], bool]]:
+  """Turns SIGTERM and Ctrl-C into a question.
+
+  Yields f() -> whether one of them has come. A second Ctrl-C ends the process
+  at once.
+  """
+  noted = []
+
+  def note(number, _):
+    if number == signal.SIGINT:
+      if noted:
+        exit_at_once()
+      console.say('\nstopping after this step, then saving (again: at once)')
+    noted.append(number)
+
+  before = {s: signal.signal(s, note) for s in (signal.SIGTERM, signal.SIGINT)}
+  try:
+    yield lambda: bool(noted)
+  finally:
+    for number, handler in before.items():
+      signal.signal(number, handler)
+
+
+def leave(code: int) -> None:
+  """Exits; at once where others might never answer the farewell."""
+  sys.stdout.flush()
+  sys.stderr.flush()
+  # Asked so, JAX need not start its devices to end a mistyped command.
+  if jax.distributed.is_initialized():
+    os._exit(code)
+  sys.exit(code)

@@ -1,0 +1,1 @@
+"""Measurements of the input pipeline and the training step."""

@@ -1,0 +1,62 @@
+"""Builds the parts of a training step from a config."""
+
+import jax
+from ml_collections import ConfigDict
+
+from mocov3_jax import models
+from mocov3_jax.config import training as config_lib
+from mocov3_jax.method import augment, objectives, optimizers
+from mocov3_jax.method.train_step import Method
+from mocov3_jax.parallel.microbatch import Passes
+
+
+def build_method(
+    config: ConfigDict, plan: config_lib.Plan, devices: int = 1
+) -> Method:
+  """Assembles what the config names into the parts of a step.
+
+  Args:
+    config: of the run.
+    plan: of the run.
+    devices: over which the batch will lie.
+
+  Raises:
+    UserError: for an unknown name or numbers that do not fit together.
+  """
+  learning_rate = optimizers.warmup_cosine(
+      plan.peak_lr, plan.warmup_steps, plan.total_steps
+  )
+  passes = Passes()
+  if config.micro_batch:
+    count = config.batch_size // (devices * config.micro_batch)
+    passes = Passes(count, devices)
+  model = models.build(
+      config.model, config.head, config.data.image_size, passes
+  )
+  return Method(
+      model=model,
+      objective=objectives.build(config.objective),
+      optimizer=optimizers.build(
+          config.optimizer, learning_rate, model.backbone.freeze_patch_embed,
+          model.backbone.clip_patch_embed,
+      ),
+      augment=augment.build(
+          augment.both_views(config.augment), config.data,
+          models.DTYPES[config.model.dtype], passes,
+      ),
+      learning_rate=learning_rate,
+      momentum=optimizers.build_momentum(config.objective, plan.total_steps),
+      log_blocks=config.log.blocks,
+      keep_features=config.knn.queue_share > 0,
+  )
+
+
+def image_shape(data: ConfigDict) -> tuple[int, int, int]:
+  """Of a view, (S, S, C)."""
+  return data.image_size, data.image_size, len(data.mean)
+
+
+def run_keys(seed: int) -> tuple[jax.Array, jax.Array]:
+  """The keys of a run's initialisation and of its augmentation."""
+  init_key, augment_key = jax.random.split(jax.random.key(seed))
+  return init_key, augment_key

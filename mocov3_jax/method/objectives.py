@@ -1,0 +1,276 @@
+"""What is minimised: functions of embeddings, in one table.
+
+An objective takes the online network's embeddings of two views, the target
+network's, and the keys of earlier steps where it keeps such, and returns the
+scalar loss with metrics. It sees the global batch; the partitioner gathers the
+keys. Among the metrics are the loss of a network that tells nothing apart
+('train/loss_chance') and of one that has collapsed, all of whose embeddings are
+one ('train/loss_collapsed'; a bound where that depends on which one).
+"""
+
+from collections.abc import Callable
+import functools
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from ml_collections import ConfigDict
+import optax
+
+from mocov3_jax.base.errors import unknown
+from mocov3_jax.models import Embeddings
+from mocov3_jax.models.layers import unit
+
+Metrics = dict[str, jax.Array]
+# Keys of earlier steps; () where none are kept.
+PastKeys = jax.Array | tuple[()]
+Loss = Callable[
+    [Embeddings, Embeddings | None, PastKeys], tuple[jax.Array, Metrics]
+]
+
+
+def contrast(
+    queries: jax.Array, keys: jax.Array, temperature: float,
+    past_keys: PastKeys = (),
+) -> tuple[jax.Array, jax.Array]:
+  """InfoNCE of each query against all keys ([P] Algorithm 1, `ctr`).
+
+  Args:
+    queries: [N, D], any length.
+    keys: [N, D]; row i is the positive of query i. Gets no gradient.
+    temperature: T of the softmax over cosine similarities.
+    past_keys: [K, D] further negatives; rows of zeros are none.
+
+  Returns:
+    2T * cross-entropy, averaged over the queries, and the share of queries
+    whose most similar key is the positive.
+  """
+  queries, keys = unit(queries), unit(jax.lax.stop_gradient(keys))
+  logits = _cosines(queries, keys) / temperature  # [N, N]
+  labels = jnp.arange(len(logits))  # [N]
+  if len(past_keys):
+    past = _cosines(queries, past_keys) / temperature  # [N, K]
+    past = jnp.where(_filled(past_keys), past, -jnp.inf)
+    logits = jnp.concatenate([logits, past], axis=1)
+  loss = optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+  accuracy = jnp.mean(jnp.argmax(logits, axis=1) == labels)
+  return 2 * temperature * loss, accuracy
+
+
+def moco_v3(
+    online: Embeddings, target: Embeddings, past_keys: PastKeys = (), *,
+    temperature: float, symmetric: bool = True,
+) -> tuple[jax.Array, Metrics]:
+  """ctr(q1, k2) + ctr(q2, k1), with each view predicting the other's key.
+
+  Not symmetric, 2 ctr(q1, k2): of the same size, and of half the pairs. Past
+  keys are negatives beside those of the batch (the dictionary of MoCo v1 and
+  v2, He et al. 2020, arXiv 1911.05722).
+  """
+  q, k = online.predictions, target.projections  # [N, 2, D]
+  loss12, accuracy12 = contrast(q[:, 0], k[:, 1], temperature, past_keys)
+  loss21, accuracy21 = loss12, accuracy12
+  if symmetric:
+    loss21, accuracy21 = contrast(q[:, 1], k[:, 0], temperature, past_keys)
+  keys = jnp.asarray(len(q), loss12.dtype)
+  if len(past_keys):
+    keys += jnp.sum(_filled(past_keys))
+  return loss12 + loss21, {
+      **_levels(4 * temperature * jnp.log(keys)),  # Without past keys, 4T ln N.
+      'train/contrast_accuracy': (accuracy12 + accuracy21) / 2,
+  }
+
+
+def remember(
+    past_keys: PastKeys, target: Embeddings, *, symmetric: bool
+) -> PastKeys:
+  """The newest keys before the older ones, as many as there were.
+
+  Args:
+    past_keys: [K, D], of length 1; zeros where there is none yet. Or ().
+    target: its projections were this step's keys, of view 2 alone where the
+      loss is not symmetric.
+
+  Returns:
+    [K, D]: the last K keys, the newest first.
+  """
+  if not len(past_keys):
+    return past_keys
+  keys = target.projections if symmetric else target.projections[:, 1:]
+  keys = unit(keys.reshape(-1, keys.shape[-1]))
+  return jnp.concatenate([keys, past_keys])[: len(past_keys)]
+
+
+def simclr(
+    online: Embeddings, target: None, past_keys: PastKeys = (), *,
+    temperature: float,
+) -> tuple[jax.Array, Metrics]:
+  """NT-Xent: each of the 2N views finds its partner among the 2N - 1 others.
+
+  Chen et al. 2020 (arXiv 2002.05709), equation 1. All views are queries and
+  keys, with gradients to both; there is no target network.
+  """
+  del target, past_keys
+  z = online.predictions  # [N, 2, D]
+  n = len(z)
+  z = unit(jnp.concatenate([z[:, 0], z[:, 1]]))  # [2N, D]
+  itself = jnp.eye(2 * n, dtype=bool)
+  logits = jnp.where(itself, -jnp.inf, _cosines(z, z) / temperature)
+  partners = jnp.roll(jnp.arange(2 * n), n)
+  loss = optax.softmax_cross_entropy_with_integer_labels(logits, partners)
+  return loss.mean(), {
+      **_levels(math.log(2 * n - 1)),
+      'train/contrast_accuracy': jnp.mean(jnp.argmax(logits, 1) == partners),
+  }
+
+
+def byol(
+    online: Embeddings, target: Embeddings, past_keys: PastKeys = ()
+) -> tuple[jax.Array, Metrics]:
+  """(2 - 2 cos(q1, z2)) + (2 - 2 cos(q2, z1)); no negatives.
+
+  Grill et al. 2020 (arXiv 2006.07733), equation 2. Both 0 where all images
+  are one, so a low loss is no success: see 'train/feature_std'.
+  """
+  del past_keys
+  q = unit(online.predictions)
+  z = unit(jax.lax.stop_gradient(target.projections))[:, ::-1]
+  cosine = jnp.sum(q * z, axis=-1)  # [N, 2]
+  # Whether the nearest target is the image's own: of the log alone.
+  nearest = jnp.argmax(_cosines(q[:, 0], z[:, 0]), axis=1)
+  return jnp.mean(jnp.sum(2 - 2 * cosine, axis=1)), {
+      # Chance: embeddings that have nothing to do with each other.
+      **_levels(4.0, collapsed=0.0),
+      'train/contrast_accuracy': jnp.mean(nearest == jnp.arange(len(q))),
+  }
+
+
+def sinkhorn(scores: jax.Array, iterations: int) -> jax.Array:
+  """Spreads the images evenly over the prototypes (Cuturi 2013).
+
+  Args:
+    scores: [N, K], logarithms of what is to be balanced.
+    iterations: of scaling the columns, then the rows. After the last, rows are
+      exact and columns nearly.
+
+  Returns:
+    Codes [N, K], not negative: each row sums to 1, each column to about N / K.
+  """
+  # In logarithms: exp(1 / epsilon) and smaller sums would leave float32.
+  def scale(logs, _):
+    logs -= jax.nn.logsumexp(logs, axis=0, keepdims=True)  # Columns to 1,
+    return jax.nn.log_softmax(logs, axis=1), None  # then rows to 1.
+
+  return jnp.exp(jax.lax.scan(scale, scores, length=iterations)[0])
+
+
+def swav(
+    online: Embeddings, target: None, past_keys: PastKeys = (), *,
+    temperature: float, epsilon: float, iterations: int,
+) -> tuple[jax.Array, Metrics]:
+  """Each view predicts the other's code, its share of each prototype.
+
+  Caron et al. 2020 (arXiv 2006.09882), equations 1 to 3, with two crops. The
+  network's predictions are the cosines with the prototypes. Codes get no
+  gradient; there is no target network.
+  """
+  del target, past_keys
+  scores = online.predictions  # [N, 2, K]
+  codes = [
+      sinkhorn(jax.lax.stop_gradient(scores[:, v]) / epsilon, iterations)
+      for v in (0, 1)
+  ]
+  predicted = jax.nn.log_softmax(scores / temperature)
+  loss = -sum(
+      jnp.mean(jnp.sum(codes[v] * predicted[:, 1 - v], axis=1)) for v in (0, 1)
+  )
+  found = jnp.argmax(predicted[:, 1], axis=1) == jnp.argmax(codes[0], axis=1)
+  return loss, {
+      **_levels(2 * math.log(scores.shape[-1])),
+      # Here, whether the nearest prototype is that of the other view's code.
+      'train/contrast_accuracy': jnp.mean(found),
+  }
+
+
+def feature_std(features: jax.Array) -> jax.Array:
+  """Spread of L2-normalised features: 1 if isotropic, 0 if collapsed.
+
+  The standard deviation of each channel over the batch, averaged over the
+  channels and multiplied by sqrt(D) (Chen & He 2021, arXiv 2011.10566, s4.1).
+
+  Args:
+    features: [N, D].
+  """
+  std = jnp.std(unit(features), axis=0)  # [D]
+  return jnp.mean(std) * math.sqrt(features.shape[-1])
+
+
+def _cosines(a: jax.Array, b: jax.Array) -> jax.Array:
+  # Full float32, where a TPU or GPU would round to fewer bits by default.
+  return jnp.matmul(a, b.T, precision=jax.lax.Precision.HIGHEST)
+
+
+def _filled(past_keys: jax.Array) -> jax.Array:
+  return jnp.any(past_keys != 0, axis=1)  # [K]
+
+
+def _levels(
+    chance: float | jax.Array, collapsed: float | None = None
+) -> Metrics:
+  # In a contrastive loss a collapsed network is one that tells nothing apart.
+  collapsed = chance if collapsed is None else collapsed
+  return {
+      'train/loss_chance': jnp.asarray(chance, float),
+      'train/loss_collapsed': jnp.asarray(collapsed, float),
+  }
+
+
+class Objective(NamedTuple):
+  """What is minimised, and of what.
+
+  Attributes:
+    loss: (online embeddings, the target's, past keys) -> (scalar, metrics).
+    has_target: whether there is a target network; if not, `loss` gets None.
+    queue: past keys that it keeps; 0 = none, and `loss` gets ().
+    remember: (past keys, the target's embeddings) -> the next past keys.
+  """
+
+  loss: Loss
+  has_target: bool
+  queue: int = 0
+  remember: Callable[[PastKeys, Embeddings | None], PastKeys] = (
+      lambda past_keys, target: past_keys
+  )
+
+
+# What each reads of `config.objective`.
+OBJECTIVES = {
+    'moco_v3': lambda c: Objective(
+        functools.partial(
+            moco_v3, temperature=c.temperature, symmetric=c.symmetric
+        ), has_target=True, queue=c.queue,
+        remember=functools.partial(remember, symmetric=c.symmetric),
+    ),
+    'simclr': lambda c: Objective(
+        functools.partial(simclr, temperature=c.temperature), has_target=False
+    ),
+    'byol': lambda c: Objective(byol, has_target=True),
+    'swav': lambda c: Objective(
+        functools.partial(
+            swav, temperature=c.temperature, epsilon=c.sinkhorn_epsilon,
+            iterations=c.sinkhorn_iterations,
+        ), has_target=False,
+    ),
+}
+
+
+def build(objective: ConfigDict) -> Objective:
+  """Returns the objective that `config.objective` names.
+
+  Raises:
+    UserError: for a name that is not in the table.
+  """
+  if objective.name not in OBJECTIVES:
+    raise unknown('objective.name', objective.name, OBJECTIVES)
+  return OBJECTIVES[objective.name](objective)

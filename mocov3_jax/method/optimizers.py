@@ -1,0 +1,200 @@
+"""Optimizer chains, what they leave alone, and the two schedules."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from ml_collections import ConfigDict
+import optax
+
+from mocov3_jax.base.errors import unknown
+
+PyTree = Any
+Schedule = Callable[[jax.Array], jax.Array]
+
+
+def warmup_cosine(peak: float, warmup_steps: int, total_steps: int) -> Schedule:
+  """Linear from exactly 0 at step 0 to `peak`, then half a cosine to 0.
+
+  [P] s5. The value at `total_steps` would be 0; the last step is one before.
+  """
+
+  def schedule(step):
+    step = jnp.asarray(step, float)  # float64 where that is enabled.
+    rise = peak * step / max(warmup_steps, 1)
+    # With no step after the warm-up, the cosine is never reached.
+    progress = (step - warmup_steps) / max(total_steps - warmup_steps, 1)
+    fall = peak * 0.5 * (1 + jnp.cos(jnp.pi * progress))
+    return jnp.where(step < warmup_steps, rise, fall)
+
+  return schedule
+
+
+def constant_momentum(start: float, total_steps: int) -> Schedule:
+  """The target's momentum, the same at every step ([P] s6.2)."""
+  del total_steps
+  return lambda step: jnp.full_like(step, start, dtype=float)
+
+
+def cosine_momentum(start: float, total_steps: int) -> Schedule:
+  """The target's momentum, from `start` by half a cosine to 1 ([P] App. A)."""
+
+  def schedule(step):
+    step = jnp.asarray(step, float)
+    return 1 - 0.5 * (1 + jnp.cos(jnp.pi * step / total_steps)) * (1 - start)
+
+  return schedule
+
+
+MOMENTUM_SCHEDULES = {'constant': constant_momentum, 'cosine': cosine_momentum}
+
+
+def build_momentum(objective: ConfigDict, total_steps: int) -> Schedule:
+  """Returns the momentum schedule that `config.objective` names.
+
+  Raises:
+    UserError: for a name that is not in the table.
+  """
+  name = objective.momentum_schedule
+  if name not in MOMENTUM_SCHEDULES:
+    raise unknown('objective.momentum_schedule', name, MOMENTUM_SCHEDULES)
+  return MOMENTUM_SCHEDULES[name](objective.momentum, total_steps)
+
+
+def warmup_cosine_between(
+    start: float, peak: float, end: float, warmup_steps: int, total_steps: int
+) -> Schedule:
+  """Linear from `start` to `peak`, then half a cosine to `end` (DeiT)."""
+
+  def schedule(step):
+    step = jnp.asarray(step, float)
+    rise = start + (peak - start) * step / max(warmup_steps, 1)
+    progress = (step - warmup_steps) / max(total_steps - warmup_steps, 1)
+    fall = end + (peak - end) * 0.5 * (1 + jnp.cos(jnp.pi * progress))
+    return jnp.where(step < warmup_steps, rise, fall)
+
+  return schedule
+
+
+def cosine_by_epochs(
+    peak: float, steps_per_epoch: int, total_steps: int
+) -> Schedule:
+  """Half a cosine from `peak` to 0, the same throughout an epoch.
+
+  The linear probe of the paper's PyTorch release.
+  """
+
+  def schedule(step):
+    epoch = step // steps_per_epoch
+    progress = epoch * steps_per_epoch / jnp.asarray(total_steps, float)
+    return peak * 0.5 * (1 + jnp.cos(jnp.pi * progress))
+
+  return schedule
+
+
+def is_matrix(params: PyTree) -> PyTree:
+  """Marks the tensors with more than one axis."""
+  return jax.tree.map(lambda p: p.ndim > 1, params)
+
+
+def is_kernel(params: PyTree) -> PyTree:
+  """Marks the weights of linear layers and convolutions, by their name."""
+  return jax.tree_util.tree_map_with_path(
+      lambda path, _: path[-1].key == 'kernel', params
+  )
+
+
+DECAY_MASKS = {'all': None, 'matrices': is_kernel}
+
+
+def _decay_mask(c: ConfigDict) -> Callable[[PyTree], PyTree] | None:
+  if c.decay_mask not in DECAY_MASKS:
+    raise unknown('optimizer.decay_mask', c.decay_mask, DECAY_MASKS)
+  return DECAY_MASKS[c.decay_mask]
+
+
+def adamw(
+    c: ConfigDict, learning_rate: Schedule
+) -> optax.GradientTransformation:
+  """AdamW with decoupled decay of every trainable tensor, as PyTorch's."""
+  return optax.chain(
+      optax.scale_by_adam(c.b1, c.b2, c.eps),
+      optax.add_decayed_weights(c.weight_decay, _decay_mask(c)),
+      optax.scale_by_learning_rate(learning_rate),
+  )
+
+
+def lars(
+    c: ConfigDict, learning_rate: Schedule
+) -> optax.GradientTransformation:
+  """LARS (You et al. 2017) as MoCo v3 uses it for ResNets.
+
+  Not `optax.lars`, which scales by the learning rate before the momentum
+  buffer: the two differ once the rate changes. Decay and trust ratio apply to
+  tensors with more than one axis.
+  """
+  return optax.chain(
+      optax.add_decayed_weights(c.weight_decay, is_matrix),
+      optax.masked(
+          optax.scale_by_trust_ratio(trust_coefficient=c.trust_coefficient),
+          is_matrix,
+      ),
+      optax.trace(c.momentum),
+      optax.scale_by_learning_rate(learning_rate),
+  )
+
+
+def lamb(
+    c: ConfigDict, learning_rate: Schedule
+) -> optax.GradientTransformation:
+  """LAMB (You et al. 2020, arXiv 1904.00962), which [P] s4.1 studies too.
+
+  AdamW's update, scaled for each tensor to the norm of that tensor.
+  """
+  return optax.lamb(
+      learning_rate, c.b1, c.b2, c.eps,
+      weight_decay=c.weight_decay, mask=_decay_mask(c),
+  )
+
+
+OPTIMIZERS = {'adamw': adamw, 'lars': lars, 'lamb': lamb}
+
+
+def is_patch_embed(params: PyTree) -> PyTree:
+  """Marks the backbone's patch projection."""
+  return jax.tree_util.tree_map_with_path(
+      lambda path, _: [key.key for key in path[:2]]
+      == ['backbone', 'patch_embed'],
+      params,
+  )
+
+
+def build(
+    c: ConfigDict, learning_rate: Schedule, freeze_patch_embed: bool,
+    clip_patch_embed: bool = False,
+) -> optax.GradientTransformation:
+  """Returns the optimizer that `config.optimizer` names.
+
+  Args:
+    c: `config.optimizer`.
+    learning_rate: the rate as a function of the step.
+    freeze_patch_embed: keep the patch projection out of the update. The
+      gradient stops there anyway, but weight decay would still move it.
+    clip_patch_embed: scale its gradient down to at most a norm of
+      `c.patch_embed_clip` ([P] s4.2).
+
+  Raises:
+    UserError: for a name that is not in the table.
+  """
+  if c.name not in OPTIMIZERS:
+    raise unknown('optimizer.name', c.name, OPTIMIZERS)
+  optimizer = OPTIMIZERS[c.name](c, learning_rate)
+  if clip_patch_embed:
+    clip = optax.clip_by_global_norm(c.patch_embed_clip)
+    optimizer = optax.chain(optax.masked(clip, is_patch_embed), optimizer)
+  if not freeze_patch_embed:
+    return optimizer
+  return optax.partition(
+      {True: optax.set_to_zero(), False: optimizer}, is_patch_embed
+  )

@@ -1,0 +1,64 @@
+"""Published figures of accelerators."""
+
+import dataclasses
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+  """One chip's published figures (cloud.google.com/tpu/docs).
+
+  Attributes:
+    flops: peak bfloat16 operations per second.
+    memory: HBM, bytes.
+    bandwidth: of the HBM, bytes per second.
+    interconnect: all links of a chip together, one way, bytes per second.
+    dimensions: of the torus of chips.
+    host: the chips of one host, as the compiler wants to know them.
+    config: the compiler's name for a chip that is one device.
+  """
+
+  flops: float
+  memory: int
+  bandwidth: float
+  interconnect: float
+  dimensions: int
+  host: tuple[int, int, int] = (2, 2, 1)
+  config: str = 'default'
+
+
+GIB = 2**30
+CHIPS = {
+    'v4': Chip(275e12, 32 * GIB, 1228e9, 2400e9 / 8, 3, config='megacore'),
+    'v5e': Chip(197e12, 16 * GIB, 819e9, 1600e9 / 8, 2),
+    'v5p': Chip(459e12, 95 * GIB, 2765e9, 4800e9 / 8, 3),
+    'v6e': Chip(918e12, 32 * GIB, 1640e9, 3584e9 / 8, 2),
+}
+
+# Dense bfloat16 operations per second (float16 on the T4 and V100, which have
+# no other) of one device as JAX names it: the makers' data sheets.
+PEAK_FLOPS = {
+    'TPU v4': CHIPS['v4'].flops,
+    'TPU v5 lite': CHIPS['v5e'].flops,
+    'TPU v5e': CHIPS['v5e'].flops,
+    'TPU v5': CHIPS['v5p'].flops,
+    'TPU v5p': CHIPS['v5p'].flops,
+    'TPU v6 lite': CHIPS['v6e'].flops,
+    'TPU v6e': CHIPS['v6e'].flops,
+    'NVIDIA A100-PCIE-40GB': 312e12,
+    'NVIDIA A100-SXM4-40GB': 312e12,
+    'NVIDIA A100-SXM4-80GB': 312e12,
+    'NVIDIA A100 80GB PCIe': 312e12,
+    'NVIDIA H100 PCIe': 756e12,
+    'NVIDIA H100 80GB HBM3': 989e12,
+    'NVIDIA H200': 989e12,
+    'NVIDIA L4': 121e12,
+    'NVIDIA L40S': 362e12,
+    'NVIDIA GeForce RTX 4090': 165e12,
+    'Tesla T4': 65e12,
+    'Tesla V100-SXM2-16GB': 125e12,
+}
+
+
+def peak_flops(device_kind: str) -> float | None:
+  """The peak of `jax.Device.device_kind`; None if it is not in the table."""
+  return PEAK_FLOPS[device_kind] if device_kind in PEAK_FLOPS else None

@@ -1,0 +1,176 @@
+"""Several processes, on one or many machines, as one run."""
+
+from collections.abc import Iterator
+import contextlib
+import json
+import os
+import pathlib
+import re
+import signal
+from typing import Any
+import zlib
+
+import jax
+from jax.experimental import multihost_utils
+import numpy as np
+
+from mocov3_jax.base import console, exits
+from mocov3_jax.base.errors import UserError
+
+# After so many seconds without a sign of life a process counts as dead.
+HEARTBEAT = 60
+LOST_PEER = 1
+SLURM_TASKS = 'SLURM_STEP_NUM_TASKS'
+# What the errors of communication say.
+LOST = '(?i)gloo|nccl|connection|peer|unavailable|deadline|coordination|abort'
+
+
+def start(
+    coordinator: str | None, num_processes: int | None, process_id: int | None
+) -> None:
+  """Joins the other processes of the run, if there are others.
+
+  On TPU pods and under Slurm everything is found out; elsewhere all three are
+  given. Must come before any other use of JAX.
+
+  Args:
+    coordinator: address of process 0, host:port.
+    num_processes: in all.
+    process_id: of this one, from 0.
+
+  Raises:
+    UserError: if only some of them are given, or they do not meet.
+  """
+  given = coordinator, num_processes, process_id
+  if all(x is None for x in given) and not _in_cluster():
+    return
+  if any(x is None for x in given) and not all(x is None for x in given):
+    raise UserError(
+        f'--coordinator={coordinator} --num_processes={num_processes} '
+        f'--process_id={process_id}. Allowed: all three of them, or none on a '
+        'TPU pod and under Slurm.'
+    )
+  if num_processes is not None and not 0 <= process_id < num_processes:
+    raise UserError(
+        f'--process_id={process_id}. Allowed: from 0 to --num_processes='
+        f'{num_processes} minus 1.'
+    )
+  # Between CPUs; on accelerators it is not used.
+  jax.config.update('jax_cpu_collectives_implementation', 'gloo')
+  where = coordinator or 'the coordinator'
+  console.say(f'waiting for the other processes of this run at {where}')
+  # Python would answer Ctrl-C only after the wait, which may take minutes.
+  noted = signal.signal(signal.SIGINT, signal.SIG_DFL)
+  try:
+    jax.distributed.initialize(
+        coordinator, num_processes, process_id,
+        heartbeat_timeout_seconds=HEARTBEAT,
+    )
+  except (RuntimeError, ValueError) as e:
+    raise UserError(
+        f'the {num_processes or ""} processes of this run did not meet at '
+        f'{where}: {str(e).splitlines()[0]}'
+    ) from e
+  finally:
+    signal.signal(signal.SIGINT, noted)
+
+
+def environment_alone() -> dict[str, str]:
+  """The environment of a child that is a run of its own, also under Slurm."""
+  return {k: v for k, v in os.environ.items() if k != SLURM_TASKS}
+
+
+def _in_cluster() -> bool:
+  # A single task of Slurm, or a single TPU host, is on its own.
+  tasks = os.getenv(SLURM_TASKS, '1')
+  hosts = os.getenv('TPU_WORKER_HOSTNAMES', '')
+  return int(tasks) > 1 or len(hosts.split(',')) > 1
+
+
+def is_primary() -> bool:
+  """Whether this process speaks and writes for the run."""
+  return jax.process_index() == 0
+
+
+def require_same(given: dict[str, Any]) -> None:
+  """Checks that all processes of the run were given the same.
+
+  Args:
+    given: by name, what can be written as JSON.
+
+  Raises:
+    UserError: in all processes, with the names of what differs.
+  """
+  if jax.process_count() == 1:
+    return
+  texts = [json.dumps(value, sort_keys=True) for value in given.values()]
+  digests = np.asarray([zlib.crc32(t.encode()) for t in texts], np.uint32)
+  found = multihost_utils.process_allgather(digests)  # [processes, names]
+  differ = [n for n, d in zip(given, found.T, strict=True) if np.ptp(d)]
+  if differ:
+    raise UserError(
+        f'the processes of this run differ in {", ".join(differ)}. Allowed: '
+        'the same line in each, and the same images on each machine.'
+    )
+
+
+@contextlib.contextmanager
+def led(
+    context: contextlib.AbstractContextManager[Any], otherwise: Any
+) -> Iterator[Any]:
+  """Enters a context in the first process; the others hear how that went.
+
+  Args:
+    context: what only one process can hold, such as a lock.
+    otherwise: what it would yield, for the others.
+
+  Raises:
+    UserError: in all processes, if the first could not enter it.
+  """
+  with contextlib.ExitStack() as stack:
+    value, failure = otherwise, None
+    if is_primary():
+      try:
+        value = stack.enter_context(context)
+      except UserError as e:
+        failure = e
+    if jax.process_count() > 1:
+      refused = multihost_utils.broadcast_one_to_all(
+          np.asarray(failure is not None)
+      )
+      if refused and failure is None:
+        failure = UserError('process 0 refused; see its message')
+    if failure is not None:
+      raise failure
+    yield value
+
+
+@contextlib.contextmanager
+def peers_watched() -> Iterator[None]:
+  """Ends this process, with a message, when another one is lost."""
+  try:
+    yield
+  except jax.errors.JaxRuntimeError as e:
+    if jax.process_count() == 1 or not re.search(LOST, str(e)):
+      raise
+    lines = str(e).splitlines()
+    console.say(
+        f'error: process {jax.process_index()} lost another process of this '
+        f'run ({lines[0][:200]}). Start all of them again with the same line: '
+        'they continue from the last checkpoint.'
+    )
+    exits.leave(LOST_PEER)
+
+FOLDER = pathlib.Path('~/.cache/mocov3_jax/compiled')
+
+
+def keep_compiled() -> None:
+  """Keeps compiled programs on disk, for the next start of the same run.
+
+  In the folder that JAX_COMPILATION_CACHE_DIR names, or else in `FOLDER`. Not
+  for CPUs unless it is named: their programs are quick to compile, and bound
+  to the very processor. JAX_ENABLE_COMPILATION_CACHE=false turns it off.
+  """
+  if jax.config.jax_compilation_cache_dir or jax.default_backend() == 'cpu':
+    return
+  jax.config.update('jax_compilation_cache_dir', str(FOLDER.expanduser()))

@@ -1,0 +1,1 @@
+"""Pictures of views, attention, neighbours and features."""

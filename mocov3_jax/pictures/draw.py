@@ -1,0 +1,190 @@
+"""Attention, neighbours and embedding as pictures."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mocov3_jax.base.errors import UserError, unknown
+from mocov3_jax.data import sources
+from mocov3_jax.evals import knn
+from mocov3_jax.pictures import attention as attention_lib
+from mocov3_jax.pictures import projection, sheets, showing
+from mocov3_jax.runs import network
+
+# Rows of a sheet, and neighbours in a row, that can still be looked at.
+MOST_ROWS, MOST_NEIGHBOURS = 64, 20
+
+
+def attention(options: showing.Options) -> dict[str, Any]:
+  """Draws the attention of the class token to the patches.
+
+  Of images evenly spaced over the test split, or, without labels, over all.
+
+  Returns:
+    What was drawn, flat; `class_token` is the mean weight that the class token
+    gives to itself.
+
+  Raises:
+    UserError: for bad input; nothing is written then (but a listing of an
+      image folder, beside the file).
+  """
+  count = options.check(6, 1, MOST_ROWS)
+  run = network.find(options.checkpoint)
+  attention_lib.check(run.config.model)
+  shown = showing.open_(options, run)
+  held_out = shown.splits.test is not None
+  source = sources.evenly(
+      shown.splits.test if held_out else shown.splits.train, count
+  )
+  maps, readable = shown.attend(source)
+  vit, heads = run.model.backbone, maps.shape[1]
+  side = run.config.data.image_size // vit.patch_size
+  sheet = sheets.attention_sheet(
+      shown.read(source, readable),
+      maps[..., 1:].reshape(-1, heads, side, side),
+      [
+          shown.title('Attention of the class token'),
+          f'last of {vit.depth} blocks, heads 1 to {heads}, {side} x {side} '
+          f'patches; {"held-out " if held_out else ""}images: '
+          + shown.source_name,
+      ],
+  )
+  return shown.save(
+      sheet, images=len(readable), heads=heads, patches=side * side,
+      class_token=float(maps[..., 0].mean()),
+  )
+
+
+def neighbours(options: showing.Options, k: int) -> dict[str, Any]:
+  """Draws images and their nearest neighbours by backbone features.
+
+  Args:
+    options: of all pictures.
+    k: neighbours of each.
+
+  Returns:
+    What was drawn, flat; with labels also `hits`, the share of the neighbours
+    drawn that have their query's label, and `chance`, that of the whole bank.
+
+  Raises:
+    UserError: as `attention`.
+  """
+  count = options.check(8, 1, MOST_ROWS)
+  if not 1 <= k <= MOST_NEIGHBOURS:
+    raise UserError(
+        f'--k={k} is out of range. Allowed: 1 to {MOST_NEIGHBOURS}.'
+    )
+  shown = showing.open_(options, network.find(options.checkpoint))
+  splits = shown.splits
+  labelled = splits.test is not None
+  bank = splits.bank if labelled else splits.train
+  known, places = shown.extract(bank)
+  if labelled:
+    queries = sources.evenly(splits.test, count)
+    asked, ask = shown.extract(queries)
+    own = None
+  else:
+    # Of those that could be read, so that none is missing.
+    own = np.arange(len(places)) if len(places) <= count else (
+        np.arange(count) * len(places) // count
+    )
+    queries, asked, ask = bank, known[jnp.asarray(own)], places[own]
+  most = len(places) - (not labelled)
+  if k > most:
+    raise UserError(
+        f'--k={k} is more than there are in {shown.spec}. Allowed: 1 to {most}.'
+    )
+  cosine, index = jax.device_get(knn.nearest(asked, known, k, own))
+  return _draw_neighbours(shown, queries, ask, places[index], cosine)
+
+
+def _draw_neighbours(
+    shown: showing.Shown, queries: sources.Source, ask: np.ndarray,
+    found: np.ndarray, cosine: np.ndarray,
+) -> dict[str, Any]:
+  splits = shown.splits
+  k = found.shape[1]
+  second, result, same = shown.source_name, {}, None
+  below = [[[], *([f'{c:.3f}'] for c in row)] for row in cosine]
+  bank = splits.train
+  if splits.test is not None:
+    bank = splits.bank
+    names = [sheets.printable(n) for n in shown.class_names().values()]
+    labels = bank.labels(found.ravel()).reshape(found.shape)
+    theirs = queries.labels(ask)[:, None]
+    same = labels == theirs
+    everyone = bank.labels(np.arange(len(bank)))
+    result = {
+        'hits': float(same.mean()),
+        'chance': float((everyone == theirs).mean()),
+    }
+    for texts, label, row in zip(below, theirs[:, 0], labels, strict=True):
+      for text, n in zip(texts, [label, *row], strict=True):
+        text.insert(0, names[n])
+    second = (
+        f'{second}: {same.sum()} of {same.size} have their query\'s label '
+        f'({result["chance"]:.0%} by chance)'
+    )
+  each = [shown.read(bank, row) for row in found]
+  sheet = sheets.neighbour_sheet(
+      shown.read(queries, ask), each, below, same, [
+          shown.title(f'The {k} nearest of {len(bank):,} images'),
+          f'{second}; numbers: cosine of the features',
+      ],
+  )
+  return shown.save(
+      sheet, images=len(ask), k=k, bank=len(bank), **result
+  )
+
+
+def embedding(options: showing.Options, method: str) -> dict[str, Any]:
+  """Draws the features of images, evenly spaced over all, in the plane.
+
+  Args:
+    options: of all pictures.
+    method: one of `near.METHODS`.
+
+  Returns:
+    What was drawn, flat, with the numbers of `near.plane`.
+
+  Raises:
+    UserError: as `attention`, or if umap-learn is needed and not installed.
+  """
+  if method not in projection.METHODS:
+    raise unknown('--method', method, projection.METHODS)
+  count = options.check(2000, projection.FEWEST)
+  if method == 'umap':
+    projection.import_umap()  # Before any work is done.
+  shown = showing.open_(options, network.find(options.checkpoint))
+  train, test = shown.splits.train, shown.splits.test
+  total = len(train) + (len(test) if test is not None else 0)
+  parts = [sources.evenly(train, max(1, count * len(train) // total))]
+  if test is not None:
+    rest = max(1, count - len(parts[0]))
+    parts.append(sources.evenly(test, rest))
+  values, labels = [], []
+  for source in parts:
+    found, readable = shown.extract(source)
+    values.append(jax.device_get(found))
+    labels.append(source.labels(readable))
+  values, labels = np.concatenate(values), np.concatenate(labels)
+  if len(values) < projection.FEWEST:
+    raise UserError(
+        f'{len(values)} images of {shown.spec} could be read. Allowed: '
+        f'{projection.FEWEST} or more.'
+    )
+  points, axes, result = projection.plane(values, method)
+  names = shown.class_names()
+  present = np.unique(labels[labels >= 0]).tolist()
+  kinds = f'{len(present)} classes' if present else 'no labels'
+  sheet = sheets.scatter_sheet(
+      points, labels, {label: names[label] for label in present}, axes, [
+          shown.title(f'Features by {projection.METHODS[method]}'),
+          f'{len(points):,} images: {shown.source_name}, {kinds}',
+      ],
+  )
+  return shown.save(
+      sheet, images=len(points), method=method, classes=len(present), **result
+  )

@@ -1,0 +1,253 @@
+"""A network and images of which something is shown: opened, read, named."""
+
+from collections.abc import Iterator
+import dataclasses
+import functools
+from typing import Any
+
+from etils import epath
+import jax
+from jax.sharding import Mesh
+import numpy as np
+
+from mocov3_jax.base import files
+from mocov3_jax.base.errors import UserError, unknown
+from mocov3_jax.data import catalog, pipeline, sources
+from mocov3_jax.data.sources import Source
+from mocov3_jax.data.workers import Workers
+from mocov3_jax.evals import features
+from mocov3_jax.method import augment
+from mocov3_jax.parallel import sharding
+from mocov3_jax.pictures import attention, sheets
+from mocov3_jax.runs import network
+
+PyTree = Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+  """What is to be shown.
+
+  Attributes:
+    checkpoint: a workdir or one checkpoints/<step>.
+    out: the PNG; must not exist.
+    source: 'digits', 'folder:PATH' or 'tfds:NAME[:SPLIT]'; '' = what the run
+      was trained on.
+    labels: as `config.data.labels`; 'auto' without a source = as the run.
+    encoder: 'query' or 'momentum'.
+    images: how many; None = the default of the picture.
+    batch_size: images per forward pass over all devices.
+    threads: that read and decode images; 0 = one a core.
+  """
+
+  checkpoint: str
+  out: str
+  source: str = ''
+  labels: str = 'auto'
+  encoder: str = 'query'
+  images: int | None = None
+  batch_size: int = 256
+  threads: int = 0
+
+  def check(self, default: int, fewest: int, most: int | None = None) -> int:
+    """Returns how many images to show.
+
+    Args:
+      default: if nothing was said.
+      fewest, most: that are allowed; None = no limit.
+
+    Raises:
+      UserError: for whatever can be found wrong without opening anything.
+    """
+    if self.encoder not in network.ENCODERS:
+      raise unknown('--encoder', self.encoder, network.ENCODERS)
+    count = default if self.images is None else self.images
+    if count < fewest or most is not None and count > most:
+      raise UserError(
+          f'--images={count} is out of range. Allowed: {fewest} '
+          + ('or more.' if most is None else f'to {most}.')
+      )
+    devices = jax.device_count()
+    if self.batch_size < 1 or self.batch_size % devices or self.threads < 0:
+      raise UserError(
+          f'--batch_size={self.batch_size} --threads={self.threads}. Allowed: '
+          f'a multiple of the {devices} devices, and 0 or more.'
+      )
+    if self.path.suffix != '.png' or self.path.exists():
+      what = 'exists' if self.path.exists() else 'does not end with .png'
+      raise UserError(
+          f'--out={self.out} {what}. Allowed: a new file that ends with .png.'
+      )
+    return count
+
+  @property
+  def path(self) -> epath.Path:
+    """Of the PNG, absolute."""
+    return files.absolute(self.out, '--out')
+
+
+@dataclasses.dataclass(frozen=True)
+class Shown:
+  """What was opened.
+
+  Attributes:
+    options: that asked for it.
+    run: the network.
+    spec: names the source.
+    splits: its images.
+    by_folder: whether subfolders may be the labels.
+    mesh: to compute on.
+    workers: read and decode.
+    params, batch_stats: of the backbone, as `Network` has them.
+  """
+
+  options: Options
+  run: network.Trained
+  spec: str
+  splits: sources.Splits
+  by_folder: bool
+  mesh: Mesh
+  workers: Workers
+  params: PyTree
+  batch_stats: PyTree
+
+  @property
+  def source_name(self) -> str:
+    """Of the images, as a picture says it: of a folder, its own name."""
+    if not self.spec.startswith('folder:'):
+      return sheets.printable(self.spec)
+    path = files.absolute(self.spec.partition(':')[2])
+    return sheets.printable(path.name)
+
+  def title(self, what: str) -> str:
+    """The first line of a picture."""
+    return (
+        f'{what}: {self.run.config.model.name} after {self.run.step:,} steps, '
+        f'{self.options.encoder} encoder'
+    )
+
+  def save(self, sheet: sheets.Sheet, **result: Any) -> dict[str, Any]:
+    """Writes the picture; returns what is to be said of it.
+
+    Raises:
+      UserError: if it cannot be written.
+    """
+    sheet.save(self.options.path)
+    return {
+        'out': str(self.options.path), 'checkpoint': str(self.run.folder),
+        'step': self.run.step, 'encoder': self.options.encoder,
+        'source': self.spec, **result,
+    }
+
+  def extract(self, source: Source) -> tuple[jax.Array, np.ndarray]:
+    """Features, and the places of what could be read, as `features.Extract`.
+
+    Raises:
+      UserError: if nothing could.
+    """
+    values, readable = self._extract(self.params, self.batch_stats, source)
+    features.say_unreadable(source, readable)
+    return values, readable
+
+  @functools.cached_property
+  def _extract(self) -> features.Extract:
+    # One for all sources, so that it is compiled once.
+    return features.extractor(
+        self.run.model, self.run.config.data, self.mesh,
+        self.options.batch_size, self.workers,
+    )
+
+  def attend(self, source: Source) -> tuple[np.ndarray, np.ndarray]:
+    """Attention of the class token, as `attention.class_attention`.
+
+    Returns:
+      float32 [n, heads, 1 + patches] and int64 [n], the places of the images
+      that could be read.
+
+    Raises:
+      UserError: if none could.
+    """
+    @functools.partial(jax.jit, out_shardings=sharding.replicated(self.mesh))
+    def forward(params, batch_stats, images):
+      images = augment.whole_images(images, self.run.config.data)
+      return attention.class_attention(
+          self.run.model.backbone, params, batch_stats, images
+      )
+
+    parts = [
+        x['backbone'] if 'backbone' in x else {}
+        for x in (self.params, self.batch_stats)
+    ]
+    maps, unreadable = zip(*(
+        (jax.device_get(forward(*parts, batch.images)), batch.unreadable)
+        for batch in self._batches(source)
+    ), strict=True)
+    maps = np.concatenate(maps)
+    readable = features.readable(source, np.concatenate(unreadable))
+    features.say_unreadable(source, readable)
+    return maps[readable], readable
+
+  def _batches(self, source: Source) -> Iterator[pipeline.Batch]:
+    # No larger than there are images, but whole on every device.
+    devices = self.mesh.size
+    size = min(self.options.batch_size, -(-len(source) // devices) * devices)
+    for batch in pipeline.eval_batches(
+        source, sharding.local_positions(self.mesh, size), size,
+        self.run.config.data.image_size, self.workers,
+    ):
+      images = sharding.to_global(batch.images, self.mesh)
+      yield batch._replace(images=images)
+
+  def read(self, source: Source, indices: np.ndarray) -> list[np.ndarray]:
+    """Images as a picture shows them, uint8 [H, W, C].
+
+    What the network saw of them, but with as many pixels as there is room for:
+    the central crop, or the whole image if all have one size.
+    """
+    subset = sources.Subset(source, indices)
+    everywhere = np.arange(len(subset))
+    batches = pipeline.eval_batches(
+        subset, everywhere, len(subset), sheets.SIDE, self.workers
+    )
+    return [image for batch in batches for image in batch.images]
+
+  def class_names(self) -> dict[int, str]:
+    """What the labels are called: their folders, or else their numbers."""
+    train = self.splits.train
+    labels = train.labels(np.arange(len(train)))
+    numbers = {n: str(n) for n in range(train.num_classes)}
+    if not self.by_folder:
+      return numbers
+    paths = {label: set() for label in np.unique(labels[labels >= 0]).tolist()}
+    for index, label in enumerate(labels.tolist()):
+      if label >= 0:
+        paths[label].add(tuple(train.name(index).split('/')[:-1]))
+    for level in 0, 1:  # Classes lie in the root, or in its train/.
+      names = {
+          label: {path[level] if level < len(path) else '' for path in found}
+          for label, found in paths.items()
+      }
+      known = [name for found in names.values() for name in found if name]
+      if len(known) == len(set(known)) == len(names):
+        return numbers | {label: name for label, (name,) in names.items()}
+    return numbers
+
+
+def open_(options: Options, run: network.Trained) -> Shown:
+  """Opens the images and restores the network.
+
+  Raises:
+    UserError: if that cannot be done, or they do not fit together.
+  """
+  data = run.config.data
+  spec = options.source or data.source
+  own = not options.source and options.labels == 'auto'
+  labels = data.labels if own else options.labels
+  splits = catalog.load(spec, labels, options.path.parent / '.listings')
+  sources.check_channels(splits, spec, len(data.mean))
+  mesh = sharding.make_mesh()
+  params, batch_stats = network.restore(run, mesh, options.encoder)
+  return Shown(
+      options, run, spec, splits, labels == 'auto', mesh,
+      Workers(options.threads), params, batch_stats,
+  )

@@ -1,0 +1,177 @@
+"""The views of the first step of a run, on one sheet."""
+
+from collections.abc import Sequence
+import functools
+from typing import Any
+
+import jax
+from ml_collections import ConfigDict
+import numpy as np
+from PIL import Image, ImageDraw
+
+from mocov3_jax.base import files
+from mocov3_jax.base.errors import UserError
+from mocov3_jax.config import checks
+from mocov3_jax.data import pipeline
+from mocov3_jax.data.decode import Encoded
+from mocov3_jax.method import augment, image_ops
+from mocov3_jax.method.build import run_keys
+from mocov3_jax.training import pretrain
+
+# Side of a picture, width of the text, gaps and height of the header, pixels.
+SIDE, TEXT, GAP, HEADER = 160, 170, 8, 16
+ROWS = 8
+COLORS = ('red', 'deepskyblue')
+# By the order in which image_ops numbers the adjustments.
+ADJUSTMENTS = ('brightness', 'contrast', 'saturation', 'hue')
+
+
+def preview(
+    config: ConfigDict, out: str, count: int | None = None
+) -> dict[str, Any]:
+  """Writes the sheet of the first `count` examples of a run.
+
+  Args:
+    config: as `default_config()`, after overrides.
+    out: path of the PNG.
+    count: rows; None = ROWS, or as many as there are.
+
+  Returns:
+    The path and the number of rows.
+
+  Raises:
+    UserError: for bad input, or if `out` cannot be written.
+  """
+  checks.validate(config)
+  source = pretrain.load_source(config).train
+  # Too few images for a step can be looked at all the same.
+  config = config.copy_and_resolve_references()
+  config.batch_size = min(config.batch_size, len(source))
+  count = min(ROWS, config.batch_size) if count is None else count
+  if not 1 <= count <= config.batch_size:
+    raise UserError(
+        f'--count={count} is out of range. Allowed: from 1 to '
+        f'{config.batch_size}, the images of a batch.'
+    )
+  reader = pretrain.make_reader(config, source, np.arange(count))
+  batch = reader(0)
+  _, key = run_keys(config.seed)
+  keys = augment.example_keys(jax.random.fold_in(key, 0), count)
+  row = jax.jit(functools.partial(_views, config=config))
+  width = 3 * SIDE + 2 * TEXT + 6 * GAP
+  sheet = Image.new(
+      'RGB', (width, count * (SIDE + GAP) + GAP + HEADER), 'white'
+  )
+  _paste_header(sheet)
+  for i, image in enumerate(batch.images):
+    made, drawn = jax.device_get(row(image, keys[i]))
+    original, boxes = _original(reader, batch, i, image, drawn)
+    top = HEADER + GAP + i * (SIDE + GAP)
+    _paste_original(sheet, top, original, boxes)
+    _paste_views(sheet, top, made, drawn, boxes, config)
+  try:
+    sheet.save(str(files.absolute(out)), format='PNG')
+  except OSError as e:
+    raise UserError(
+        f'--out={out} cannot be written: {e.strerror or e}. Allowed: a path '
+        'in a folder that is there.'
+    ) from e
+  return {'out': out, 'examples': count}
+
+
+def _views(image, key, config):
+  views = augment.both_views(config.augment)
+  drawn = augment.draw_views(key, views, *image.shape[-3:-1])
+  made = augment.apply_views(
+      image_ops.to_float(image), drawn, views, config.data.image_size
+  )
+  return made, drawn
+
+
+def _original(reader, batch, place, image, drawn):
+  """The whole image, and both boxes (top, left, height, width) in it."""
+  source = reader.source
+  if source.shape:
+    return image, [[float(v) for v in d.box] for d in drawn]
+  if batch.unreadable[place] >= 0:  # Its replacement is seen by its views.
+    return None, [None, None]
+  encoded = Encoded(source.read(int(reader.indices(0)[place])))
+  boxes = pipeline.draw_boxes(
+      reader.seed, place, encoded.height, encoded.width, reader.views
+  )
+  return encoded.pixels(), boxes
+
+
+def _paste_header(sheet):
+  pen = ImageDraw.Draw(sheet)
+  pen.text((GAP, 4), 'original and crops', fill='black')
+  for i, name in enumerate(('view 1', 'view 2')):
+    left = SIDE + 2 * GAP + i * (SIDE + TEXT + 2 * GAP)
+    pen.text((left, 4), f'{name}, and what was drawn', fill='black')
+
+
+def _paste_original(sheet, top, image, boxes):
+  if image is None:
+    pen = ImageDraw.Draw(sheet)
+    pen.text((GAP, top), 'unreadable: replaced', fill='black')
+    return
+  scale = SIDE / max(image.shape[:2])
+  picture = _picture(image)
+  pen = ImageDraw.Draw(picture)
+  for color, (y, x, h, w) in zip(COLORS, boxes, strict=True):
+    pen.rectangle(
+        (x * scale, y * scale, max(x * scale, (x + w) * scale - 1),
+         max(y * scale, (y + h) * scale - 1)),
+        outline=color, width=2,
+    )
+  sheet.paste(picture, (GAP, top))
+
+
+def _paste_views(sheet, top, made, drawn, boxes, config):
+  pen = ImageDraw.Draw(sheet)
+  left = SIDE + 2 * GAP
+  views = (config.augment.view1, config.augment.view2)
+  for color, view, pixels, d, box in zip(
+      COLORS, views, made, drawn, boxes, strict=True
+  ):
+    bytes_ = np.round(255 * np.clip(pixels, 0, 1)).astype(np.uint8)
+    sheet.paste(_picture(bytes_), (left, top))
+    pen.rectangle((left, top, left + SIDE - 1, top + 2), fill=color)
+    text = '\n'.join(describe(d, box, view))
+    pen.multiline_text((left + SIDE + GAP, top), text, fill='black')
+    left += SIDE + TEXT + 2 * GAP
+
+
+def _picture(image: np.ndarray) -> Image.Image:
+  """The image at a scale that makes its longer side SIDE pixels."""
+  if image.shape[-1] == 1:
+    image = np.repeat(image, 3, axis=-1)
+  scale = SIDE / max(image.shape[:2])
+  height, width = (max(1, round(n * scale)) for n in image.shape[:2])
+  how = Image.Resampling.NEAREST if scale > 1 else Image.Resampling.BILINEAR
+  return Image.fromarray(image).resize((width, height), how)
+
+
+def describe(
+    drawn: augment.Draw, box: Sequence[float] | None, view: ConfigDict
+) -> list[str]:
+  """Says in words what was drawn for one view, a line an operation."""
+  lines = []
+  if box is not None:
+    y, x, h, w = box
+    lines.append(f'crop {w:.4g} x {h:.4g} at {x:.4g}, {y:.4g}')
+  if view.jitter_prob and drawn.jitter:
+    names = [ADJUSTMENTS[op] for op in drawn.order]
+    lines += [
+        f'{name} {drawn.factors[op]:.2f}'
+        for name, op in zip(names, drawn.order, strict=True) if view[name]
+    ]
+  if view.gray_prob and drawn.gray:
+    lines.append('gray')
+  if view.blur_prob and drawn.blur:
+    lines.append(f'blur {drawn.sigma:.2f} px')
+  if view.solarize_prob and drawn.solarize:
+    lines.append('solarize')
+  if view.flip_prob and drawn.flip:
+    lines.append('flip')
+  return lines

@@ -1,0 +1,1 @@
+"""What a run would cost on TPUs that are not there."""

@@ -1,0 +1,107 @@
+"""TPU slices that are not there: their topology and their published figures."""
+
+import contextlib
+import dataclasses
+import importlib.util
+import math
+import os
+import re
+from typing import Any
+
+import jax
+
+from mocov3_jax.base.errors import UserError, unknown
+from mocov3_jax.parallel.chips import CHIPS, Chip
+
+
+@dataclasses.dataclass(frozen=True)
+class Slice:
+  """Chips of one kind, connected.
+
+  Attributes:
+    name: such as 'v5e:16x16'.
+    chip: figures of each.
+    devices: for the compiler; they cannot run anything.
+  """
+
+  name: str
+  chip: Chip
+  devices: list[Any]
+
+
+def parse(topology: str) -> tuple[Chip, tuple[int, ...]]:
+  """Splits 'v5e:16x16' into the chip and the sides of the torus.
+
+  Raises:
+    UserError: for an unknown chip or a shape that it does not come in.
+  """
+  kind, _, shape = topology.partition(':')
+  if kind not in CHIPS:
+    raise unknown('--topology', kind, CHIPS)
+  chip = CHIPS[kind]
+  sides = 'x'.join(['N'] * chip.dimensions)
+  if not re.fullmatch('x'.join([r'[1-9]\d*'] * chip.dimensions), shape):
+    raise UserError(
+        f'--topology={topology!r}. Allowed: {kind}:{sides}, such as '
+        f'{kind}:{"x".join(["4"] * chip.dimensions)}.'
+    )
+  return chip, tuple(map(int, shape.split('x')))
+
+
+def get_slice(topology: str) -> Slice:
+  """Describes a slice to the TPU compiler, which runs on any machine.
+
+  Args:
+    topology: chip and shape, such as 'v5e:16x16' or 'v4:4x4x4'.
+
+  Raises:
+    UserError: for what is not known, or without the compiler (libtpu).
+  """
+  chip, sides = parse(topology)
+  if importlib.util.find_spec('libtpu') is None:
+    raise UserError(
+        f'--topology={topology} needs the TPU compiler, which is not '
+        'installed. Allowed: pip install -r requirements-tpu-plan.txt.'
+    )
+  # Slices smaller than a host's share have to say so.
+  host = tuple(
+      math.gcd(a, b) for a, b in zip((*sides, 1), chip.host, strict=False)
+  )
+  with _pretending(topology.split(':')[0]):
+    try:
+      from jax.experimental import topologies
+
+      found = topologies.get_topology_desc(
+          topology, platform='tpu', chips_per_host_bounds=host,
+          chip_config_name=chip.config,
+      )
+    except Exception as e:  # Several kinds, and none says what to do.
+      text = (str(e).splitlines() or [''])[0]
+      raise UserError(
+          f'--topology={topology}: the TPU compiler gives no such slice '
+          f'({type(e).__name__}: {text}). Allowed: a shape that Cloud TPU '
+          'offers.'
+      ) from e
+  return Slice(topology, chip, list(found.devices))
+
+
+@contextlib.contextmanager
+def _pretending(kind: str):
+  # libtpu would look for a TPU, and wait for the answer of a metadata server.
+  wanted = {
+      'TPU_SKIP_MDS_QUERY': '1', 'TPU_WORKER_ID': '0',
+      'TPU_WORKER_HOSTNAMES': 'localhost',
+      'TPU_ACCELERATOR_TYPE': f'{kind}-8',
+      # Only one process can hold a TPU, but any number can compile for one.
+      'ALLOW_MULTIPLE_LIBTPU_LOAD': '1',
+  }
+  before = {name: os.environ[name] for name in wanted if name in os.environ}
+  os.environ.update(wanted)
+  # Everything that runs does so on the CPU.
+  jax.config.update('jax_platforms', 'cpu')
+  try:
+    yield
+  finally:
+    for name in wanted:
+      del os.environ[name]
+    os.environ.update(before)

@@ -1,0 +1,44 @@
+"""The paper's protocols of evaluation."""
+
+from typing import Any
+
+import jax
+from ml_collections import ConfigDict
+
+from mocov3_jax.base import files
+from mocov3_jax.base.errors import unknown
+from mocov3_jax.config import checks
+from mocov3_jax.parallel import processes
+from mocov3_jax.protocols import finetune, frozen, linear
+from mocov3_jax.protocols import setup as setup_lib
+
+PROTOCOLS = {
+    'knn': frozen.evaluate_knn,
+    'linear': linear.probe,
+    'logistic': frozen.evaluate_logistic,
+    'finetune': finetune.finetune,
+}
+
+
+def evaluate(config: ConfigDict, path: str) -> dict[str, Any]:
+  """Runs one protocol on a checkpoint.
+
+  Args:
+    config: as `eval_config()`, after overrides.
+    path: the workdir of the evaluation.
+
+  Returns:
+    The results; see `setup.record` and the protocol.
+
+  Raises:
+    UserError: for bad input, before anything is written (but a listing of an
+      image folder, beside the workdir).
+    Preempted: after SIGTERM or Ctrl-C, once the state is saved.
+  """
+  processes.keep_compiled()
+  checks.validate_eval(config, jax.device_count())
+  if config.protocol not in PROTOCOLS:
+    raise unknown('protocol', config.protocol, PROTOCOLS)
+  setup = setup_lib.prepare(config, path)
+  results = PROTOCOLS[config.protocol](setup, path)
+  return setup_lib.record(setup, results, files.absolute(path))

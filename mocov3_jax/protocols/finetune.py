@@ -1,0 +1,244 @@
+"""Fine-tuning as a training job."""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from mocov3_jax import models
+from mocov3_jax.base.errors import UserError
+from mocov3_jax.data import sources
+from mocov3_jax.data.randaugment import RandAugment
+from mocov3_jax.data.workers import Workers
+from mocov3_jax.evals import features
+from mocov3_jax.method import augment, optimizers
+from mocov3_jax.method.optimizers import PyTree, Schedule
+from mocov3_jax.models.vit import ViT
+from mocov3_jax.parallel import sharding
+from mocov3_jax.protocols import linear, mixup
+from mocov3_jax.protocols.classifier import Classifier
+from mocov3_jax.protocols.setup import Setup
+from mocov3_jax.protocols.supervised_step import (
+  Supervised,
+  SupervisedState,
+  supervised_step,
+)
+from mocov3_jax.runs import metrics
+from mocov3_jax.training import trainer
+
+
+def layer_scales(params: PyTree, depth: int, decay: float) -> PyTree:
+  """Factors of the learning rate: each block learns slower than the next.
+
+  Bao et al. 2022 (arXiv 2106.08254): decay^0 for the head and the final norm,
+  decay^1 for the last block, ..., decay^(depth + 1) for what comes before the
+  first one.
+
+  Args:
+    params: of a `Classifier`.
+    depth: blocks of its backbone.
+    decay: 1 = all alike.
+  """
+
+  def scale(path, _):
+    names = [key.key for key in path]
+    above = 0
+    if names[0] == 'backbone':
+      if names[1].startswith('blocks_'):
+        above = depth - int(names[1].removeprefix('blocks_'))
+      elif names[1] != 'norm':
+        above = depth + 1
+    return decay**above
+
+  return jax.tree_util.tree_map_with_path(scale, params)
+
+
+def finetuning(
+    learning_rate: Schedule, weight_decay: float, depth: int,
+    layer_decay: float,
+) -> optax.GradientTransformation:
+  """AdamW as DeiT has it: only matrices decay; layer-wise rates.
+
+  Args:
+    learning_rate: of the head.
+    weight_decay: decoupled.
+    depth: blocks of the backbone; 0 where all layers are alike.
+    layer_decay: see `layer_scales`.
+  """
+
+  def by_layer(updates, params):
+    scales = layer_scales(params, depth, layer_decay)
+    return jax.tree.map(lambda u, s: u * s, updates, scales)
+
+  return optax.chain(
+      optax.scale_by_adam(),
+      optax.add_decayed_weights(weight_decay, optimizers.is_kernel),
+      optax.stateless(by_layer),
+      optax.scale_by_learning_rate(learning_rate),
+  )
+
+PyTree = Any
+
+
+def finetune(setup: Setup, path: str) -> dict[str, Any]:
+  """Trains all of the network, from the checkpoint or from scratch.
+
+  Args:
+    setup: of the evaluation.
+    path: the workdir.
+
+  Returns:
+    'finetune/top1', on the test images after the last step, and
+    'finetune/top1_best', of all evaluations.
+
+  Raises:
+    UserError: for bad input, before anything is written.
+    Preempted: after SIGTERM or Ctrl-C, once the state is saved.
+  """
+  config, mesh = setup.config, setup.mesh
+  model = build_model(setup)
+  method = build_method(setup, model)
+  init_key, step_key = jax.random.split(jax.random.key(config.seed))
+  start = functools.partial(init_state, setup, method, init_key)
+  placed = sharding.state_sharding(
+      mesh, jax.eval_shape(start, setup.variables)
+  )
+  init = jax.jit(start, out_shardings=placed)
+
+  @functools.partial(
+      jax.jit, donate_argnums=0,
+      in_shardings=(placed, sharding.batch_sharding(mesh)),
+      out_shardings=(placed, sharding.replicated(mesh)),
+  )
+  def step(state, batch):
+    state, values = supervised_step(
+        method, step_key, state, batch.images, batch.labels
+    )
+    return state, values | trainer.from_batch(batch)
+
+  fill = tuple(round(255 * m) for m in setup.run.config.data.mean)
+  magnitude = config.finetune.rand_augment
+  return trainer.carry_out(
+      linear.make_job(
+          setup, config.finetune.lr_per_256,
+          recolour=RandAugment(magnitude, fill=fill) if magnitude else None,
+          init=functools.partial(init, setup.variables), step=step,
+          evaluate=_tester(setup, model),
+          advice='a lower finetune.lr_per_256, a longer '
+          'schedule.warmup_epochs',
+      ),
+      path, finish=_summarise,
+  )
+
+
+def build_model(setup: Setup) -> Classifier:
+  """The checkpoint's backbone, all of it learning, and a new classifier."""
+  training_config, c = setup.run.config, setup.config.finetune
+  # How the blocks were looped over changes no parameter.
+  model = training_config.model.copy_and_resolve_references().unlock()
+  model.scan = False
+  backbone = models.build_backbone(
+      model, training_config.data.image_size, c.drop_path
+  )
+  if isinstance(backbone, ViT):
+    if backbone.patch_embed == 'frozen':
+      backbone = backbone.clone(patch_embed='learned')
+  elif c.layer_decay != 1:
+    raise UserError(
+        f'finetune.layer_decay={c.layer_decay} is for ViTs, and model.name is '
+        f'{training_config.model.name!r}. Allowed: 1.0.'
+    )
+  return Classifier(backbone, setup.splits.train.num_classes)
+
+
+def build_method(setup: Setup, model: Classifier) -> Supervised:
+  """The parts of a step."""
+  config, c = setup.config, setup.config.finetune
+  plan = linear.make_plan(setup, c.lr_per_256)
+  schedule = optimizers.warmup_cosine_between(
+      c.warmup_lr, plan.peak_lr, c.min_lr, plan.warmup_steps, plan.total_steps
+  )
+  view = augment.build(
+      (config.view,), setup.run.config.data, model.backbone.dtype
+  )
+
+  def prepare(images, labels, key):
+    view_key, erase_key, mix_key = jax.random.split(key, 3)
+    x = view(images, view_key)[:, 0]
+    x = mixup.erase(x, augment.example_keys(erase_key, len(x)), c.erase)
+    targets = mixup.smooth(labels, model.num_classes, c.smoothing)
+    return mixup.mix(x, targets, mix_key, c.mixup, c.cutmix)
+
+  depth = model.backbone.depth if isinstance(model.backbone, ViT) else 0
+  return Supervised(
+      model=model,
+      optimizer=finetuning(
+          schedule, c.weight_decay, depth, c.layer_decay
+      ),
+      augment=prepare, loss=mixup.soft_cross_entropy, learning_rate=schedule,
+      average_decay=c.ema,
+  )
+
+
+def init_state(
+    setup: Setup, method: Supervised, key: jax.Array, variables: PyTree
+) -> SupervisedState:
+  """A new classifier on the checkpoint's backbone, or on a random one.
+
+  Args:
+    setup: of the evaluation.
+    method: the parts.
+    key: of the initialisation.
+    variables: 'params' and 'batch_stats' of the checkpoint's backbone.
+  """
+  data, c = setup.run.config.data, setup.config.finetune
+  shape = (2, data.image_size, data.image_size, len(data.mean))
+  made = method.model.init(key, jnp.zeros(shape), train=False)
+  params = made['params']
+  stats = made['batch_stats'] if 'batch_stats' in made else {}
+  if not c.from_scratch:
+    # Copies, since the state is donated.
+    params |= jax.tree.map(jnp.copy, variables['params'])
+    stats |= jax.tree.map(jnp.copy, variables['batch_stats'])
+  return SupervisedState(
+      step=jnp.zeros((), jnp.int32), params=params, batch_stats=stats,
+      opt_state=method.optimizer.init(params),
+      average=jax.tree.map(
+          jnp.copy, {'params': params, 'batch_stats': stats}
+      ) if c.ema else {},
+  )
+
+
+def _tester(setup: Setup, model: Classifier):
+  """Returns state -> accuracy on the test images."""
+  config = setup.config
+  extract = features.extractor(
+      model, setup.run.config.data, setup.mesh, config.batch_size,
+      Workers(config.data.threads), method='__call__',
+  )
+  source, labels = sources.labelled(setup.splits.test)
+
+  def evaluate(state):
+    v = state.average or {
+        'params': state.params, 'batch_stats': state.batch_stats
+    }
+    logits, read = extract(v['params'], v['batch_stats'], source)
+    found = np.argmax(jax.device_get(logits), axis=1)
+    return {
+        'test/top1': float(np.mean(found == labels[read])),
+        'test/images': len(read),
+    }
+
+  return evaluate
+
+
+def _summarise(state, results, workdir) -> None:
+  del state
+  rows = metrics.read_metrics(workdir / 'metrics.jsonl')
+  results |= {
+      'finetune/top1': results['test/top1'],
+      'finetune/top1_best': max(linear.after_training(rows, 'test/top1')),
+  }

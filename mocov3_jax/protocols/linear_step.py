@@ -1,0 +1,172 @@
+"""Linear classifiers on frozen features, a sweep of learning rates at once.
+
+[P] s5 and its PyTorch release: SGD with momentum, no decay, half a cosine by
+epochs, random crops and flips; the backbone in evaluation mode. Probes are
+sensitive to the learning rate, and their features are the same: so one pass
+through the backbone serves a head for each rate.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+
+from mocov3_jax.method.optimizers import Schedule
+from mocov3_jax.models.layers import BatchNorm
+
+PyTree = Any
+
+
+@flax.struct.dataclass
+class ProbeState:
+  """All that the probe carries from step to step.
+
+  Attributes:
+    step: int32 scalar, updates done.
+    params: 'kernel' [L, D, C] and 'bias' [L, C], a head for each rate.
+    batch_stats: of the BatchNorm before the heads; empty without one.
+    opt_state: of the optimizer.
+  """
+
+  step: jax.Array
+  params: PyTree
+  batch_stats: PyTree
+  opt_state: optax.OptState
+
+
+@flax.struct.dataclass
+class Probe:
+  """The parts of the probe; all of them are functions or numbers.
+
+  Attributes:
+    features: (frozen variables, images uint8, key) -> [B, D], float32.
+    optimizer: of `build_optimizer`.
+    learning_rate: the schedule of rate 1; only logged here.
+    norm: applied to the features before the heads, or None.
+  """
+
+  features: Callable[[PyTree, jax.Array, jax.Array], jax.Array]
+  optimizer: optax.GradientTransformation
+  learning_rate: Schedule
+  norm: BatchNorm | None
+
+
+def build_optimizer(
+    rates: tuple[float, ...], schedule: Schedule, momentum: float
+) -> optax.GradientTransformation:
+  """SGD with heavy-ball momentum; head l learns at rates[l] * schedule."""
+
+  def each_its_rate(updates, params):
+    del params
+    return jax.tree.map(
+        lambda u: u * jnp.asarray(rates, u.dtype).reshape(
+            -1, *[1] * (u.ndim - 1)
+        ),
+        updates,
+    )
+
+  return optax.chain(
+      optax.trace(momentum), optax.stateless(each_its_rate),
+      optax.scale_by_learning_rate(schedule),
+  )
+
+
+def init_state(
+    probe: Probe, key: jax.Array, heads: int, width: int, num_classes: int
+) -> ProbeState:
+  """Weights from N(0, 0.01), the same for all heads, and biases 0 ([R])."""
+  kernel = 0.01 * jax.random.normal(key, (1, width, num_classes))
+  params = {
+      'kernel': jnp.repeat(kernel, heads, axis=0),
+      'bias': jnp.zeros((heads, num_classes)),
+  }
+  stats = {}
+  if probe.norm is not None:
+    stats = probe.norm.init(key, jnp.zeros((2, width)), True)['batch_stats']
+  return ProbeState(
+      step=jnp.zeros((), jnp.int32), params=params, batch_stats=stats,
+      opt_state=probe.optimizer.init(params),
+  )
+
+
+def logits(params: PyTree, features: jax.Array) -> jax.Array:
+  """Of all heads: features [B, D] -> [L, B, C]."""
+  products = jnp.einsum('bd,ldc->lbc', features, params['kernel'])
+  return products + params['bias'][:, None]
+
+
+def normalise(
+    probe: Probe, stats: PyTree, features: jax.Array, train: bool
+) -> tuple[jax.Array, PyTree]:
+  """Applies the BatchNorm, if there is one; returns its new statistics."""
+  if probe.norm is None:
+    return features, stats
+  x, new = probe.norm.apply(
+      {'batch_stats': stats}, features, train, mutable=['batch_stats']
+  )
+  return x, new['batch_stats']
+
+
+def probe_step(
+    probe: Probe, frozen: PyTree, key: jax.Array, state: ProbeState,
+    images: jax.Array, labels: jax.Array,
+) -> tuple[ProbeState, dict[str, jax.Array]]:
+  """One step of all heads.
+
+  Args:
+    probe: the parts.
+    frozen: 'params' and 'batch_stats' of the backbone.
+    key: of the run; the step is folded in here.
+    state: donated by the caller.
+    images: uint8 [B, H, W, C], or crops [B, V, S, S, C]; B the global batch.
+    labels: int [B], -1 where there is none.
+
+  Returns:
+    The next state and scalar metrics: those of the head with the lowest loss.
+  """
+  features = probe.features(
+      frozen, images, jax.random.fold_in(key, state.step)
+  )
+  features, stats = normalise(probe, state.batch_stats, features, True)
+  known = labels >= 0
+
+  def loss_fn(params):
+    losses = optax.softmax_cross_entropy_with_integer_labels(
+        logits(params, features), jnp.maximum(labels, 0)[None]
+    )  # [L, B]
+    losses = jnp.sum(losses * known[None], 1) / jnp.maximum(jnp.sum(known), 1)
+    return jnp.sum(losses), losses  # Heads do not depend on each other.
+
+  grads, losses = jax.grad(loss_fn, has_aux=True)(state.params)
+  updates, opt_state = probe.optimizer.update(
+      grads, state.opt_state, state.params
+  )
+  classes = state.params['bias'].shape[1]
+  best = jnp.nanargmin(losses)
+  return ProbeState(
+      step=state.step + 1,
+      params=optax.apply_updates(state.params, updates),
+      batch_stats=stats, opt_state=opt_state,
+  ), {
+      'train/loss': losses[best],
+      'train/loss_chance': jnp.log(jnp.asarray(classes, float)),
+      'train/lr': probe.learning_rate(state.step),
+      'grad_norm/global': optax.tree.norm(
+          jax.tree.map(lambda g: g[best], grads)
+      ),
+  }
+
+
+def predict(
+    probe: Probe, state: ProbeState, features: jax.Array
+) -> jax.Array:
+  """The class that each head finds: features [n, D] -> int [L, n]."""
+  features, _ = normalise(probe, state.batch_stats, features, False)
+  # A head after the other: the logits of all would be large.
+  def one(head):
+    return jnp.argmax(features @ head['kernel'] + head['bias'][None], axis=1)
+
+  return jax.lax.map(one, state.params)

@@ -1,0 +1,241 @@
+"""What every evaluation begins and ends with: a network, images, a result."""
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+from typing import Any
+
+from etils import epath
+import jax
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+import numpy as np
+
+from mocov3_jax.base import console, files
+from mocov3_jax.base.errors import UserError
+from mocov3_jax.data import catalog, sources
+from mocov3_jax.data.pipeline import epoch_order
+from mocov3_jax.data.workers import Workers
+from mocov3_jax.evals import confidence, features
+from mocov3_jax.parallel import sharding
+from mocov3_jax.runs import network
+from mocov3_jax.runs import workdir as workdir_lib
+
+PyTree = Any
+# What may change when an evaluation is continued.
+FREE = ('data.prefetch', 'data.threads', 'data.max_unreadable', 'log.', 'save.')
+
+
+@dataclasses.dataclass(frozen=True)
+class Setup:
+  """A checkpoint and the labelled images to evaluate it on.
+
+  Attributes:
+    config: of the evaluation.
+    run: the checkpoint.
+    splits: `train` and `bank` are labelled images to learn from, `test` those
+      to classify.
+    mesh: to work on.
+    extract: features of a source.
+    variables: 'params' and 'batch_stats' of the backbone, on every device.
+  """
+
+  config: ConfigDict
+  run: network.Trained
+  splits: sources.Splits
+  mesh: Mesh
+  extract: features.Extract
+  variables: PyTree
+
+
+def prepare(config: ConfigDict, path: str) -> Setup:
+  """Opens everything; writes nothing but listings beside the workdir.
+
+  Args:
+    config: as `eval_config()`, checked.
+    path: the workdir.
+
+  Raises:
+    UserError: for bad input.
+  """
+  if not config.checkpoint:
+    raise UserError(
+        'required: --config.checkpoint=..., the workdir of a training run or '
+        'one of its folders checkpoints/<step> (from_scratch takes its '
+        'network and images).'
+    )
+  run = network.find(config.checkpoint)
+  splits = load_splits(
+      config, run.config, files.absolute(path).parent / '.listings'
+  )
+  mesh = sharding.make_mesh()
+  extract = features.extractor(
+      run.model, run.config.data, mesh, config.batch_size,
+      Workers(config.data.threads),
+  )
+  params, batch_stats = network.restore(run, mesh, config.encoder)
+  return Setup(
+      config, run, splits, mesh, extract,
+      {'params': params, 'batch_stats': batch_stats},
+  )
+
+
+def digest(tree: PyTree) -> str:
+  """SHA-256 of all arrays of a tree."""
+  found = hashlib.sha256()
+  for leaf in jax.tree.leaves(jax.device_get(tree)):
+    found.update(np.ascontiguousarray(leaf).tobytes())
+  return found.hexdigest()
+
+
+def fingerprint(setup: Setup) -> dict[str, Any]:
+  """What must stay the same for an evaluation to be continued."""
+  splits = setup.splits
+  return splits.fingerprint() | {
+      'test_images': len(splits.test),
+      'labels_sha256': digest([
+          source.labels(np.arange(len(source)))
+          for source in (splits.train, splits.test)
+      ]),
+      'checkpoint_step': setup.run.step,
+      'backbone_sha256': digest(setup.variables),
+  }
+
+
+def load_splits(
+    config: ConfigDict, training: ConfigDict, listings: epath.Path
+) -> sources.Splits:
+  """Opens the labelled images to learn from, and those to classify.
+
+  Raises:
+    UserError: if there are none, or they do not fit the network.
+  """
+  data = config.data if config.data.source else training.data
+  splits = catalog.load(data.source, data.labels, listings)
+  what = f'data.source={data.source!r} with data.labels={data.labels!r}'
+  if splits.test is None:
+    raise UserError(
+        f'{what} has no labels, which protocol={config.protocol!r} needs. '
+        'Allowed: a labelled source; a folder with a subfolder a class; or '
+        'data.labels=FILE.csv.'
+    )
+  sources.check_channels(splits, data.source, len(training.data.mean))
+  train, labels = sources.labelled(splits.bank)
+  test, test_labels = sources.labelled(splits.test)
+  for name, found in ('training', labels), ('test', test_labels):
+    if not len(found):
+      raise UserError(
+          f'{what} has no labelled {name} images. Allowed: a source with '
+          'labels in both splits.'
+      )
+  if len(np.unique(labels)) < 2:
+    raise UserError(
+        f'{what} has training images of a single class. Allowed: two or more.'
+    )
+  unseen = np.setdiff1d(test_labels, labels)
+  if len(unseen):
+    raise UserError(
+        f'{what} has test images of {len(unseen)} classes (number {unseen[0]} '
+        'first) of which there is no training image. Allowed: splits with the '
+        'same classes.'
+    )
+  count = config.data.labels_per_class
+  if count:
+    train = few_of_each(train, labels, count, config.seed)
+  return dataclasses.replace(splits, train=train, bank=train, test=test)
+
+
+def few_of_each(
+    source: sources.Source, labels: np.ndarray, count: int, seed: int
+) -> sources.Source:
+  """So many images of each class, chosen by the seed.
+
+  Raises:
+    UserError: if a class has fewer.
+  """
+  order = epoch_order(seed, 0, len(source))
+  chosen = []
+  for label in np.unique(labels):
+    its = order[labels[order] == label]
+    if len(its) < count:
+      raise UserError(
+          f'data.labels_per_class={count}, but class {label} has {len(its)} '
+          'training images. Allowed: up to '
+          f'{np.unique(labels, return_counts=True)[1].min()}, what the '
+          'smallest class has, or 0 for all.'
+      )
+    chosen.append(its[:count])
+  return sources.Subset(source, np.sort(np.concatenate(chosen)))
+
+
+def claimed(
+    setup: Setup, path: str
+) -> contextlib.AbstractContextManager[epath.Path]:
+  """Claims the workdir of an evaluation that does not train."""
+  return workdir_lib.claimed(path, setup.config, FREE, fingerprint(setup))
+
+
+def record(
+    setup: Setup, results: dict[str, Any], workdir: epath.Path
+) -> dict[str, Any]:
+  """Completes the results, and writes result.json and a line of results.jsonl.
+
+  The latter stands beside the run's checkpoints, checkpoints/../results.jsonl.
+  Neither is written again when an evaluation is repeated and finds the same: of
+  a training that was done, it knows less (how fast it was, say).
+
+  Args:
+    setup: of the evaluation.
+    results: flat, with 'PROTOCOL/top1' and 'test/images', those that could be
+      read.
+    workdir: of the evaluation.
+
+  Returns:
+    All of result.json.
+
+  Raises:
+    UserError: if there is one that is damaged.
+  """
+  config, splits = setup.config, setup.splits
+  path = workdir / 'result.json'
+  known, own = files.read_object(path), f'{config.protocol}/'
+  found = {name: v for name, v in results.items() if name.startswith(own)}
+  if known | found == known:
+    return known
+  results = {
+      'test_images': results['test/images'],
+      'train_images': len(splits.train),
+  } | {k: v for k, v in results.items() if k != 'test/images'}
+  top1 = results[f'{config.protocol}/top1']
+  results |= {
+      f'{config.protocol}/top1_interval': list(
+          confidence.interval(top1, results['test_images'])
+      ),
+      'protocol': config.protocol,
+      'checkpoint': str(setup.run.folder),
+      'checkpoint_step': setup.run.step,
+      'encoder': config.encoder,
+      'classes': splits.train.num_classes,
+      'workdir': str(workdir),
+      'settings': workdir_lib.to_json(config),
+  }
+  # This first: a kill in between costs a second line, not the only one.
+  _append(setup.run.folder.parent.parent / 'results.jsonl', results)
+  text = json.dumps(results, indent=2) + '\n'
+  files.write_whole(path, text)
+  return results
+
+
+def _append(path: epath.Path, results: dict[str, Any]) -> None:
+  try:
+    before = path.read_text() if path.exists() else ''
+    # A line that a kill cut off ends here, or both would be lost.
+    end = '\n' if before and not before.endswith('\n') else ''
+    with path.open('a') as file:
+      file.write(f'{end}{json.dumps(results)}\n')
+  except OSError as e:  # The run may be somebody else's.
+    console.say(
+        f'warning: {path} cannot be written ({e.strerror}); the result is in '
+        'the workdir alone'
+    )

@@ -1,0 +1,295 @@
+"""What a report says of runs: facts, curves, a verdict. Draws nothing."""
+
+from collections.abc import Iterable, Sequence
+import dataclasses
+import json
+import os
+from typing import Any
+
+import numpy as np
+
+from mocov3_jax.config import checks
+from mocov3_jax.reports.thinning import Curve
+from mocov3_jax.runs import history as runs_lib
+from mocov3_jax.runs import table as sweep_table
+from mocov3_jax.training import stability
+
+KNN, RANK, RATE, MFU = (
+    'knn/top1', 'features/effective_rank', 'train/images_per_second',
+    'train/mfu',
+)
+# Told by their last value; those of the features where there are no labels.
+LAST_VALUES = (
+    RANK, 'features/alignment', 'features/uniformity', 'train/loss',
+    'train/loss_chance',
+)
+PATCH = 'model.patch_embed'
+FIRST, LAST = 'patch_embed', 'last_block'
+LAYERS = {FIRST: 'patch projection', LAST: 'last block'}
+# Safe for the colour-blind: Okabe and Ito's, without their black and yellow,
+# and the light ones darkened until each has a contrast of 3 and more against
+# white as against the page's dark.
+COLORS = (
+    '#0072b2', '#d55e00', '#009e73', '#c45f99', '#a87b00', '#3a96d0',
+    '#8a6ff0', '#7d7d7d',
+)
+# Lengths of line and gap, pixels; in this order, as colours come again.
+DASHES = ('', '8,3,2,3', '2,3', '9,4', '14,4', '14,3,2,3')
+# What `facts` tells beside the name, the config and the evaluations.
+FACTS = (
+    'status', 'collapsed', 'stuck', 'step', 'knn/top1_init', 'knn/top1',
+    'knn/top1_best', 'knn/best_step', *LAST_VALUES, 'dips', 'dip_deepest',
+    'spikes', 'leader', 'leader_steps', RATE, MFU,
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Shown:
+  """A run as a report shows it.
+
+  Attributes:
+    name: short, and different for each run of the report.
+    run: as read, but of its rows the last alone.
+    analysis: what was unstable in it.
+    color, dash: of its curves; of COLORS and DASHES.
+    curves: the finite values of each metric.
+  """
+
+  name: str
+  run: runs_lib.Run
+  analysis: stability.Analysis
+  color: str
+  dash: str
+  curves: dict[str, Curve]
+
+  def curve(self, metric: str) -> Curve:
+    """Of a metric; empty if it was not logged."""
+    if metric in self.curves:
+      return self.curves[metric]
+    return np.empty(0, np.int64), np.empty(0)
+
+  @property
+  def steps_per_epoch(self) -> int | None:
+    """Where the run has recorded how many images it trains on."""
+    data = self.run.data
+    if 'images' not in data:
+      return None
+    return data['images'] // self.run.config['batch_size'] or None
+
+  @property
+  def chance(self) -> float | None:
+    """The accuracy of guessing, where the number of classes is known."""
+    classes = self.run.data['classes'] if 'classes' in self.run.data else 0
+    return 1 / classes if classes else None
+
+  @property
+  def layers(self) -> list[str]:
+    """Those whose gradients were logged; the patch projection first."""
+    return sorted(
+        self.analysis.spikes, key=lambda name: (name != FIRST, name == LAST)
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+  """Runs side by side.
+
+  Attributes:
+    shown: the runs.
+    fields: of the config, in which they differ; and the values of each run.
+    grid: the fields that make a difference, without the seed.
+  """
+
+  shown: list[Shown]
+  fields: dict[str, list[Any]]
+  grid: list[str]
+
+
+def make(read: Iterable[runs_lib.Run]) -> Report:
+  """Analyses runs, names them, and gives them colours.
+
+  Args:
+    read: the runs. Their rows, which are large as dicts, are let go one run
+      after another, but for the last row.
+  """
+  runs, found = [], []
+  for run in read:
+    found.append((stability.analyse(run.rows), stability.all_series(run.rows)))
+    runs.append(dataclasses.replace(run, rows=run.rows[-1:]))
+  runs = runs_lib.aligned(runs)
+  fields = runs_lib.differing(runs)
+  grid = [
+      field for field in fields
+      if field != 'seed' and not field.startswith(checks.FREE_ON_RESUME)
+  ]
+  names = _names(runs)
+  styles = _styles(runs, names, grid)
+  return Report(
+      [
+          Shown(name, run, analysis, *style, curves)
+          for name, run, style, (analysis, curves) in zip(
+              names, runs, styles, found, strict=True
+          )
+      ],
+      fields, grid,
+  )
+
+
+def _names(runs: Sequence[runs_lib.Run]) -> list[str]:
+  folders = [str(run.folder) for run in runs]
+  above = os.path.commonpath([os.path.dirname(path) for path in folders])
+  return [_printable(os.path.relpath(path, above)) for path in folders]
+
+
+def _printable(name: str) -> str:
+  # A folder may be called almost anything; a page is UTF-8.
+  name = name.encode(errors='replace').decode()
+  return ''.join(c if c.isprintable() else '?' for c in name)
+
+
+def _styles(
+    runs: Sequence[runs_lib.Run], names: list[str], grid: list[str]
+) -> list[tuple[str, str]]:
+  # Seeds of one setting look alike; how patches are embedded, on which
+  # stability hangs ([P] s4.2), is told by the dash, as in the paper.
+  telling = [field for field in grid if field != PATCH] or grid
+  keys = [
+      json.dumps([run.config[field] for field in telling]) if telling else name
+      for run, name in zip(runs, names, strict=True)
+  ]
+  order = list(dict.fromkeys(keys))
+  # Frozen is solid and learned dash-dotted, whichever others there are.
+  kinds = [''] if PATCH not in grid else sorted(
+      {str(run.config[PATCH]) for run in runs} | {'frozen', 'learned'},
+      key=lambda kind: (kind != 'frozen', kind != 'learned', kind),
+  )
+  styles = []
+  for run, key in zip(runs, keys, strict=True):
+    again, color = divmod(order.index(key), len(COLORS))
+    kind = kinds.index(str(run.config[PATCH])) if PATCH in grid else 0
+    dash = (again * len(kinds) + kind) % len(DASHES)
+    styles.append((COLORS[color], DASHES[dash]))
+  return styles
+
+
+def chances(report: Report) -> list[float | None]:
+  """The accuracy of guessing, of each run, if it is to be drawn.
+
+  None where it is not known, or so far below the curves (digits: 10 % and 83 to
+  97 %) that they would be a flat line beside it.
+  """
+  values = [value for item in report.shown for value in item.curve(KNN)[1]]
+  if not values:
+    return [None] * len(report.shown)
+  least = 2 * min(values) - max(values)
+  return [
+      chance if chance is not None and chance > least else None
+      for chance in (item.chance for item in report.shown)
+  ]
+
+
+def layer_name(layer: str) -> str:
+  """In words."""
+  return LAYERS[layer] if layer in LAYERS else layer.replace('_', ' ')
+
+
+def facts(item: Shown, fields: Iterable[str] = ()) -> dict[str, Any]:
+  """What one line of the table says of a run; what is not known is left out.
+
+  Args:
+    item: the run.
+    fields: of the config, to be told as well.
+  """
+  run, found = item.run, item.analysis
+  row: dict[str, Any] = {'run': item.name}
+  row |= {field: run.config[field] for field in fields}
+  row |= {
+      'status': run.status, 'collapsed': found.collapsed is not None,
+      'stuck': found.stuck is not None,
+      'step': run.rows[-1]['step'] if run.rows else 0,
+  }
+  steps, knn = item.curve(KNN)
+  if len(knn):
+    best = int(np.argmax(knn))
+    row |= {
+        'knn/top1_init': float(knn[0]), 'knn/top1': float(knn[-1]),
+        'knn/top1_best': float(knn[best]), 'knn/best_step': int(steps[best]),
+    }
+  for metric in LAST_VALUES:
+    values = item.curve(metric)[1]
+    if len(values):
+      row[metric] = float(values[-1])
+  row['dips'] = len(found.dips)
+  if found.dips:
+    row['dip_deepest'] = max(dip.depth for dip in found.dips)
+  row['spikes'] = sum(map(len, found.spikes.values()))
+  if found.lead.first is not None:
+    row['leader'] = found.lead.first
+    if LAST in found.lead.lags:
+      row['leader_steps'] = found.lead.lags[LAST]
+  for metric in RATE, MFU:
+    values = item.curve(metric)[1]
+    values = values[values > 0]  # The first step, which compiles, has 0.
+    if metric in run.result:
+      row[metric] = run.result[metric]
+    elif len(values):
+      row[metric] = float(np.median(values))
+  return row | sweep_table.evaluated(run)
+
+
+def columns(report: Report) -> list[str]:
+  """The names of all facts that any run has, in a fixed order."""
+  known = dict.fromkeys(key for row in table(report) for key in row)
+  order = ['run', *report.fields, *FACTS]
+  return [name for name in order if name in known] + sorted(
+      name for name in known if name not in order
+  )
+
+
+def table(report: Report) -> list[dict[str, Any]]:
+  """A row of facts for each run."""
+  return [facts(item, report.fields) for item in report.shown]
+
+
+def counts(report: Report) -> dict[str, int]:
+  """How many runs, and how many events in them."""
+  rows = table(report)
+  return {
+      'runs': len(rows),
+      'diverged': sum(row['status'] == 'diverged' for row in rows),
+      'dips': sum(row['dips'] for row in rows),
+      'spikes': sum(row['spikes'] for row in rows),
+  }
+
+
+def varied(report: Report) -> str | None:
+  """The numeric field of the grid with most values; None if there is none.
+
+  Nor if several have as many: then no one axis shows the sweep.
+  """
+  sizes = {
+      field: len(set(report.fields[field])) for field in report.grid
+      if all(
+          isinstance(value, (int, float)) and not isinstance(value, bool)
+          for value in report.fields[field]
+      )
+  }
+  most = [field for field in sizes if sizes[field] == max(sizes.values())]
+  return most[0] if len(most) == 1 else None
+
+
+def short(fields: Sequence[str]) -> list[str]:
+  """Names of fields without their group, where that is clear."""
+  last = [field.rsplit('.', 1)[-1] for field in fields]
+  return [
+      name if last.count(name) == 1 else field
+      for name, field in zip(last, fields, strict=True)
+  ]
+
+
+def label(row: dict[str, Any], fields: Sequence[str]) -> str:
+  """A point of the grid in words: 'patch_embed frozen, lr_per_256 0.03'."""
+  return ', '.join(
+      f'{name} {sweep_table.show_value(row[field])}'
+      for name, field in zip(short(fields), fields, strict=True)
+  )

@@ -1,0 +1,85 @@
+"""Curves of a run; thinned, smoothed, made relative."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from mocov3_jax.training import events
+
+Curve = tuple[np.ndarray, np.ndarray]  # Steps [n] and values [n].
+
+# Points of all curves of a page: 1.8 MB of text, so that it stays below 5 MB.
+POINTS = 100_000
+CURVE_POINTS = 2000
+FEWEST_POINTS = 40
+# Logged values over which the throughput is smoothed, by the median.
+SMOOTH = 21
+
+
+def at(curve: Curve, steps: Sequence[int]) -> list[float]:
+  """The values of a curve at some of its steps."""
+  return curve[1][np.searchsorted(curve[0], np.asarray(steps, int))].tolist()
+
+
+def points_per_curve(count: int) -> int:
+  """How many points a curve may have if there are so many curves."""
+  share = POINTS // max(1, count)
+  return min(CURVE_POINTS, max(FEWEST_POINTS, share))
+
+
+def thin(steps: np.ndarray, values: np.ndarray, limit: int) -> Curve:
+  """Fewer points of a curve, without losing a spike or a dip.
+
+  Args:
+    steps: [n].
+    values: [n], finite.
+    limit: of points; at least 4.
+
+  Returns:
+    At most `limit` of the points, in order: the first, the last, and the
+    lowest and highest of equal parts of the others.
+  """
+  count = len(values)
+  if count <= limit:
+    return steps, values
+  parts = np.array_split(np.arange(1, count - 1), (limit - 2) // 2)
+  kept = {0, count - 1}
+  for part in parts:
+    kept |= {part[np.argmin(values[part])], part[np.argmax(values[part])]}
+  places = np.array(sorted(kept))
+  return steps[places], values[places]
+
+
+def relative(values: np.ndarray, window: int = events.WINDOW) -> np.ndarray:
+  """Values as multiples of the median around them, as [P] Fig. 4 has them.
+
+  Args:
+    values: [n], above 0.
+    window: values on each side that make the median.
+  """
+  # A running median is smooth, so every quarter of a window will do.
+  places, medians = _medians(values, window, max(1, window // 4))
+  return values / np.interp(np.arange(len(values)), places, medians)
+
+
+def smoothed(steps: np.ndarray, values: np.ndarray) -> Curve:
+  """The median of values [n] and those around them, SMOOTH in all.
+
+  Of at most about CURVE_POINTS of them: no peak is worth keeping here.
+  """
+  if len(values) < SMOOTH:
+    return steps, values
+  every = 1 + len(values) // CURVE_POINTS
+  places, medians = _medians(values, SMOOTH // 2, every)
+  return steps[places], medians
+
+
+def _medians(
+    values: np.ndarray, window: int, every: int
+) -> tuple[np.ndarray, np.ndarray]:
+  """Each `every`th place, and the median of so many values on each side."""
+  # Mirrored, the first and last values have as many neighbours as others.
+  padded = np.pad(values, window, mode='symmetric')
+  around = np.lib.stride_tricks.sliding_window_view(padded, 2 * window + 1)
+  places = np.arange(0, len(values), every)
+  return places, np.median(around[places], axis=1)

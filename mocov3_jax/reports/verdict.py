@@ -1,0 +1,169 @@
+"""The verdict of a report, in plain sentences."""
+
+from collections import Counter
+from collections.abc import Sequence
+import statistics
+
+from mocov3_jax.reports import data as data_lib
+from mocov3_jax.reports.data import Report, Shown
+
+NAMED = 3  # Runs that are named; of more, the others are counted.
+# Told in this order; 'absent' cannot be.
+STATUSES = {
+    'done': 'done', 'running': 'still running',
+    'stopped': 'stopped before the end', 'diverged': 'diverged',
+}
+ALONE = {
+    'done': 'The run is done.', 'running': 'The run is still going on.',
+    'stopped': 'The run was stopped before its end.',
+    'diverged': 'The run diverged.',
+}
+
+
+def verdict(report: Report) -> str:
+  """One paragraph: how the runs ended, and what was unstable in them."""
+  return ' '.join(filter(None, (
+      _endings(report), _accuracy(report), _below_random(report),
+      _dips(report), _spikes(report), _failures(report),
+  )))
+
+
+def _endings(report: Report) -> str:
+  shown = report.shown
+  if len(shown) == 1:
+    return ALONE[shown[0].run.status]
+  found = Counter(item.run.status for item in shown)
+  parts = [
+      f'{found[status]} {text}' for status, text in STATUSES.items()
+      if found[status]
+  ]
+  broken = [item for item in shown if item.run.status == 'diverged']
+  which = f' ({_names(broken)})' if broken else ''  # The last of the parts.
+  return f'{len(shown)} runs: {", ".join(parts)}{which}.'
+
+
+def _accuracy(report: Report) -> str:
+  rows = [
+      row for row in data_lib.table(report)
+      if 'knn/top1' in row and row['step']
+  ]
+  if not rows:
+    return ''
+  best = max(rows, key=lambda row: row['knn/top1'])
+  last, first = percent(best['knn/top1']), percent(best['knn/top1_init'])
+  if len(report.shown) == 1:
+    return f'Its last kNN accuracy is {last}; at step 0 it was {first}.'
+  return (
+      f'The highest last kNN accuracy is {last}, of {best["run"]}; at step 0 '
+      f'it was {first}.'
+  )
+
+
+def _below_random(report: Report) -> str:
+  # That falls short of a dip, or never comes back from one, is no less bad.
+  rows = data_lib.table(report)
+  below = [
+      item for item, row in zip(report.shown, rows, strict=True)
+      if 'knn/top1' in row and row['knn/top1'] < row['knn/top1_init']
+  ]
+  if not below:
+    return ''
+  if len(report.shown) == 1:
+    return 'That is less than the random network had.'
+  return f'Below their random network: {_names(below)}.'
+
+
+def _dips(report: Report) -> str:
+  shown = [item for item in report.shown if len(item.curve(data_lib.KNN)[0])]
+  if not shown:
+    return ''
+  dipped = [item for item in shown if item.analysis.dips]
+  if not dipped:
+    return 'Nowhere does the kNN accuracy dip.'
+  worst, deepest = max(
+      ((item, dip) for item in dipped for dip in item.analysis.dips),
+      key=lambda pair: pair[1].depth,
+  )
+  where = f'{points(deepest.depth)} at step {deepest.low:,}'
+  if len(report.shown) == 1:
+    number = len(worst.analysis.dips)
+    return f'{count(number, "dip")} in kNN accuracy, the deepest of {where}.'
+  have = 'has' if len(dipped) == 1 else 'have'
+  return (
+      f'{len(dipped)} of {len(shown)} {have} dips in kNN accuracy; the deepest '
+      f'is of {where}, in {worst.name}.'
+  )
+
+
+def _spikes(report: Report) -> str:
+  total = data_lib.counts(report)['spikes']
+  if not total:
+    return 'No gradient spikes.'
+  leads = [item.analysis.lead for item in report.shown]
+  events = sum(lead.events for lead in leads)
+  led: Counter[str] = Counter()
+  for lead in leads:
+    if lead.first is not None:
+      led[lead.first] += lead.led
+  text = f'{count(total, "gradient spike")}'
+  if not events:
+    return f'{text}, none of them in several layers together.'
+  (layer, first), *_ = led.most_common(1) or [(None, 0)]
+  where = count(events, 'event')
+  if layer is None or 2 * first <= events:
+    return f'{text}; of {where} over several layers, no layer begins most.'
+  text += (
+      f'; {first} of {where} over several layers begin in the '
+      f'{data_lib.layer_name(layer)}'
+  )
+  lag = _median_lag(report.shown)
+  if layer == data_lib.FIRST and lag is not None:
+    text += f', {count(lag, "step")} before the last block (median)'
+  return text + '.'
+
+
+def _median_lag(items: Sequence[Shown]) -> float | None:
+  """Steps by which the last block follows the patch projection, over runs."""
+  lags = [
+      item.analysis.lead.lags[data_lib.LAST] for item in items
+      if item.analysis.lead.first == data_lib.FIRST
+      and data_lib.LAST in item.analysis.lead.lags
+  ]
+  return statistics.median(lags) if lags else None
+
+
+def _failures(report: Report) -> str:
+  parts = []
+  collapsed = [i for i in report.shown if i.analysis.collapsed is not None]
+  stuck = [i for i in report.shown if i.analysis.stuck is not None]
+  if collapsed:
+    parts.append(f'Features have collapsed in {_names(collapsed)}.')
+  if stuck:
+    parts.append(f'The loss is no better than chance in {_names(stuck)}.')
+  return ' '.join(parts)
+
+
+def _names(items: Sequence[Shown]) -> str:
+  names = [item.name for item in items[:NAMED]]
+  more = len(items) - NAMED
+  return _listed(names + ([f'{more} more'] if more > 0 else []))
+
+
+def _listed(parts: Sequence[str]) -> str:
+  *before, last = parts
+  return f'{", ".join(before)} and {last}' if before else last
+
+
+def count(number: float, noun: str) -> str:
+  """'1 spike', '2,000 spikes', '2.5 steps'."""
+  return f'{number:,g} {noun}{"" if number == 1 else "s"}'
+
+
+def percent(share: float) -> str:
+  """Of a share from 0 to 1."""
+  return f'{100 * share:.1f}\u00a0%'  # Not to be broken at.
+
+
+def points(share: float) -> str:
+  """Of a difference of two shares."""
+  return f'{100 * share:.1f} points'

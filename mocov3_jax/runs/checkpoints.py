@@ -1,0 +1,314 @@
+"""Checkpoints of a run, by Orbax: async save, newest intact restore."""
+
+from collections.abc import Callable
+import json
+import textwrap
+from typing import Any
+
+from etils import epath
+import jax
+from jax.experimental import multihost_utils
+import numpy as np
+import orbax.checkpoint as ocp
+from orbax.checkpoint import checkpoint_managers
+
+from mocov3_jax.base.errors import UserError
+from mocov3_jax.base.files import absolute
+
+PyTree = Any
+# Name of the state within checkpoints/<step>/.
+ITEM = 'state'
+
+
+class Checkpoints:
+  """The checkpoints/<step> folders of a run, <step> being updates done."""
+
+  def __init__(
+      self, workdir: epath.Path, keep_latest: int, keep_best: int,
+      warn: Callable[[str], None], best_metric: str = 'knn/top1',
+  ):
+    """Opens checkpoints/ in `workdir`, removing what a kill left half-written.
+
+    Args:
+      workdir: of the run.
+      keep_latest: newest checkpoints kept.
+      keep_best: best ones kept beside those.
+      warn: is told of each damaged checkpoint.
+      best_metric: by which they are the best.
+    """
+    self._warn = warn
+    self._folder = workdir / 'checkpoints'
+    self._damaged = workdir / 'checkpoints_damaged'
+    self._best_metric = best_metric
+    best = lambda metrics: metrics[best_metric]
+    policies = checkpoint_managers.AnyPreservationPolicy([
+        checkpoint_managers.LatestN(keep_latest),
+        checkpoint_managers.BestN(
+            get_metric_fn=best, n=keep_best,
+            keep_checkpoints_without_metrics=False,
+        ),
+    ])
+    options = ocp.CheckpointManagerOptions(
+        preservation_policy=policies,
+        best_fn=best,
+        cleanup_tmp_directories=True,
+    )
+    if jax.process_index() == 0:
+      self._folder.mkdir(exist_ok=True)
+      self._check_metrics()
+    _all_arrive('checkpoints opened')
+    self._manager = ocp.CheckpointManager(
+        self._folder, options=options, item_names=(ITEM,)
+    )
+
+  def _check_metrics(self) -> None:
+    # Orbax reads all of them when it starts, and gives up at a broken one.
+    for folder in self._folder.iterdir():
+      file = folder / 'metrics' / 'metrics'
+      if folder.name.isdigit() and file.exists():
+        try:
+          json.loads(file.read_text())
+        except ValueError as e:
+          self._set_aside(int(folder.name), summary(e))
+
+  def save(self, step: int, state: PyTree, metrics: dict[str, float]) -> None:
+    """Saves in the background; the state may be donated right after.
+
+    Args:
+      step: updates done.
+      state: of jax.Arrays.
+      metrics: the best metric among them makes it a candidate for the best.
+    """
+    if step == self._manager.latest_step():
+      return
+    known = None
+    if self._best_metric in metrics:
+      known = {self._best_metric: metrics[self._best_metric]}
+    args = ocp.args.Composite(**{ITEM: ocp.args.StandardSave(state)})
+    self._manager.save(step, args=args, metrics=known, force=True)
+
+  def restore(self, abstract_state: PyTree) -> tuple[PyTree, int] | None:
+    """Restores the newest checkpoint that can be read.
+
+    Damaged newer ones are moved to checkpoints_damaged/. If none can be read,
+    none is moved: then the cause may be another than damage.
+
+    Args:
+      abstract_state: of jax.ShapeDtypeStruct with shardings; any number of
+        devices.
+
+    Returns:
+      The state and its step, or None if there is no checkpoint.
+
+    Raises:
+      UserError: if there are checkpoints, and none can be read.
+    """
+    args = ocp.args.Composite(
+        **{ITEM: ocp.args.StandardRestore(abstract_state)}
+    )
+    failures = {}
+    for step in sorted(self._manager.all_steps(), reverse=True):
+      try:
+        state = self._manager.restore(step, args=args)[ITEM]
+      except Exception as e:  # Orbax and TensorStore raise many kinds.
+        failures[step] = summary(e)
+        continue
+      for damaged, reason in failures.items():
+        if jax.process_count() > 1:
+          # Another process may have read it; they must not part here.
+          raise UserError(
+              f'checkpoint {self._folder / str(damaged)} is damaged '
+              f'({reason}). Allowed: to move it away, and to start all '
+              'processes again.'
+          )
+        self._set_aside(damaged, reason)
+      if failures:
+        self._manager.reload()
+      return state, step
+    if failures:
+      raise UserError(
+          f'no checkpoint in {self._folder} can be read:\n  '
+          + '\n  '.join(f'{step}: {why}' for step, why in failures.items())
+          + '\nAllowed: another workdir, to start anew. (Weights alone, as '
+          'convert writes them without a recipe, can be evaluated and '
+          'extracted, not trained on.)'
+      )
+    return None
+
+  def newest_before(self, step: int) -> int | None:
+    """The newest checkpoint before `step`; later ones are moved aside.
+
+    For a run whose state was found broken at `step`.
+    """
+    self.wait()
+    if jax.process_index() == 0:
+      for later in [s for s in self._manager.all_steps() if s >= step]:
+        self._set_aside(later, f'the training diverged at step {step}')
+    _all_arrive('diverged checkpoints set aside')
+    self._manager.reload()
+    return self._manager.latest_step()
+
+  def _set_aside(self, step: int, reason: str) -> None:
+    self._damaged.mkdir(exist_ok=True)
+    target = self._damaged / str(step)
+    if target.exists():
+      target.rmtree()
+    (self._folder / str(step)).rename(target)
+    self._warn(
+        f'warning: checkpoint {self._folder / str(step)} is damaged and was '
+        f'moved to {self._damaged} ({reason})'
+    )
+
+  def wait(self) -> None:
+    """Blocks until every save is complete on disk."""
+    self._manager.wait_until_finished()
+
+  def close(self) -> None:
+    """Waits and releases the threads."""
+    self._manager.close()
+
+
+def _all_arrive(where: str) -> None:
+  # All processes of a run see the same folder.
+  if jax.process_count() > 1:
+    multihost_utils.sync_global_devices(where)
+
+
+def abstract(state: PyTree, shardings: PyTree) -> PyTree:
+  """Shapes, dtypes and shardings of all leaves, to restore into.
+
+  Args:
+    state: of arrays or ShapeDtypeStructs.
+    shardings: of the restored arrays: the same tree, or one for all.
+  """
+  if isinstance(shardings, jax.sharding.Sharding):
+    one = shardings
+    shardings = jax.tree.map(lambda _: one, state)
+  return jax.tree.map(
+      lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+      state, shardings,
+  )
+
+
+def summary(error: Exception) -> str:
+  """The kind of an error and the first line of its text, shortened."""
+  lines = str(error).strip().splitlines() or ['']
+  text = textwrap.shorten(lines[0], 160, placeholder=' ...')
+  return f'{type(error).__name__}: {text}'
+
+PyTree = Any
+
+
+def find(path: str) -> tuple[epath.Path, epath.Path]:
+  """Finds the run and the checkpoint that `path` names.
+
+  Args:
+    path: a workdir (then its newest checkpoint) or one checkpoints/<step>.
+
+  Returns:
+    The workdir of the run, and the folder of the checkpoint.
+
+  Raises:
+    UserError: if `path` is neither.
+  """
+  if path:
+    folder = absolute(path)
+    if folder.is_file():
+      raise UserError(
+          f'checkpoint={path!r} is a file. Allowed: a run; weights become one '
+          f'by: python -m mocov3_jax.convert --from={path} --to=runs/NEW.'
+      )
+    if (folder / 'checkpoints').is_dir():
+      steps = [
+          int(p.name) for p in (folder / 'checkpoints').iterdir()
+          if p.name.isdigit()
+      ]
+      if steps:
+        return folder, folder / 'checkpoints' / str(max(steps))
+    run = folder.parent.parent
+    if folder.name.isdigit() and folder.is_dir():
+      if (run / 'config.json').exists():
+        return run, folder
+  raise UserError(
+      f'checkpoint={path!r} is not a checkpoint. Allowed: the workdir of a '
+      'run that has saved one, or one of its folders checkpoints/<step>.'
+  )
+
+
+def held(folder: epath.Path) -> set[tuple[str, str]]:
+  """What a checkpoint holds: ('params', 'backbone'), ('params', ...), ...
+
+  Raises:
+    UserError: if it cannot be read.
+  """
+  try:
+    with ocp.PyTreeCheckpointer() as checkpointer:
+      tree = checkpointer.metadata(folder / ITEM).item_metadata.tree
+  except Exception as e:  # Orbax and TensorStore raise many kinds.
+    raise _unreadable(folder, e) from e
+  return {
+      (field, part) for field, parts in tree.items()
+      if isinstance(parts, dict) for part in parts
+  }
+
+
+def _unreadable(folder: epath.Path, e: Exception) -> UserError:
+  return UserError(
+      f'checkpoint={str(folder)!r} cannot be read ({summary(e)}).'
+  )
+
+
+def restore_part(folder: epath.Path, abstract_part: PyTree) -> PyTree:
+  """Restores the named part of a checkpoint alone, such as the parameters.
+
+  Args:
+    folder: a checkpoints/<step>.
+    abstract_part: nested dicts of ShapeDtypeStructs, a subtree of the state.
+
+  Raises:
+    UserError: if it cannot be read, or does not fit.
+  """
+  restore_args = jax.tree.map(
+      lambda x: ocp.ArrayRestoreArgs(
+          sharding=x.sharding, global_shape=x.shape, dtype=x.dtype
+      ),
+      abstract_part,
+  )
+  try:
+    with ocp.PyTreeCheckpointer() as checkpointer:
+      return checkpointer.restore(
+          folder / ITEM,
+          args=ocp.args.PyTreeRestore(
+              item=abstract_part, restore_args=restore_args,
+              partial_restore=True,
+          ),
+      )
+  except Exception as e:  # Orbax and TensorStore raise many kinds.
+    raise _unreadable(folder, e) from e
+
+
+def restore_whole(folder: epath.Path) -> PyTree:
+  """Restores all of a checkpoint on the host, whatever it holds.
+
+  Args:
+    folder: a checkpoints/<step>.
+
+  Returns:
+    Nested dicts and lists of numpy arrays.
+
+  Raises:
+    UserError: if it cannot be read.
+  """
+  try:
+    with ocp.PyTreeCheckpointer() as checkpointer:
+      known = checkpointer.metadata(folder / ITEM).item_metadata.tree
+      return checkpointer.restore(
+          folder / ITEM,
+          args=ocp.args.PyTreeRestore(
+              restore_args=jax.tree.map(
+                  lambda _: ocp.RestoreArgs(restore_type=np.ndarray), known
+              )
+          ),
+      )
+  except Exception as e:  # Orbax and TensorStore raise many kinds.
+    raise _unreadable(folder, e) from e

@@ -1,0 +1,148 @@
+"""What the runs of a grid came to: a row a grid point, over its seeds."""
+
+from collections.abc import Iterable, Sequence
+import json
+import statistics
+from typing import Any
+
+from etils import epath
+
+from mocov3_jax.runs import history as runs_lib
+
+MONITOR = 'knn/top1'
+COUNTS = ('seeds', 'done', 'diverged', 'unfinished')
+Row = dict[str, Any]
+
+
+def aggregate(
+    runs: Iterable[runs_lib.Run], fields: Sequence[str]
+) -> list[Row]:
+  """Averages over runs that differ in their seed alone.
+
+  Args:
+    runs: of the grid.
+    fields: the fields of the config that span the grid, without the seed.
+
+  Returns:
+    A row a grid point, in the order in which the runs name them:
+    - each field, with its value;
+    - 'seeds', the number of runs, of which so many are 'done', 'diverged', or
+      neither ('unfinished');
+    - of each metric that a done run has, 'METRIC_mean' and 'METRIC_sd' over
+      the done runs that have it. Metrics are shares, from 0 to 1: 'knn/top1',
+      what the run's own kNN monitor said last (runs without labels have
+      none), and those of `evaluated`. The standard deviation is that of a
+      sample; None for a single run.
+  """
+  points: dict[str, list[runs_lib.Run]] = {}
+  for run in runs:
+    values = [run.config[field] for field in fields]
+    points.setdefault(json.dumps(values), []).append(run)
+  return [
+      {field: members[0].config[field] for field in fields} | _row(members)
+      for members in points.values()
+  ]
+
+
+def _row(members: list[runs_lib.Run]) -> Row:
+  statuses = [run.status for run in members]
+  done, diverged = statuses.count('done'), statuses.count('diverged')
+  row: Row = {
+      'seeds': len(members), 'done': done, 'diverged': diverged,
+      'unfinished': len(members) - done - diverged,
+  }
+  found: dict[str, list[float]] = {}
+  for run in members:
+    if run.status == 'done':
+      for name, value in measured(run).items():
+        found.setdefault(name, []).append(value)
+  for name, values in found.items():
+    row[f'{name}_mean'] = statistics.mean(values)
+    row[f'{name}_sd'] = statistics.stdev(values) if len(values) > 1 else None
+  return row
+
+
+def measured(run: runs_lib.Run) -> dict[str, float]:
+  """The accuracies of a done run: its last kNN, and its evaluations."""
+  own = {MONITOR: run.result[MONITOR]} if MONITOR in run.result else {}
+  return own | evaluated(run)
+
+
+def evaluated(run: runs_lib.Run) -> dict[str, float]:
+  """The newest of each of the `evaluations` of a run."""
+  return {name: values[-1] for name, values in evaluations(run).items()}
+
+
+def evaluations(run: runs_lib.Run) -> dict[str, list[float]]:
+  """The top-1 accuracies of each evaluation of a run's last step, as made.
+
+  Returns:
+    {'eval_linear_small/top1': [...]}, by the folder of the evaluation where
+    that lies in the run's own, as a sweep has it; {'eval_PROTOCOL/top1': ...}
+    else. Else, those of the target network or of a few labels are left out.
+  """
+  found: dict[str, dict[tuple[str, float], float]] = {}
+  for line in run.evaluations:
+    if run.result and line['checkpoint_step'] != run.result['step']:
+      continue
+    folder = epath.Path(line['workdir'])
+    # By name, so that runs may be moved.
+    inside = folder.parent.name == run.folder.name
+    few = line['settings']['data']['labels_per_class']
+    if not inside and (few or line['encoder'] != 'query'):
+      continue
+    name = folder.name if inside else f'eval_{line["protocol"]}'
+    top1 = line[f'{line["protocol"]}/top1']
+    # A kill may have written one result twice.
+    found.setdefault(f'{name}/top1', {})[line['workdir'], top1] = top1
+  return {name: list(values.values()) for name, values in found.items()}
+
+
+def metrics_of(rows: Iterable[Row]) -> list[str]:
+  """The metrics of which any row has a mean, the monitor's first."""
+  ending = '_mean'
+  names = dict.fromkeys(
+      key.removesuffix(ending) for row in rows for key in row
+      if key.endswith(ending)
+  )
+  return sorted(names, key=lambda name: (name != MONITOR, name))
+
+
+def as_text(rows: Sequence[Row], names: dict[str, str]) -> str:
+  """The rows of `aggregate` as an aligned table, accuracies in per cent.
+
+  Args:
+    rows: of `aggregate`.
+    names: {field: the head of its column}.
+  """
+  metrics = metrics_of(rows)
+  table = [[*names.values(), *COUNTS[1:], *metrics]]
+  for row in rows:
+    table.append(
+        [show_value(row[field]) for field in names]
+        + [str(row[count]) for count in COUNTS[1:]]
+        + [_mean_and_sd(row, metric) for metric in metrics]
+    )
+  widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+  return '\n'.join(
+      '  '.join(
+          cell.ljust(width) for cell, width in zip(line, widths, strict=True)
+      ).rstrip()
+      for line in table
+  )
+
+
+def show_value(value: Any) -> str:
+  """A value of the config, as one would type it: 0.0001, (0.3,0.5), frozen."""
+  if isinstance(value, (list, tuple)):
+    comma = ',' if len(value) == 1 else ''
+    return f'({",".join(map(show_value, value))}{comma})'
+  return repr(value) if isinstance(value, float) else str(value)
+
+
+def _mean_and_sd(row: Row, metric: str) -> str:
+  if f'{metric}_mean' not in row:
+    return '-'
+  text = f'{100 * row[f"{metric}_mean"]:.2f}'
+  sd = row[f'{metric}_sd']
+  return f'{text} %' if sd is None else f'{text} ± {100 * sd:.2f} %'

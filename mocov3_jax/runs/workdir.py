@@ -1,0 +1,177 @@
+"""The folder of a run: who may write into it, and what its config was."""
+
+from collections.abc import Iterator
+import contextlib
+import fcntl
+import json
+import time
+from typing import Any
+
+from etils import epath
+from ml_collections import ConfigDict
+
+from mocov3_jax.base import files
+from mocov3_jax.base.errors import UserError
+from mocov3_jax.config import checks
+from mocov3_jax.config import training as config_lib
+
+# What a command writes beside config.json, and must not write over.
+OUTPUTS = (
+    'bad_images.txt', 'checkpoints', 'data.json', 'environment.json',
+    'metrics.jsonl', 'result.json', 'results.jsonl', 'tensorboard',
+)
+
+
+def to_json(config: ConfigDict) -> dict[str, Any]:
+  """The config as nested dicts of JSON values (tuples become lists)."""
+  return json.loads(json.dumps(config.to_dict()))
+
+
+@contextlib.contextmanager
+def claimed(
+    path: str, config: ConfigDict, free: tuple[str, ...] = (),
+    data: dict[str, Any] | None = None,
+) -> Iterator[epath.Path]:
+  """Makes `path` the workdir of this run, or finds that it already is.
+
+  Writes config.json on the first claim. While it is held, no other process
+  can claim the same folder. Errors of the file system inside become UserError.
+
+  Args:
+    path: of the workdir; made if absent.
+    config: of the run, after overrides.
+    free: fields (or groups, with a final dot) that may differ from those of
+      the run to continue.
+    data: what the run trains on; kept in data.json, and may not differ.
+
+  Yields:
+    The workdir.
+
+  Raises:
+    UserError: if it cannot be written, is in use, or holds a run that
+      computes something else; the fields that differ are listed.
+  """
+  workdir = files.absolute(path)
+  try:
+    workdir.mkdir(parents=True, exist_ok=True)
+    with _locked(path, workdir):
+      if (workdir / 'config.json').exists():
+        _check_same(path, workdir, config, free)
+      else:
+        _check_unused(path, workdir)
+        text = json.dumps(to_json(config), indent=2) + '\n'
+        files.write_whole(workdir / 'config.json', text)
+      if data is not None:
+        _check_data(workdir, data)
+      yield workdir
+  except (ConnectionError, TimeoutError):  # A closed pipe, or the network.
+    raise
+  except OSError as e:
+    raise UserError(
+        f'--workdir={path} cannot be written: {e.strerror or e} '
+        f'({e.filename or workdir}). Allowed: a folder this user may write to.'
+    ) from e
+
+
+def _check_same(
+    path: str, workdir: epath.Path, config: ConfigDict, free: tuple[str, ...]
+) -> None:
+  differ = checks.differences(
+      read_config(workdir).to_dict(), to_json(config), free
+  )
+  if differ:
+    shown = differ[:20] + [f'({len(differ) - 20} more)'] * (len(differ) > 20)
+    raise UserError(
+        f'--workdir={path} holds another run; the two differ in\n  '
+        + '\n  '.join(shown)
+        + '\nAllowed: the same config (to continue it), or another workdir.'
+    )
+
+
+def _check_unused(path: str, workdir: epath.Path) -> None:
+  taken = sorted(p.name for p in workdir.iterdir() if p.name in OUTPUTS)
+  if taken:
+    raise UserError(
+        f'--workdir={path} has {", ".join(taken)} but no config.json, so it '
+        'is no run to continue. Allowed: a folder without these, or that of '
+        'a run.'
+    )
+
+
+@contextlib.contextmanager
+def _locked(path: str, workdir: epath.Path) -> Iterator[None]:
+  # The kernel drops the lock with the process, however that ends.
+  with open(workdir / '.lock', 'w') as file:
+    for attempt in range(20):
+      try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        break
+      except BlockingIOError as e:
+        if attempt == 19:
+          raise UserError(
+              f'--workdir={path} is in use by another process. Allowed: to '
+              'wait until it ends, or another workdir.'
+          ) from e
+        # Somebody may be looking whether a run is going on, for a moment.
+        time.sleep(0.05)
+    yield
+
+
+def _check_data(workdir: epath.Path, found: dict[str, Any]) -> None:
+  path = workdir / 'data.json'
+  if not path.exists():
+    files.write_whole(path, json.dumps(found, indent=2) + '\n')
+    return
+  try:
+    before = json.loads(path.read_text())
+  except ValueError as e:
+    raise UserError(f'{path} is damaged: {e}.') from e
+  if before != found:
+    raise UserError(
+        f'the data is not what this run began with: {before} then, {found} '
+        f'now ({path}). Allowed: the same images, by name, to continue the '
+        'run; or another workdir.'
+    )
+
+
+def read_config(workdir: epath.Path) -> ConfigDict:
+  """Reads the config of the run in `workdir`.
+
+  Raises:
+    UserError: if there is none, or it is damaged.
+  """
+  path = workdir / 'config.json'
+  if not path.exists():
+    raise UserError(
+        f'{workdir} is not the workdir of a run: it has no config.json.'
+    )
+  try:
+    return ConfigDict(json.loads(path.read_text()))
+  except (ValueError, TypeError) as e:
+    raise UserError(
+        f'{path} is damaged: {e}. Allowed: the JSON object that a run wrote.'
+    ) from e
+
+
+def refuse_evaluation(config: ConfigDict, workdir: epath.Path) -> None:
+  """Raises UserError unless the config is that of a pre-training run."""
+  if 'protocol' in config:
+    raise UserError(
+        f'{workdir} is the workdir of an evaluation. Allowed: that of the '
+        'training run.'
+    )
+
+
+def read_training_config(workdir: epath.Path) -> ConfigDict:
+  """Reads the config of the training run in `workdir`.
+
+  Raises:
+    UserError: as `read_config`, or if it is not one of this version.
+  """
+  config = read_config(workdir)
+  refuse_evaluation(config, workdir)
+  try:
+    checks.require_fields(config, config_lib.default_config())
+  except UserError as e:
+    raise UserError(f'{workdir / "config.json"}: {e}') from e
+  return config

@@ -1,0 +1,133 @@
+"""The folder of a sweep: whether it is the same one, and sweep.json."""
+
+from collections.abc import Sequence
+import fcntl
+import json
+from typing import Any
+
+from etils import epath
+
+from mocov3_jax.base import files
+from mocov3_jax.base.errors import UserError
+from mocov3_jax.config import checks
+from mocov3_jax.runs import history
+from mocov3_jax.runs import workdir as workdir_lib
+from mocov3_jax.sweeps.grid import Grid, Point
+
+
+def check(path: str, grid: Grid, points: Sequence[Point]) -> None:
+  """Checks that `path` holds nothing, or an earlier part of this sweep.
+
+  Raises:
+    UserError: if it does not; with what differs.
+  """
+  folder = files.absolute(path)
+  if (folder / 'config.json').exists():
+    raise UserError(
+        f'--workdir={path} is the workdir of a run. Allowed: a folder of the '
+        'sweep alone.'
+    )
+  before = _read(folder)
+  if before:
+    differ = checks.differences(
+        _base(before), _base(_described(grid)),
+        tuple(f'overrides.{field}' for field in checks.FREE_ON_RESUME),
+    )
+    if differ:
+      raise UserError(
+          f'--workdir={path} holds another sweep; the two differ in\n  '
+          + '\n  '.join(differ) + '\nAllowed: the same config and fields of '
+          'the grid, with the same or more values and seeds; or another '
+          'workdir.'
+      )
+  for point in points:
+    run = folder / point.name
+    if not (run / 'config.json').exists():
+      continue
+    differ = checks.differences(
+        workdir_lib.read_training_config(run).to_dict(),
+        workdir_lib.to_json(point.config), checks.FREE_ON_RESUME,
+    )
+    if differ:
+      raise UserError(
+          f'{run} was made with another {grid.config}; the two differ in\n  '
+          + '\n  '.join(differ) + '\nAllowed: the file as it was, or another '
+          'workdir.'
+      )
+
+
+def _base(described: dict[str, Any]) -> dict[str, Any]:
+  """What has to stay, for a sweep to be continued."""
+  return {
+      'config': described['config'],
+      'fields of the grid': sorted(described['axes']),
+      'overrides': described['overrides'],
+  }
+
+
+def _described(grid: Grid) -> dict[str, Any]:
+  return json.loads(json.dumps({
+      'config': grid.config, 'overrides': grid.overrides, 'axes': grid.axes,
+      'seeds': grid.seeds,
+  }))
+
+
+def _read(folder: epath.Path) -> dict[str, Any]:
+  path = folder / history.SWEEP
+  if not path.exists():
+    return {}
+  try:
+    found = json.loads(path.read_text())
+    _base(found), found['seeds'], [run['name'] for run in found['runs']]
+    return found
+  except (ValueError, KeyError, TypeError) as e:
+    raise UserError(
+        f'{path} is damaged: {e}. Allowed: what a sweep wrote. Without the '
+        'file, the sweep finds its runs all the same.'
+    ) from e
+
+
+def keep(
+    path: str, grid: Grid, points: Sequence[Point], commands: Sequence[str]
+) -> None:
+  """Writes sweep.json: this grid, and what earlier ones had beside it.
+
+  Args:
+    path: the workdir.
+    grid: of the sweep.
+    points: of the grid.
+    commands: of the runs, as lines of shell.
+
+  Raises:
+    UserError: if it cannot be written.
+  """
+  folder = files.absolute(path)
+  now = _described(grid)
+  now['runs'] = [
+      {'name': point.name, 'command': command}
+      for point, command in zip(points, commands, strict=True)
+  ]
+  try:
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / '.lock', 'w') as file:
+      fcntl.flock(file, fcntl.LOCK_EX)  # Sweeps that share it start at once.
+      before = _read(folder)
+      if before:
+        names = {run['name'] for run in now['runs']}
+        now['runs'] += [r for r in before['runs'] if r['name'] not in names]
+        now['seeds'] = _union(before['seeds'], now['seeds'])
+        now['axes'] = {
+            field: _union(before['axes'][field], values)
+            for field, values in now['axes'].items()
+        }
+      text = json.dumps(now, indent=2) + '\n'
+      files.write_whole(folder / history.SWEEP, text)
+  except OSError as e:
+    raise UserError(
+        f'--workdir={path} cannot be written: {e.strerror or e}. Allowed: a '
+        'folder this user may write to.'
+    ) from e
+
+
+def _union(old: list[Any], new: list[Any]) -> list[Any]:
+  return old + [value for value in new if value not in old]

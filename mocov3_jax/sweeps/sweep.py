@@ -1,0 +1,236 @@
+"""Trains a grid of runs, or prints it for a scheduler."""
+
+from collections.abc import Callable, Sequence
+import os
+import sys
+from typing import Any
+
+from etils import epath
+import jax
+from ml_collections import ConfigDict
+
+from mocov3_jax.base import console
+from mocov3_jax.base import files as files_lib
+from mocov3_jax.base.errors import UserError, unknown
+from mocov3_jax.config import checks
+from mocov3_jax.config import training as config_lib
+from mocov3_jax.config.evaluation import PROTOCOLS
+from mocov3_jax.method.build import build_method
+from mocov3_jax.runs import history
+from mocov3_jax.runs import table as sweep_table
+from mocov3_jax.runs import workdir as workdir_lib
+from mocov3_jax.sweeps import folder as sweep_folder
+from mocov3_jax.sweeps import grid as sweep_grid
+from mocov3_jax.sweeps import running as sweeping
+from mocov3_jax.sweeps import scripts as sweep_scripts
+from mocov3_jax.sweeps.grid import Grid, Point
+from mocov3_jax.training import pretrain
+
+# Stands for the numbers of a run whose data is not here.
+SOME_PLAN = config_lib.Plan(1, 2, 1, 1.0)
+PRINTS = ('commands', 'slurm', 'jobset')
+
+
+def check_points(points: Sequence[Point], listings: epath.Path | None) -> None:
+  """Finds what is wrong with any run, before one of them costs time.
+
+  What depends on the number of devices is left to the run.
+
+  Args:
+    points: of the grid.
+    listings: where listings of image folders are kept; None = the data is not
+      looked at, since it may be elsewhere.
+
+  Raises:
+    UserError: with the first.
+  """
+  sizes: dict[Any, int] = {}
+  for point in points:
+    c = point.config
+    try:
+      checks.validate(c)
+      plan = SOME_PLAN
+      if listings is not None:
+        data = c.data.source, c.data.labels, tuple(c.data.mean)
+        if data not in sizes:
+          sizes[data] = len(pretrain.load_source(c, listings).train)
+        plan = config_lib.plan(c, sizes[data])
+      build_method(c, plan)
+    except UserError as e:
+      raise UserError(f'{point.title}: {e}') from e
+
+
+def check_protocols(files: Sequence[str]) -> dict[str, str]:
+  """Reads the evaluations to be made.
+
+  Args:
+    files: FILE[:argument] each.
+
+  Returns:
+    {the name of its folder: FILE[:argument]}.
+
+  Raises:
+    UserError: if one is no protocol, or is there twice.
+  """
+  named = {}
+  for file in files:
+    c = sweep_grid.load_config('evaluate', file)
+    try:
+      checks.validate_eval(c, 1)
+      if c.protocol not in PROTOCOLS:
+        raise unknown('protocol', c.protocol, PROTOCOLS)
+    except UserError as e:
+      raise UserError(f'--evaluate={file}: {e}') from e
+    path, *argument = file.split(':', 1)
+    stem = os.path.splitext(os.path.basename(path))[0].removeprefix('eval_')
+    name = sweep_grid.folder_name(['_'.join(['eval', stem, *argument])])
+    if name in named:
+      raise UserError(
+          f'--evaluate={named[name]} and --evaluate={file} would share the '
+          f'folder {name}. Allowed: files of different names.'
+      )
+    named[name] = file
+  return named
+
+
+def make_jobs(
+    points: Sequence[Point], protocols: dict[str, str], path: str, python: str
+) -> list[sweeping.Job]:
+  """Says what is to be done for each run.
+
+  Args:
+    points: of the grid.
+    protocols: {the name of its folder: FILE[:argument]}.
+    path: the sweep's workdir.
+    python: that runs the commands.
+  """
+  jobs = []
+  for point in points:
+    run = os.path.join(path, point.name)
+    command = [python, '-m', 'mocov3_jax.train', *point.flags]
+    jobs.append(sweeping.Job(
+        title=point.title,
+        folder=files_lib.absolute(run),
+        train=[*command, f'--workdir={run}'],
+        evaluations={
+            files_lib.absolute(run) / name: [
+                python, '-m', 'mocov3_jax.evaluate', f'--config={file}',
+                f'--config.checkpoint={run}',
+                f'--workdir={os.path.join(run, name)}',
+            ] for name, file in protocols.items()
+        },
+    ))
+  return jobs
+
+
+def summarise(
+    points: Sequence[Point], path: str, fields: Sequence[str]
+) -> tuple[list[history.Run], list[sweep_table.Row]]:
+  """Reads all runs back; returns them, and a row a grid point."""
+  found = []
+  for point in points:
+    folder = files_lib.absolute(path) / point.name
+    if (folder / 'config.json').exists():
+      found.append(history.read(folder, rows=False))
+    else:  # It failed before it began.
+      c = checks.flatten(workdir_lib.to_json(point.config))
+      found.append(history.Run(folder, c, [], 'absent', {}, []))
+  return found, sweep_table.aggregate(found, fields)
+
+
+def sweep(
+    grid: Grid, base: ConfigDict, path: str, files: Sequence[str],
+    children: Callable[[], Any] = sweeping.Children,
+) -> dict[str, Any]:
+  """Trains and evaluates what is left of a grid.
+
+  Args:
+    grid: of the sweep.
+    base: the config that all runs start from.
+    path: the workdir.
+    files: of the evaluations, FILE[:argument] each.
+    children: makes what starts processes, `sweeping.Children`.
+
+  Returns:
+    How many runs ended how, and the table.
+
+  Raises:
+    UserError: for bad input, before anything is written (but listings of image
+      folders); or if runs failed, once all others are done.
+    Preempted: after SIGTERM or Ctrl-C, once the run is saved.
+  """
+  protocols = check_protocols(files)
+  points = sweep_grid.points(grid, base)
+  sweep_folder.check(path, grid, points)
+  check_points(points, files_lib.absolute(path) / '.listings')
+  jobs = make_jobs(points, protocols, path, sys.executable)
+  lines = [sweep_scripts.line([job.train]) for job in jobs]
+  sweep_folder.keep(path, grid, points, lines)
+  with children() as child:
+    failed = sweeping.carry_out(jobs, child.start, child.pause)
+  found, rows = summarise(points, path, list(grid.axes))
+  names = {field: grid.names[field] for field in grid.axes}
+  console.say(sweep_table.as_text(rows, names))
+  if failed:
+    raise UserError(
+        f'{len(failed)} of {len(points)} runs failed:\n  '
+        + '\n  '.join(f'{title}: {why}' for title, why in failed.items())
+        + '\nThe same line tries them again.'
+    )
+  statuses = [run.status for run in found]
+  return {
+      'workdir': str(files_lib.absolute(path)), 'runs': len(found),
+      'done': statuses.count('done'), 'diverged': statuses.count('diverged'),
+      'table': rows,
+  }
+
+
+def print_sweep(
+    grid: Grid, base: ConfigDict, path: str, files: Sequence[str], how: str
+) -> None:
+  """Prints what is left of a grid, for others to run; writes nothing.
+
+  Args:
+    grid: of the sweep.
+    base: the config that all runs start from.
+    path: the workdir.
+    files: of the evaluations, FILE[:argument] each.
+    how: one of PRINTS.
+
+  Raises:
+    UserError: for bad input.
+  """
+  protocols = check_protocols(files)
+  points = sweep_grid.points(grid, base)
+  sweep_folder.check(path, grid, points)
+  check_points(points, None)
+  if how == 'jobset' and not path.startswith(sweep_scripts.MOUNT):
+    raise UserError(
+        f'--workdir={path} is lost with the pods of a JobSet. Allowed with '
+        f'--print=jobset: a folder below {sweep_scripts.MOUNT}.'
+    )
+  python = {
+      'commands': sys.executable, 'slurm': '.venv/bin/python',
+      'jobset': 'python',
+  }[how]
+  left = [job.commands() for job in make_jobs(points, protocols, path, python)]
+  lines = [sweep_scripts.line(list(c.values())) for c in left if c]
+  if not lines:
+    console.say(f'all {len(points)} runs are complete')
+  elif how == 'commands':
+    print('\n'.join(lines))
+  else:
+    make = {'slurm': sweep_scripts.slurm, 'jobset': sweep_scripts.jobset}[how]
+    print(make(lines), end='')
+
+
+def main(
+    grid: Grid, base: ConfigDict, path: str, files: Sequence[str],
+    how: str | None,
+) -> dict[str, Any] | None:
+  """Carries the grid out, or prints it."""
+  # Accelerators are for the runs: checks must not take their memory.
+  jax.config.update('jax_platforms', 'cpu')
+  if how:
+    return print_sweep(grid, base, path, files, how)
+  return sweep(grid, base, path, files)

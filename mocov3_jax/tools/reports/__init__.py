@@ -1,1 +1,0 @@
-"""What `report` shows, and how."""

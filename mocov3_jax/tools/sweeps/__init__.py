@@ -1,1 +1,0 @@
-"""What `sweep` is made of."""

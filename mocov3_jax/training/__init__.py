@@ -1,0 +1,1 @@
+"""How a run trains: what it assembles, in which order things happen."""

@@ -1,0 +1,99 @@
+"""Throughput, and the line of progress."""
+
+from collections.abc import Iterator
+import contextlib
+import sys
+import time
+from typing import TextIO
+
+from mocov3_jax.runs.metrics import Values
+
+
+class Throughput:
+  """Images a second, between steps and without the pauses."""
+
+  def __init__(self, images_per_step: int):
+    self._images = images_per_step
+    self._last = None
+    self._steps = 0
+    self._seconds = 0.0
+
+  def tick(self) -> float:
+    """Marks the end of a step; returns the img/s of it, 0 for the first."""
+    now = time.perf_counter()
+    last, self._last = self._last, now
+    if last is None:
+      return 0.0
+    self._steps += 1
+    self._seconds += now - last
+    return self._images / (now - last)
+
+  @property
+  def average(self) -> float:
+    """Of all steps but the first, which compiles; 0 before the second."""
+    return self._steps * self._images / self._seconds if self._steps else 0.0
+
+  @contextlib.contextmanager
+  def paused(self) -> Iterator[None]:
+    """Leaves what happens inside (evaluation, saving) out of the count."""
+    start = time.perf_counter()
+    yield
+    if self._last is not None:
+      self._last += time.perf_counter() - start
+
+
+class Progress:
+  """One line of status: rewritten on a terminal, every 10 s when piped."""
+
+  def __init__(
+      self, total_steps: int, stream: TextIO = sys.stderr, active: bool = True
+  ):
+    self._total = total_steps
+    self._active = active
+    self._stream = stream
+    self._live = stream.isatty()
+    self._next = 0.0
+
+  def update(self, step: int, values: Values, images_per_step: int) -> None:
+    """Shows the newest values, if it is time.
+
+    Args:
+      step: the step these values are of.
+      values: with 'train/loss', 'train/loss_chance',
+        'train/images_per_second'; 'knn/top1', 'test/top1', 'train/mfu' where
+        known.
+      images_per_step: to turn images a second into the time left.
+    """
+    now = time.monotonic()
+    if now < self._next:
+      return
+    self._next = now + (0.2 if self._live else 10.0)
+    rate = values['train/images_per_second']
+    text = (
+        f'step {step}/{self._total}  loss {values["train/loss"]:.4f} '
+        f'(chance {values["train/loss_chance"]:.4f})'
+    )
+    if 'knn/top1' in values:
+      text += f'  kNN {values["knn/top1"]:.1%}'
+    elif 'test/top1' in values:
+      text += f'  test {values["test/top1"]:.1%}'
+    elif 'features/effective_rank' in values:
+      text += f'  rank {values["features/effective_rank"]:.1f}'
+    if rate:
+      left = round((self._total - step) * images_per_step / rate)
+      text += f'  {rate:.0f} img/s'
+      if 'train/mfu' in values:
+        text += f'  MFU {values["train/mfu"]:.0%}'
+      text += f'  ETA {left // 3600}:{left // 60 % 60:02}:{left % 60:02}'
+    self._show(text, end='' if self._live else '\n')
+
+  def note(self, text: str) -> None:
+    """Prints a line that stays."""
+    self._show(text, end='\n')
+
+  def _show(self, text: str, end: str) -> None:
+    if not self._active:
+      return
+    # Return to the start of the line and erase it, on a terminal.
+    start = '\r\x1b[K' if self._live else ''
+    print(start + text, end=end, file=self._stream, flush=True)

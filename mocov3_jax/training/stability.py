@@ -1,0 +1,281 @@
+"""What went wrong in a run, from its metrics: afterwards, and as it happens.
+
+`analyse` reads the rows of a metrics.jsonl: the instabilities of [P] s4
+(`events`), and the ends of a run that has failed. `Watch` says the same while
+the run goes on.
+"""
+
+import collections
+from collections.abc import Iterable, Mapping, Sequence
+import dataclasses
+import math
+
+import numpy as np
+
+from mocov3_jax.training import events
+from mocov3_jax.training.events import Dip, Lead, Spike, dips, lead, spikes
+
+Rows = Sequence[Mapping[str, float]]
+NOTHING = np.empty(0, np.int64), np.empty(0)
+
+GRADIENTS = 'grad_max/'  # The names of the curves to look for spikes in.
+FIRST_LAYER = 'grad_max/patch_embed'
+
+# Of train/feature_std: the spacing of bfloat16 numbers below 1. In that
+# arithmetic nothing is left to tell images apart. Not higher: images that look
+# alike have features that do (docs/what-normal-looks-like.md).
+COLLAPSED_STD = 2.0**-8
+# A loss this near (as a share of chance) to that of equal embeddings, or not
+# even this far below chance, is the same.
+SAME_LOSS = 0.01
+# Logged rows in a row: a network may pass a bad moment.
+LASTING_ROWS = 20
+# So many steps at chance are no slow start: the digits take 20. Of a shorter
+# run, a third.
+STUCK_STEPS = 1000
+
+# Steps from row to row, at most, to tell a lag of 20 ([P] Fig. 4).
+COARSEST = 5
+# Steps for which Watch does not repeat itself: one event spans fewer.
+SILENCE = 200
+
+# One more than afterwards: it is asked again at every evaluation.
+LIVE_DIP_SIGMAS = events.DIP_SIGMAS + 1
+
+CALMER = 'a lower optimizer.lr_per_256 or a longer schedule.warmup_epochs'
+# Of a ResNet or a stem of convolutions there is none to freeze ([P] s4.2).
+FREEZE = 'model.patch_embed=frozen (where that is a linear projection), '
+APART = (
+    'BatchNorm in the heads, a predictor (BYOL), objective.momentum near 1, '
+    'a lower learning rate'
+)
+LEARN = 'another learning rate, a longer warm-up'
+
+
+def all_series(
+    rows: Iterable[Mapping[str, float]]
+) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+  """The steps (int64 [n]) and finite values (float64 [n]) of each metric."""
+  found: dict[str, tuple[list[int], list[float]]] = {}
+  for row in rows:
+    for name, value in row.items():
+      if math.isfinite(value):
+        steps, values = found.setdefault(name, ([], []))
+        steps.append(row['step'])
+        values.append(value)
+  return {
+      name: (np.asarray(steps, np.int64), np.asarray(values, np.float64))
+      for name, (steps, values) in found.items()
+  }
+
+
+def series(rows: Rows, name: str) -> tuple[np.ndarray, np.ndarray]:
+  """That of one metric; empty if it was not logged."""
+  own = [
+      {'step': row['step'], name: row[name]} for row in rows if name in row
+  ]
+  return all_series(own).setdefault(name, NOTHING)
+
+
+def is_collapsed(row: Mapping[str, float]) -> bool:
+  """Whether the features, or the embeddings, of all images are one.
+
+  The embeddings can be with features that are not: BYOL's heads do it alone.
+  Its loss shows that. A contrastive loss is at chance then: see `is_stuck`.
+  """
+  if row['train/feature_std'] < COLLAPSED_STD:
+    return True
+  if 'train/loss_collapsed' not in row:
+    return False
+  loss, alike = row['train/loss'], row['train/loss_collapsed']
+  near = SAME_LOSS * row['train/loss_chance']
+  return abs(row['train/loss_chance'] - alike) > near > abs(loss - alike)
+
+
+def is_stuck(row: Mapping[str, float]) -> bool:
+  """Whether the loss is that of a network which tells nothing apart.
+
+  Above counts as well: embeddings that differ, but say nothing.
+  """
+  return row['train/loss'] >= (1 - SAME_LOSS) * row['train/loss_chance']
+
+
+def collapsed(rows: Rows) -> int | None:
+  """The step since which all images are one, up to the end; or None."""
+  rows = [row for row in rows if 'train/feature_std' in row]
+  bad = _last_run([is_collapsed(row) for row in rows])
+  return rows[-bad]['step'] if bad >= LASTING_ROWS else None
+
+
+def stuck(rows: Rows) -> int | None:
+  """The step since which the loss is at chance, up to the end; or None.
+
+  Only if that lasts for STUCK_STEPS, or for a third of the run.
+  """
+  rows = [row for row in rows if 'train/loss_chance' in row]
+  bad = _last_run([is_stuck(row) for row in rows])
+  if bad < LASTING_ROWS:
+    return None
+  first, since, last = (rows[i]['step'] for i in (0, -bad, -1))
+  least = min(STUCK_STEPS, (last - first) / 3)
+  return since if last - since >= least else None
+
+
+def _last_run(bad: list[bool]) -> int:
+  """How many of the last are True, without a gap."""
+  return (bad[::-1] + [False]).index(False)
+
+
+def diverged(rows: Rows) -> int | None:
+  """The step at which a metric stopped being finite, or None."""
+  steps, _ = series(rows, 'train/diverged')
+  return int(steps[0]) if len(steps) else None
+
+
+@dataclasses.dataclass(frozen=True)
+class Analysis:
+  """What one run went through.
+
+  Attributes:
+    dips: of kNN.
+    spikes: of each layer whose gradient is logged, by the layer's name.
+    lead: in which layer they begin.
+    collapsed, stuck, diverged: since (at) which step; None = not so.
+  """
+
+  dips: list[Dip]
+  spikes: dict[str, list[Spike]]
+  lead: Lead
+  collapsed: int | None
+  stuck: int | None
+  diverged: int | None
+
+
+def analyse(rows: Rows) -> Analysis:
+  """Analyses a run: all rows of its metrics.jsonl, in order."""
+  every = all_series(rows)
+  found = {
+      name.removeprefix(GRADIENTS): spikes(*curve)
+      for name, curve in every.items() if name.startswith(GRADIENTS)
+  }
+  steps, _ = every.setdefault(FIRST_LAYER, NOTHING)
+  # Rows too far apart do not tell which layer was first.
+  coarse = len(steps) > 1 and np.median(np.diff(steps)) > COARSEST
+  return Analysis(
+      dips(*every.setdefault('knn/top1', NOTHING)), found,
+      lead({} if coarse else found), collapsed(rows), stuck(rows),
+      diverged(rows),
+  )
+
+
+class Watch:
+  """Looks at a run as it goes on; keeps the last WINDOW values of a curve.
+
+  Against what was before only, the future being unknown: a gradient that
+  rises for good is a spike here until its median has followed.
+  """
+
+  def __init__(self):
+    self._seen = {}  # Layer -> its last gradients; a ring, 0 = none yet.
+    self._places = collections.Counter()  # Of a ring: values so far.
+    self._crossed = {}  # Layer -> how manieth value was last in a spike.
+    self._knn = collections.deque(maxlen=events.WINDOW)
+    self._dip_said = -math.inf  # Step of the last warning of one.
+    self._first_learns = False
+    self._collapsed = 0  # Rows in a row.
+    self._stuck_since = None
+    self._stuck_said = False
+    self._spoken = {}  # Kind -> [step of the last warning, held back since].
+
+  def see(self, step: int, values: Mapping[str, float]) -> list[str]:
+    """Takes in what is logged at one step; in order, each row once.
+
+    Args:
+      step: of the values.
+      values: all, some or none of those that `analyse` uses.
+
+    Returns:
+      Warnings, a line each; mostly none.
+    """
+    warnings = self._spikes(step, values)
+    if 'knn/top1' in values:
+      warnings += self._dips(step, values['knn/top1'])
+    if 'train/feature_std' in values:
+      self._collapsed = self._collapsed + 1 if is_collapsed(values) else 0
+      if self._collapsed == LASTING_ROWS:
+        warnings += self._say('collapse', step, (
+            f'all images have had the same features or embeddings for '
+            f'{LASTING_ROWS} steps. What helps: {APART}'
+        ))
+    if 'train/loss_chance' in values:
+      warnings += self._stuck(step, values)
+    return warnings
+
+  def _spikes(self, step: int, values: Mapping[str, float]) -> list[str]:
+    beginning = {}  # Layer -> ratio.
+    for name in values:
+      if not name.startswith(GRADIENTS):
+        continue
+      value, layer = values[name], name.removeprefix(GRADIENTS)
+      if layer not in self._seen:
+        self._seen[layer] = np.zeros(events.WINDOW)
+      ratio = events.excess(value, self._seen[layer])
+      self._seen[layer][self._places[layer] % events.WINDOW] = value
+      self._places[layer] += 1
+      if ratio:
+        last = self._crossed.pop(layer, -math.inf)
+        if self._places[layer] - last > events.SPIKE_GAP:
+          beginning[layer] = ratio
+        self._crossed[layer] = self._places[layer]
+    if FIRST_LAYER in values:
+      self._first_learns = values[FIRST_LAYER] > 0
+    if not beginning:
+      return []
+    layer = max(beginning, key=lambda layer: beginning[layer])
+    return self._say('spike', step, (
+        f'gradient of {layer} {beginning[layer]:.1f}x its running median. If '
+        f'kNN falls with it, what helps: {self._calmer()}'
+    ))
+
+  def _calmer(self) -> str:
+    return (FREEZE if self._first_learns else '') + CALMER
+
+  def _dips(self, step: int, value: float) -> list[str]:
+    self._knn.append((step, value))
+    found = dips(*np.asarray(self._knn).T, sigmas=LIVE_DIP_SIGMAS)
+    if not found or found[-1].end is not None:
+      return []
+    # Of a fall that goes on, or comes and goes with the noise, once is enough.
+    if found[-1].start <= self._dip_said:
+      return []
+    self._dip_said = step
+    return self._say('dip', step, (
+        f'kNN fell by {found[-1].depth:.3f} from step {found[-1].start} to '
+        f'{found[-1].low} and is now {value:.3f}. If it falls again, what '
+        f'helps: {self._calmer()}'
+    ))
+
+  def _stuck(self, step: int, values: Mapping[str, float]) -> list[str]:
+    # A collapsed network is at chance, too; it has been reported.
+    if not is_stuck(values) or self._collapsed >= LASTING_ROWS:
+      self._stuck_since, self._stuck_said = None, False
+      return []
+    if self._stuck_since is None:
+      self._stuck_since = step
+    if self._stuck_said or step - self._stuck_since < STUCK_STEPS:
+      return []
+    self._stuck_said = True
+    return self._say('stuck', step, (
+        f'the loss has been at its chance level since step '
+        f'{self._stuck_since}. What helps: {LEARN}'
+    ))
+
+  def _say(self, kind: str, step: int, text: str) -> list[str]:
+    """A list of the warning; empty if its kind has been heard just now."""
+    last, held = self._spoken.setdefault(kind, (-math.inf, 0))
+    if step - last < SILENCE:
+      self._spoken[kind] = last, held + 1
+      return []
+    self._spoken[kind] = step, 0
+    more = f' ({held} more like this since step {last})' if held else ''
+    return [f'warning: step {step}: {text}{more}']

@@ -1,0 +1,231 @@
+"""Files of weights: PyTorch's, read without running code, and safetensors."""
+
+import argparse
+from collections.abc import Mapping
+import dataclasses
+import pickle
+import re
+from typing import Any
+import warnings
+
+from etils import epath
+import numpy as np
+import safetensors
+from safetensors import numpy as safetensors_numpy
+
+from mocov3_jax.base.errors import UserError
+
+TORCH_SUFFIXES = ('.pth.tar', '.pth', '.pt')
+SAFETENSORS = '.safetensors'
+SUFFIXES = (*TORCH_SUFFIXES, SAFETENSORS)
+# Under which files of ours tell their architecture.
+DESCRIPTION = 'mocov3_jax'
+# Where a PyTorch file may hold its state_dict.
+STATES = ('state_dict', 'model')
+# Rounding of the half precisions, relative.
+HALVES = {'float16': 2.0**-11, 'bfloat16': 2.0**-8}
+
+
+@dataclasses.dataclass(frozen=True)
+class File:
+  """What a file of weights holds.
+
+  Attributes:
+    tensors: the state_dict, without prefixes of wrappers ('module.').
+    optimizer: its state by the number of the parameter; empty if none.
+    extra: names of what else is there.
+    description: JSON, what a file of ours tells of itself; '' if none.
+    rounding: of the values of the coarsest tensor, relative.
+  """
+
+  tensors: dict[str, np.ndarray]
+  optimizer: dict[int, dict[str, Any]]
+  extra: tuple[str, ...]
+  description: str
+  rounding: float
+
+
+def read(path: epath.Path, ignore: tuple[str, ...] = ()) -> File:
+  """Reads a file of weights.
+
+  Args:
+    path: of the file.
+    ignore: further state_dicts in it that are not wanted.
+
+  Raises:
+    UserError: if it is none, is damaged, or wants to run code.
+  """
+  if not path.is_file():
+    raise UserError(
+        f'--from={path} does not exist. Allowed: a file of weights, or the '
+        'workdir of a run.'
+    )
+  try:
+    if path.name.endswith(SAFETENSORS):
+      return _read_safetensors(path)
+    return _read_torch(path, ignore)
+  except UserError:
+    raise
+  except pickle.UnpicklingError as e:
+    found = re.search(r'(?:Unsupported|GLOBAL) \S.*?(?=\. |\n|$)', str(e))
+    raise UserError(
+        f'--from={path} is refused: it is damaged, or holds more than tensors '
+        f'and plain values, which could run code '
+        f'({found[0] if found else "not a checkpoint"}). Allowed: a file that '
+        'torch.load(..., weights_only=True) reads.'
+    ) from e
+  except Exception as e:  # The libraries raise many kinds for damaged files.
+    text = (str(e).splitlines() or [''])[0][:160]
+    kind = (
+        'safetensors' if path.name.endswith(SAFETENSORS) else 'a PyTorch file'
+    )
+    raise UserError(
+        f'--from={path} cannot be read as {kind} ({type(e).__name__}: {text}). '
+        f'Allowed: an undamaged file of weights.'
+    ) from e
+
+
+def _read_safetensors(path: epath.Path) -> File:
+  found = safetensors_numpy.load_file(path)
+  with safetensors.safe_open(path, 'numpy') as file:
+    metadata = file.metadata() or {}
+  tensors = {name: _widened(x) for name, x in found.items()}
+  description = metadata[DESCRIPTION] if DESCRIPTION in metadata else ''
+  rounding = max(map(_rounding, found.values()), default=0.0)
+  return File(tensors, {}, (), description, rounding)
+
+
+def _widened(x: np.ndarray) -> np.ndarray:
+  # Half precisions to float32, without loss.
+  return x.astype(np.float32) if _rounding(x) > 1e-6 else x
+
+
+def _rounding(x: np.ndarray) -> float:
+  return HALVES[x.dtype.name] if x.dtype.name in HALVES else 0.0
+
+
+def _read_torch(path: epath.Path, ignore: tuple[str, ...]) -> File:
+  torch = import_torch()
+  # Tensors and plain containers only; nothing in the file is executed.
+  # DeiT's training saves its arguments as well, a harmless namespace.
+  with warnings.catch_warnings(), torch.serialization.safe_globals(
+      [argparse.Namespace]
+  ):
+    warnings.simplefilter('ignore')  # The error says it all.
+    content = torch.load(path, map_location='cpu', weights_only=True)
+  if not isinstance(content, dict):
+    raise UserError(
+        f'--from={path} holds a {type(content).__name__}. Allowed: a dict '
+        'with a state_dict.'
+    )
+  states = {
+      str(name): value for name, value in content.items()
+      if isinstance(value, dict) and name != 'optimizer'
+      and any(isinstance(x, torch.Tensor) for x in value.values())
+  }
+  chosen = next((name for name in STATES if name in states), None)
+  others = sorted(states.keys() - {chosen, *ignore})
+  if others:
+    raise UserError(
+        f'--from={path} holds weights under {", ".join(map(repr, states))}. '
+        f'Allowed: a state_dict under {" or ".join(map(repr, STATES))}, or '
+        'bare; name others to leave out in --ignore.'
+    )
+  state = content if chosen is None else states[chosen]
+  raw = {n: x for n, x in state.items() if isinstance(x, torch.Tensor)}
+  tensors = {}
+  for name, x in raw.items():
+    # Of DistributedDataParallel and torch.compile.
+    name = re.sub(r'^((module|_orig_mod)\.)+', '', str(name))
+    if name in tensors:
+      raise UserError(f'--from={path} holds {name} twice, as {[*raw]}')
+    tensors[name] = _array(x)
+  extra = () if chosen is None else tuple(map(str, content))
+  described = DESCRIPTION in content
+  dtypes = {str(x.dtype).removeprefix('torch.') for x in raw.values()}
+  return File(
+      tensors, _optimizer(content), extra,
+      str(content[DESCRIPTION]) if described else '',
+      max((HALVES[name] for name in dtypes if name in HALVES), default=0.0),
+  )
+
+
+def _optimizer(content: dict[str, Any]) -> dict[int, dict[str, Any]]:
+  if 'optimizer' not in content or not content['optimizer']:
+    return {}
+  return {
+      int(index): {slot: _array(x) for slot, x in slots.items()}
+      for index, slots in content['optimizer']['state'].items()
+  }
+
+
+def _array(x: Any) -> np.ndarray:
+  torch = import_torch()
+  if not isinstance(x, torch.Tensor):
+    return np.asarray(x)
+  # NumPy has no bfloat16; half precisions widen to float32 without loss.
+  half = x.is_floating_point() and x.element_size() < 4
+  return (x.float() if half else x).detach().numpy()
+
+
+def write_safetensors(
+    path: epath.Path, tensors: Mapping[str, np.ndarray], description: str
+) -> None:
+  """Writes a safetensors file, whole or not at all."""
+  metadata = {'format': 'pt', DESCRIPTION: description}
+  part = _part(path)
+  # Its save_file leaves a file that nobody else can read.
+  part.write_bytes(safetensors_numpy.save(dict(tensors), metadata))
+  part.replace(path)
+
+
+def write_torch(
+    path: epath.Path, content: dict[str, Any], description: str
+) -> None:
+  """Writes a PyTorch file, whole or not at all; arrays become tensors.
+
+  Args:
+    path: of the file.
+    content: nested dicts and lists of plain values and numpy arrays.
+    description: of the architecture, JSON.
+  """
+  torch = import_torch()
+
+  def convert(x):
+    if isinstance(x, dict):
+      return {key: convert(value) for key, value in x.items()}
+    return torch.tensor(x) if isinstance(x, np.ndarray) else x
+
+  part = _part(path)
+  torch.save(convert(content) | {DESCRIPTION: description}, part)
+  part.replace(path)
+
+
+def _part(path: epath.Path) -> epath.Path:
+  try:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f'{path.name}.part')
+    part.write_bytes(b'')
+  except OSError as e:
+    raise UserError(
+        f'--to={path} cannot be written: {e.strerror}. Allowed: a path that '
+        'this user may write to.'
+    ) from e
+  return part
+
+
+def import_torch() -> Any:
+  """Imports PyTorch, which only these files need.
+
+  Raises:
+    UserError: if it is not installed.
+  """
+  try:
+    import torch
+  except ImportError as e:
+    raise UserError(
+        'files other than .safetensors need PyTorch, which is not installed. '
+        'Allowed: pip install torch --index-url '
+        'https://download.pytorch.org/whl/cpu; or .safetensors files.'
+    ) from e
+  return torch

@@ -1,0 +1,117 @@
+"""Checkpoints of ours as `Weights`, and back."""
+
+import contextlib
+from typing import Any
+
+import jax
+import numpy as np
+
+from mocov3_jax.base import console
+from mocov3_jax.config import training as config_lib
+from mocov3_jax.method.build import build_method
+from mocov3_jax.method.train_step import TrainState, abstract_state
+from mocov3_jax.runs import checkpoints as checkpoints_lib
+from mocov3_jax.runs import network
+from mocov3_jax.runs import workdir as workdir_lib
+from mocov3_jax.runs.network import Path
+from mocov3_jax.weights.state_dict import Weights
+from mocov3_jax.weights.torch_optimizer import MOMENTS
+
+NETWORKS = ('params', 'batch_stats', 'target_params', 'target_batch_stats')
+SLOTS = tuple(MOMENTS.values())
+
+
+def read(path: str) -> Weights:
+  """Reads all networks and moments of a checkpoint.
+
+  Args:
+    path: a workdir or one checkpoints/<step>.
+
+  Raises:
+    UserError: if it is none, or cannot be read.
+  """
+  run, folder = checkpoints_lib.find(path)
+  config = workdir_lib.read_training_config(run)
+  flat = {}
+  for keys, array in leaves(checkpoints_lib.restore_whole(folder)):
+    if keys[0] in NETWORKS:
+      flat[keys] = array
+    for slot in SLOTS:
+      if keys[0] == 'opt_state' and slot in keys:
+        flat[keys[keys.index(slot) :]] = array
+  names = {keys: '/'.join(keys) for keys in flat}
+  return Weights(config, int(folder.name), flat, names)
+
+
+def leaves(tree: Any) -> list[tuple[Path, np.ndarray]]:
+  """The leaves of any tree with the names on their way."""
+  found, _ = jax.tree_util.tree_flatten_with_path(tree)
+  return [(_keys(path), leaf) for path, leaf in found]
+
+
+def _keys(path: tuple[Any, ...]) -> Path:
+  return tuple(
+      jax.tree_util.keystr((key,), simple=True) for key in path
+  )
+
+
+def write(path: str, weights: Weights) -> tuple[dict[Path, str], bool]:
+  """Writes a workdir with one checkpoint.
+
+  It holds a TrainState, with which `train` can continue, if the weights are
+  complete; else what there is of the networks.
+
+  Args:
+    path: of the workdir.
+    weights: what to write.
+
+  Returns:
+    The name of each array that was written, by its path; and whether `train`
+    can continue.
+
+  Raises:
+    UserError: if it cannot be written.
+  """
+  state, written = train_state(weights)
+  complete = state is not None
+  if not complete:
+    written = {k for k in weights.flat if k[0] in NETWORKS}
+    state = network.unflatten({k: weights.flat[k] for k in written})
+  with workdir_lib.claimed(path, weights.config) as workdir:
+    checkpoints = checkpoints_lib.Checkpoints(workdir, 1, 0, console.say)
+    with contextlib.closing(checkpoints):
+      checkpoints.save(weights.step, state, {})
+  return {keys: '/'.join(keys) for keys in written}, complete
+
+
+def train_state(weights: Weights) -> tuple[TrainState | None, set[Path]]:
+  """The state of the run, and the paths of what is in it.
+
+  The state is None if something of it is not there: a queue of kNN never is,
+  and how long it is depends on the images.
+  """
+  config = weights.config
+  if config.knn.queue_share:
+    return None, set()
+  size, channels = config.data.image_size, len(config.data.mean)
+  # The schedules are not part of the state; any will do.
+  method = build_method(config, config_lib.Plan(1, 1, 0, 1.0))
+  abstract = abstract_state(method, (size, size, channels))
+  used = set()
+
+  def value(path, leaf):
+    keys = _keys(path)
+    if keys[-1] in ('step', 'count'):
+      return np.asarray(weights.step, leaf.dtype)
+    if keys[0] == 'past_keys':  # No file has them; zeros are none yet.
+      return np.zeros(leaf.shape, leaf.dtype)
+    for slot in SLOTS:
+      if keys[0] == 'opt_state' and slot in keys:
+        keys = keys[keys.index(slot) :]
+    used.add(keys)
+    return weights.flat[keys]
+
+  try:
+    return jax.tree_util.tree_map_with_path(value, abstract), used
+  except KeyError:
+    return None, set()

@@ -1,0 +1,99 @@
+"""Our parameters under the names and in the layouts of PyTorch.
+
+The names are those of the published checkpoints, which for backbones are also
+timm's and torchvision's. Only this direction is written down: what a file of
+PyTorch should hold follows from the tree that we want to fill.
+"""
+
+from collections.abc import Iterable
+import re
+
+import numpy as np
+
+from mocov3_jax.runs.network import Path
+
+# Of a network: the trees of its parameters and of its running statistics.
+COLLECTIONS = ('params', 'batch_stats')
+# Counts the batches that a BatchNorm has seen; we need no such counter.
+COUNTER = 'num_batches_tracked'
+
+_LEAVES = {
+    'kernel': 'weight', 'scale': 'weight', 'bias': 'bias',
+    'mean': 'running_mean', 'var': 'running_var',
+    'cls_token': 'cls_token', 'pos_embed': 'pos_embed',
+}
+# The order of siblings in a checkpoint of PyTorch, which numbers the states
+# of its optimizer.
+_ORDER = (
+    'base_encoder momentum_encoder predictor cls_token pos_embed patch_embed '
+    'blocks norm1 attn qkv norm2 mlp fc1 fc2 norm conv1 bn1 conv2 bn2 conv3 '
+    'bn3 downsample layer1 layer2 layer3 layer4 proj head fc weight bias '
+    f'running_mean running_var {COUNTER}'
+).split()
+
+
+def torch_name(path: Path, head: str) -> str:
+  """The name of a tensor of one network.
+
+  Args:
+    path: in the tree of parameters or statistics, such as ('projector',
+      'linear_0', 'kernel').
+    head: PyTorch's name of the projector and the classifier: 'head' in a ViT,
+      'fc' in a ResNet.
+
+  Returns:
+    The name within the encoder: 'head.0.weight'. The predictor's, which is
+    beside the encoders, begins with 'predictor.'.
+  """
+  part, *modules, leaf = path
+  first = {
+      'backbone': [], 'projector': [head], 'classifier': [head],
+      'predictor': ['predictor'],
+  }[part]
+  return '.'.join([*first, *map(_module, modules), _LEAVES[leaf]])
+
+
+def _module(name: str) -> str:
+  sequential = re.fullmatch(r'(conv|linear|bn)_(\d+)', name)
+  if sequential:  # A layer, its BatchNorm, a ReLU, the next layer, ...
+    return str(3 * int(sequential[2]) + (sequential[1] == 'bn'))
+  name = re.sub(r'_(\d+)$', r'.\1', name)  # blocks_0, layer1_0
+  name = name.replace('patch_embed', 'patch_embed.proj')
+  name = name.replace('downsample_conv', 'downsample.0')
+  return name.replace('downsample_bn', 'downsample.1')
+
+
+def in_order(names: Iterable[str]) -> list[str]:
+  """Sorts names as PyTorch would, by the order of the modules.
+
+  Raises:
+    ValueError: for a name of another network.
+  """
+  def rank(name):
+    return [
+        int(part) if part.isdigit() else _ORDER.index(part)
+        for part in name.split('.')
+    ]
+
+  return sorted(names, key=rank)
+
+
+def to_torch_layout(array: np.ndarray, path: Path) -> np.ndarray:
+  """Linear weights to [out, in], convolutions to OIHW; others stay."""
+  if path[-1] != 'kernel':
+    return array
+  axes = (3, 2, 0, 1) if array.ndim == 4 else (1, 0)
+  return np.ascontiguousarray(array.transpose(axes))
+
+
+def to_our_layout(array: np.ndarray, path: Path) -> np.ndarray:
+  """Undoes `to_torch_layout`."""
+  if path[-1] != 'kernel':
+    return array
+  axes = (2, 3, 1, 0) if array.ndim == 4 else (1, 0)
+  return np.ascontiguousarray(array.transpose(axes))
+
+
+def torch_shape(shape: tuple[int, ...], path: Path) -> tuple[int, ...]:
+  """The shape that `to_torch_layout` gives."""
+  return to_torch_layout(np.broadcast_to(np.int8(0), shape), path).shape
