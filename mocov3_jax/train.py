@@ -20,8 +20,8 @@ def main(
 ) -> dict[str, Any] | None:
   """Trains as one of the processes of a run; the first one has the results."""
   processes.start(coordinator, num_processes, process_id)
-  processes.keep_compiled()
-  results = pretrain.train(config, path)
+  processes.enable_compilation_cache()
+  results = pretrain.pretrain(config, path)
   return results if processes.is_primary() else None
 
 

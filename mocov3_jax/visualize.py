@@ -25,7 +25,10 @@ if __name__ == '__main__':
   SOURCE = flags.DEFINE_string(
       'source', '', 'digits, folder:PATH, tfds:NAME; default: the run\'s own.'
   )
-  LABELS = flags.DEFINE_string('labels', 'auto', 'auto, none, or a CSV file.')
+  LABELS = flags.DEFINE_string(
+      'labels', '', 'auto, none, or a CSV file; default: the run\'s, or auto '
+      'of another --source.'
+  )
   ENCODER = flags.DEFINE_string('encoder', 'query', 'query or momentum.')
   IMAGES = flags.DEFINE_integer(
       'images', None,

@@ -3,6 +3,7 @@
 import json
 import pathlib
 
+from flax.traverse_util import flatten_dict, unflatten_dict
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,7 +12,6 @@ from mocov3_jax import models
 from mocov3_jax.models.heads import MlpHead
 from mocov3_jax.models.resnet import ResNet
 from mocov3_jax.models.vit import ViT
-from mocov3_jax.runs import network as network_lib
 from mocov3_jax.weights import torch_names
 
 FOLDER = pathlib.Path(__file__).parent / 'golden'
@@ -62,13 +62,13 @@ def tree(arrays, prefix, network, dtype=None):
   )
   head = 'fc' if isinstance(model.backbone, ResNet) else 'head'
   result = {}
-  for path in network_lib.flatten(shapes):
+  for path in flatten_dict(shapes):
     collection, *rest = path
     name = f'{prefix}{golden_name(rest, network, head)}'
     if name in arrays:
       array = torch_names.to_our_layout(arrays[name], path)
       result[path] = jnp.asarray(array, dtype)
-  return network_lib.unflatten(result)
+  return unflatten_dict(result)
 
 
 def golden_name(path, network, head):

@@ -28,7 +28,7 @@ def main(folder, address, processes, process, first, last):
   })
   mesh = sharding.make_mesh()
   positions = sharding.local_positions(mesh, c.batch_size)
-  reader = pretrain.make_reader(c, pretrain.load_source(c).train, positions)
+  reader = pretrain.make_reader(c, pretrain.load_splits(c).train, positions)
   make_views = jax.jit(
       build_method(c, config_lib.plan(c, len(reader.source)))
       .augment,

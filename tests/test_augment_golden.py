@@ -129,10 +129,10 @@ def test_normalisation():
 
 
 def recorded(pipeline, i):
-  """The original's i-th run of a pipeline, as a Draw."""
+  """The original's i-th run of a pipeline, as a AugmentParams."""
   get = lambda name: ARRAYS[f'{pipeline}/{name}'][i]
   sigma = get('sigma_f64')
-  return augment.Draw(
+  return augment.AugmentParams(
       box=tuple(jnp.asarray(get('crop'), jnp.float32)),
       jitter=jnp.asarray(get('jitter') == 1),
       order=jnp.asarray(get('order')),
@@ -175,7 +175,7 @@ def test_whole_pipelines_with_crops_from_the_host(number):
 
 def draws(view, height=256, width=256, n=20_000):
   draw = functools.partial(
-      augment.draw, view=view, height=height, width=width
+      augment.draw_params, view=view, height=height, width=width
   )
   return jax.jit(jax.vmap(draw))(jax.random.split(jax.random.key(0), n))
 

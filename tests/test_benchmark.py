@@ -127,7 +127,7 @@ def test_mfu_is_logged_where_the_peak_is_known(tmp_path, monkeypatch):
   monkeypatch.setitem(
       chips.PEAK_FLOPS, jax.devices()[0].device_kind, 1e12
   )
-  result = pretrain.train(c, str(tmp_path / 'run'))
+  result = pretrain.pretrain(c, str(tmp_path / 'run'))
   method = build_method(c, config_lib.plan(c, 1437))
   flops = flops_lib.step_flops(method, (8, 8, 1), 64) / 64
   peak = 1e12 * jax.device_count()
@@ -140,11 +140,11 @@ def test_mfu_is_logged_where_the_peak_is_known(tmp_path, monkeypatch):
 
 def test_programs_for_a_cpu_are_kept_only_on_request(monkeypatch):
   before = jax.config.jax_compilation_cache_dir
-  processes.keep_compiled()
+  processes.enable_compilation_cache()
   assert jax.config.jax_compilation_cache_dir == before
   monkeypatch.setattr(jax, 'default_backend', lambda: 'tpu')
   try:
-    processes.keep_compiled()
+    processes.enable_compilation_cache()
     kept = jax.config.jax_compilation_cache_dir
   finally:
     jax.config.update('jax_compilation_cache_dir', before)

@@ -37,7 +37,7 @@ def state(value, whole):
 
 def save(folder, whole, knn_by_step, keep_latest=2, keep_best=1):
   checkpoints = checkpoints_lib.Checkpoints(
-      epath.Path(folder), keep_latest, keep_best, print
+      epath.Path(folder), keep_latest, keep_best, print, 'knn/top1'
   )
   for step, knn in knn_by_step.items():
     checkpoints.save(step, state(step, whole), {'knn/top1': knn})
@@ -47,9 +47,9 @@ def save(folder, whole, knn_by_step, keep_latest=2, keep_best=1):
 def restore(folder, whole):
   warnings = []
   checkpoints = checkpoints_lib.Checkpoints(
-      epath.Path(folder), 2, 1, warnings.append
+      epath.Path(folder), 2, 1, warnings.append, 'knn/top1'
   )
-  abstract = checkpoints_lib.abstract(state(0, whole), whole)
+  abstract = sharding.placed(state(0, whole), whole)
   try:
     return checkpoints.restore(abstract), warnings
   finally:
@@ -139,7 +139,7 @@ def test_what_was_saved_after_a_divergence_is_set_aside(tmp_path, whole):
   save(tmp_path, whole, {3: 0.5, 4: 0.4})
   warnings = []
   checkpoints = checkpoints_lib.Checkpoints(
-      epath.Path(tmp_path), 2, 1, warnings.append
+      epath.Path(tmp_path), 2, 1, warnings.append, 'knn/top1'
   )
   assert checkpoints.newest_before(4) == 3
   checkpoints.close()
@@ -148,7 +148,7 @@ def test_what_was_saved_after_a_divergence_is_set_aside(tmp_path, whole):
 
 def test_a_part_restores_alone(tmp_path, whole):
   save(tmp_path, whole, {3: 0.5})
-  part = checkpoints_lib.abstract({'params': state(0, whole)['params']}, whole)
+  part = sharding.placed({'params': state(0, whole)['params']}, whole)
   restored = checkpoints_lib.restore_part(
       epath.Path(tmp_path) / 'checkpoints' / '3', part
   )

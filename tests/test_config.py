@@ -8,7 +8,7 @@ import pytest
 import tiny
 
 from mocov3_jax.base.errors import UserError
-from mocov3_jax.config import checks, evaluation
+from mocov3_jax.config import checks, evaluation, knobs
 from mocov3_jax.config import training as config_lib
 from mocov3_jax.runs import workdir
 
@@ -18,7 +18,7 @@ def changed(**overrides):
 
 
 def claim(path, c):
-  with workdir.claimed(str(path), c, checks.FREE_ON_RESUME):
+  with workdir.claimed(str(path), c, config_lib.FREE_ON_RESUME):
     pass
 
 
@@ -93,18 +93,18 @@ def test_the_batch_must_divide_over_the_devices():
 def test_differences_list_what_changes_the_computation():
   saved = workdir.to_json(changed())
   now = copy.deepcopy(saved)
-  free = checks.FREE_ON_RESUME
-  assert checks.differences(saved, now, ()) == []
+  free = config_lib.FREE_ON_RESUME
+  assert knobs.differences(saved, now, frozenset()) == []
   now['knn']['every_steps'] = 7
   now['save']['keep_latest'] = 9
   now['log']['every_steps'] = 3
-  assert checks.differences(saved, now, free) == []
-  assert len(checks.differences(saved, now, ())) == 3
+  assert knobs.differences(saved, now, free) == []
+  assert len(knobs.differences(saved, now, frozenset())) == 3
   now['knn']['k'] = 5
   now['seed'] = 1
   now['model']['dim'] = 32
   now['new'] = 1
-  assert checks.differences(saved, now, free) == [
+  assert knobs.differences(saved, now, free) == [
       'knn.k: 200 in the workdir, 5 now',
       'model.dim: 16 in the workdir, 32 now',
       "new: 'absent' in the workdir, 1 now",

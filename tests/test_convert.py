@@ -90,7 +90,7 @@ def runs(tmp_path_factory):
       'resnet': (small_config(**RESNET), folder / 'resnet'),
   }
   config, path = found['vit']
-  pretrain.train(config, str(path))
+  pretrain.pretrain(config, str(path))
   config, path = found['resnet']
   random_run(path, config)
   return found

@@ -16,8 +16,9 @@ import tiny
 
 from mocov3_jax.base.errors import UserError
 from mocov3_jax.config.evaluation import eval_config
-from mocov3_jax.data import catalog, sources
+from mocov3_jax.data import sources
 from mocov3_jax.evals import confidence, logistic
+from mocov3_jax.evals.opened import Opened
 from mocov3_jax.method import optimizers
 from mocov3_jax.protocols import finetune
 from mocov3_jax.protocols import setup as setup_lib
@@ -250,11 +251,10 @@ def labelled(train, test):
         ([0, 1], [2, 1], '1 classes .number 2'),
     ],
 )
-def test_labels_that_do_not_do_are_named(monkeypatch, train, test, words):
-  c = tiny.config()
-  monkeypatch.setattr(catalog, 'load', lambda *_: labelled(train, test))
+def test_labels_that_do_not_do_are_named(train, test, words):
+  opened = Opened(None, 'x', 'auto', labelled(train, test), None, None)
   with pytest.raises(UserError, match=words):
-    setup_lib.load_splits(eval_config(), c, None)
+    setup_lib.labelled_splits(eval_config(), opened)
 
 
 def test_few_of_each_class_are_the_seeds_choice():
@@ -282,8 +282,10 @@ def test_logistic_regression_chooses_its_penalty_on_training_images():
   labels = np.repeat(np.arange(3), 60)
   x = np.eye(3)[labels] + 0.3 * rng.normal(size=(180, 3))
   # Of the test images all labels are wrong: no choice can depend on them.
-  wrong = logistic.classify(x, labels, x, (labels + 1) % 3, (1e-4, 1.0), 200)
-  right = logistic.classify(x, labels, x, labels, (1e-4, 1.0), 200)
+  wrong = logistic.fit_and_score(
+      x, labels, x, (labels + 1) % 3, (1e-4, 1.0), 200
+  )
+  right = logistic.fit_and_score(x, labels, x, labels, (1e-4, 1.0), 200)
   assert wrong['validation'] == right['validation']
   assert wrong['top1'] < 0.1 and right['top1'] > 0.9
 
@@ -310,7 +312,7 @@ def test_each_block_learns_slower_than_the_one_above():
 
 def test_fine_tuning_decays_matrices_alone_each_at_its_rate():
   tree = params(3)
-  optimizer = finetune.finetuning(lambda step: 0.1, 0.05, 3, 0.5)
+  optimizer = finetune.layerwise_adamw(lambda step: 0.1, 0.05, 3, 0.5)
   zero = jax.tree.map(jnp.zeros_like, tree)
   updates, _ = optimizer.update(zero, optimizer.init(tree), tree)
   np.testing.assert_allclose(updates['head']['kernel'], -0.1 * 0.05)
@@ -323,7 +325,7 @@ def test_fine_tuning_decays_matrices_alone_each_at_its_rate():
 
 def test_without_layer_decay_it_is_optaxs_adamw():
   tree = params(1)
-  ours = finetune.finetuning(lambda step: 0.1, 0.05, 1, 1.0)
+  ours = finetune.layerwise_adamw(lambda step: 0.1, 0.05, 1, 1.0)
   theirs = optax.adamw(0.1, weight_decay=0.05, mask=optimizers.is_kernel)
   grads = jax.tree.map(lambda x: 0.3 * x, tree)
   for a, b in zip(
@@ -335,7 +337,7 @@ def test_without_layer_decay_it_is_optaxs_adamw():
 
 
 def test_the_rate_rises_from_its_start_and_ends_at_its_end():
-  rate = optimizers.warmup_cosine_between(1e-6, 1e-3, 1e-5, 10, 100)
+  rate = optimizers.warmup_cosine(1e-3, 10, 100, 1e-6, 1e-5)
   np.testing.assert_allclose(
       [rate(s) for s in (0, 5, 10, 55, 100)],
       [1e-6, 5.005e-4, 1e-3, (1e-3 + 1e-5) / 2, 1e-5], rtol=1e-4,
@@ -344,7 +346,7 @@ def test_the_rate_rises_from_its_start_and_ends_at_its_end():
   for step in range(101):
     np.testing.assert_allclose(rate(step), theirs(step), rtol=1e-5)
   # A training that is all warm-up.
-  rising = optimizers.warmup_cosine_between(0.0, 1.0, 0.0, 10, 10)
+  rising = optimizers.warmup_cosine(1.0, 10, 10)
   assert float(rising(9)) == pytest.approx(0.9)
 
 

@@ -22,7 +22,7 @@ def run(tmp_path_factory):
       'knn.every_steps': 0, 'augment.view1.blur_sigma': (0.1, 0.5),
       'augment.view2.blur_sigma': (0.1, 0.5),
   })
-  pretrain.train(config, str(path))
+  pretrain.pretrain(config, str(path))
   return path
 
 
@@ -89,7 +89,7 @@ def test_a_flat_folder_has_names_and_no_labels(tmp_path, capsys):
       'augment.view2.blur_sigma': (0.1, 0.5), 'schedule.steps': 1,
       'schedule.warmup_epochs': 0.0, 'data.max_unreadable': 1.0,
   })
-  pretrain.train(config, str(tmp_path / 'run'))
+  pretrain.pretrain(config, str(tmp_path / 'run'))
   result = extract.extract(
       str(tmp_path / 'run'), '', str(tmp_path / 'f.npz'), batch_size=16
   )
@@ -122,7 +122,7 @@ def test_a_normed_projection_is_used_like_any_other(kind, tmp_path):
       'schedule.steps': 2, 'schedule.warmup_epochs': 0.0,
       'knn.every_steps': 0, 'model.patch_embed': kind,
   })
-  pretrain.train(config, str(tmp_path / 'run'))
+  pretrain.pretrain(config, str(tmp_path / 'run'))
   extract.extract(str(tmp_path / 'run'), '', str(tmp_path / 'f.npz'))
   found = arrays(tmp_path / 'f.npz')['features']
   assert found.shape == (1797, 16) and np.all(np.isfinite(found))

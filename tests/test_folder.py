@@ -7,11 +7,11 @@ import time
 import numpy as np
 from PIL import Image
 import pytest
-import tiny
 
 from mocov3_jax.base.errors import UserError
 from mocov3_jax.config.evaluation import eval_config
 from mocov3_jax.data import catalog, listing
+from mocov3_jax.evals.opened import Opened
 from mocov3_jax.protocols import setup
 
 
@@ -63,12 +63,8 @@ def test_a_folder_with_a_class_of_one_image_can_be_evaluated(tmp_path):
   plant(tmp_path, 'ant/0.png', *(f'cat/{i:02}.png' for i in range(15)))
   splits = catalog.load(f'folder:{tmp_path}')
   assert names(splits.test) == ['cat/00.png', 'cat/09.png']
-  training = tiny.config(**{
-      'data.source': f'folder:{tmp_path}', 'data.mean': (0.5, 0.5, 0.5),
-  })
-  found = setup.load_splits(
-      eval_config(), training, tmp_path / '.listings'
-  )
+  opened = Opened(None, f'folder:{tmp_path}', 'auto', splits, None, None)
+  found = setup.labelled_splits(eval_config(), opened)
   assert (len(found.bank), len(found.test)) == (14, 2)
 
 

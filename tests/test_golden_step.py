@@ -73,7 +73,7 @@ def step(request):
       past_keys=(),
   )
   views = jnp.asarray(golden.views(arrays['x1'], arrays['x2']))
-  new, metrics = jax.jit(train_step, static_argnums=0)(
+  new, metrics, _ = jax.jit(train_step, static_argnums=0)(
       method, jax.random.key(0), state, views
   )
   online, _ = model.apply(

@@ -1,5 +1,7 @@
 """The kNN classifier against scikit-learn."""
 
+import types
+
 import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
@@ -9,6 +11,7 @@ from sklearn.neighbors import KNeighborsClassifier
 
 from mocov3_jax.data import sources
 from mocov3_jax.evals import knn
+from mocov3_jax.evals.evaluator import EvalContext
 from mocov3_jax.parallel import sharding
 
 
@@ -198,6 +201,21 @@ def test_k_is_capped_on_small_banks(n, classes, expected):
   assert knn.capped_k(200, n, classes) == expected
 
 
+def monitored(c, extract, splits):
+  """What the monitor says of features that `extract` gives."""
+  config = ConfigDict(
+      {'knn': c, 'micro_batch': 0, 'batch_size': 64, 'data': {}}
+  )
+  context = EvalContext(
+      config, None, None, splits, sharding.make_mesh(),
+      types.SimpleNamespace(workers=None),
+  )
+  state = types.SimpleNamespace(params=None, batch_stats=None)
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(knn.features_lib, 'extractor', lambda *_: extract)
+    return knn.monitor(context).measure(state)
+
+
 def test_the_monitor_says_what_the_table_says_of_images_that_can_be_read():
   features, labels = random_set(n=700)
   numbers = np.arange(700, dtype=np.int64).view(np.uint8).reshape(700, 1, 1, 8)
@@ -215,9 +233,10 @@ def test_the_monitor_says_what_the_table_says_of_images_that_can_be_read():
   c = ConfigDict({
       'k': 20, 'temperature': 0.07, 'more_k': (), 'more_temperatures': (),
       'bank_images': 0, 'query_images': 0, 'leave_one_out': False,
+      'every_steps': 0,
   })
   mesh, splits = sharding.make_mesh(), sources.Splits(bank, bank, test)
-  monitor = knn.build(c, extract, splits, mesh)(None, None)
+  monitor = monitored(c, extract, splits)
   found = knn.table(c, extract, splits, mesh, None, None)
   # A sixth of the 333 / 7 images a class that are left, not of the 500 / 7.
   assert found['k'] == monitor['knn/k'] == 7
@@ -243,13 +262,12 @@ def test_images_without_label_or_that_cannot_be_read_are_left_out():
         np.eye(2)[labels[numbers[readable]]] + 0.01 * features[0, :2]
     ), readable
 
-  c = ConfigDict(
-      {'k': 3, 'temperature': 0.1, 'bank_images': 0, 'query_images': 0}
-  )
-  evaluate = knn.build(
-      c, extract, sources.Splits(source, source, source), sharding.make_mesh()
-  )
-  assert evaluate(None, None)['knn/top1'] == 1.0
+  c = ConfigDict({
+      'k': 3, 'temperature': 0.1, 'bank_images': 0, 'query_images': 0,
+      'every_steps': 0,
+  })
+  found = monitored(c, extract, sources.Splits(source, source, source))
+  assert found['knn/top1'] == 1.0
   for numbers in asked:
     assert numbers.tolist() == [
         i for i in range(30) if i % 5 and i != 7

@@ -96,8 +96,8 @@ VALUES = {
 def test_progress_prints_plain_lines_when_piped():
   stream = io.StringIO()
   progress = progress_lib.Progress(80, stream)
-  progress.update(5, VALUES, images_per_step=100)
-  progress.update(6, VALUES, images_per_step=100)  # Too soon.
+  progress.update(5, VALUES, 100, '  kNN 75.0%')
+  progress.update(6, VALUES, 100)  # Too soon.
   progress.note('done')
   assert stream.getvalue() == (
       'step 5/80  loss 3.2000 (chance 4.4000)  kNN 75.0%  100 img/s  '

@@ -3,6 +3,7 @@
 import json
 
 import flax.linen as nn
+from flax.traverse_util import flatten_dict
 import golden
 import jax
 import jax.numpy as jnp
@@ -15,7 +16,6 @@ from mocov3_jax.config import training as config_lib
 from mocov3_jax.models import attention, block, recompute, vit
 from mocov3_jax.models.stem import PatchEmbed
 from mocov3_jax.models.vit import sincos_positions
-from mocov3_jax.runs import network as network_lib
 from mocov3_jax.training import flops
 
 POSITIONS, _ = golden.load('pos_embed')
@@ -72,7 +72,7 @@ def test_initial_values_are_distributed_as_the_originals(
   network = models.build(c.model, c.head, c.data.image_size)
   views = jnp.zeros((1, 2, 224, 224, 3))
   init = jax.jit(lambda key: network.init(key, views, train=True)['params'])
-  params = network_lib.flatten(jax.device_get(init(jax.random.key(0))))
+  params = flatten_dict(jax.device_get(init(jax.random.key(0))))
   head = 'fc' if name == 'resnet50' else 'head'
   for path, leaf in params.items():
     key = golden.golden_name(path, 'base_encoder', head)

@@ -102,7 +102,7 @@ MUTATIONS = {
     ),
     'warm-up one step early': (
         'method/optimizers.py',
-        'rise = peak * step', 'rise = peak * (step + 1)',
+        '(peak - start) * step', '(peak - start) * (step + 1)',
         'test_optim.py',
     ),
 }

@@ -198,8 +198,8 @@ def test_every_method_takes_the_same_steps_on_eight_devices(changes):
     mesh = sharding.make_mesh(jax.devices()[:devices])
     plan = config_lib.plan(c, 1437)
     method = build_method(c, plan, devices)
-    init, step = pretrain.compile_functions(c, method, mesh)
-    state, losses[devices] = init(), []
+    step = sharding.jit_step(*pretrain.make_step(c, method), mesh)
+    state, losses[devices] = step.init(), []
     before = jax.device_get((state.params, state.target_params))
     for _ in range(4):
       state, values = step(state, sharding.to_global(batch, mesh))
@@ -222,7 +222,7 @@ def test_every_ablation_of_moco_takes_a_step(name):
   assert bool(state.batch_stats) == (name != 'no BatchNorm')
   key = jax.eval_shape(lambda: jax.random.key(0))
   images = jax.ShapeDtypeStruct((64, 8, 8, 1), np.uint8)
-  after, values = jax.eval_shape(
+  after, values, _ = jax.eval_shape(
       lambda *a: train_step.train_step(method, *a), key, state, images
   )
   assert jax.tree.structure(after) == jax.tree.structure(state)
@@ -284,12 +284,12 @@ def test_the_queue_of_a_run_holds_the_keys_of_its_steps():
   c = tiny.config(**(CALM | {'objective.queue': 200}))
   mesh = sharding.make_mesh(jax.devices()[:1])
   method = build_method(c, config_lib.plan(c, 1437))
-  init, step = pretrain.compile_functions(c, method, mesh)
+  step = sharding.jit_step(*pretrain.make_step(c, method), mesh)
   images = np.random.default_rng(0).integers(0, 256, (64, 8, 8, 1), np.uint8)
   batch = sharding.to_global(
       pipeline.Batch(images, np.full(64, -1, np.int32)), mesh
   )
-  state, levels, queues = init(), [], []
+  state, levels, queues = step.init(), [], []
   for _ in range(3):
     state, values = step(state, batch)
     levels.append(float(values['train/loss_chance']))

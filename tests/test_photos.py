@@ -4,7 +4,6 @@ import json
 import shutil
 import signal
 
-import jax
 import jax.numpy as jnp
 import photos
 from PIL import Image
@@ -13,9 +12,10 @@ import tiny
 
 from mocov3_jax.base.errors import Preempted, UserError
 from mocov3_jax.config import training as config_lib
+from mocov3_jax.evals.evaluator import Evaluator
 from mocov3_jax.parallel import sharding
-from mocov3_jax.training import pretrain, trainer
-from mocov3_jax.training.job import Job
+from mocov3_jax.training import pretrain
+from mocov3_jax.training.trainer import Trainer
 
 SMALL = {
     'data.image_size': 32, 'data.mean': '(.485,.456,.406)',
@@ -119,7 +119,7 @@ def test_too_many_corrupt_files_end_the_run_after_a_save(labelled, tmp_path):
   )
 
 
-def small_job(folder, evaluate=lambda state: {'test/top1': 0.0}):
+def small_trainer(folder, evaluate=lambda state: {'test/top1': 0.0}):
   """64 images in 8 steps an epoch, 6 of which may be bad; learns nothing."""
   c = tiny.config(**{
       'data.source': f'folder:{folder}', 'data.mean': (0.5,) * 3,
@@ -127,22 +127,19 @@ def small_job(folder, evaluate=lambda state: {'test/top1': 0.0}):
       'save.every_steps': 100,
   })
   mesh = sharding.make_mesh()
-  source = pretrain.load_source(c).train
+  source = pretrain.load_splits(c).train
 
-  @jax.jit
   def step(state, batch):
     values = {'train/loss': jnp.ones(()), 'train/loss_chance': jnp.ones(())}
-    return {'step': state['step'] + 1}, values | trainer.from_batch(batch)
+    return {'step': state['step'] + 1}, values
 
-  return Job(
-      config=c, free=(), plan=config_lib.plan(c, 64), mesh=mesh,
+  return Trainer(
+      config=c, free=frozenset(), plan=config_lib.plan(c, 64), mesh=mesh,
+      init=lambda: {'step': jnp.zeros((), jnp.int32)}, step=step,
       reader=pretrain.make_reader(c, source, sharding.local_positions(mesh, 8)),
-      fingerprint={}, step=step, evaluate=evaluate, evaluate_every=0,
-      init=jax.jit(
-          lambda: {'step': jnp.zeros((), jnp.int32)},
-          out_shardings=sharding.replicated(mesh),
-      ),
-      best='test/top1', flops_per_image=None, advice='', notes=(),
+      fingerprint={}, advice='', evaluators=[
+          Evaluator(evaluate, 0, 'test/top1', lambda values: '', best=True)
+      ],
   )
 
 
@@ -158,7 +155,7 @@ def spoil(tmp_path):
 
   def spoil(steps=(), count=0):
     write()
-    reader = small_job(folder).reader
+    reader = small_trainer(folder).reader
     for step in steps:
       for index in reader.indices(step)[:count].tolist():
         (folder / reader.source.name(index)).write_bytes(b'')
@@ -171,12 +168,12 @@ def test_the_same_line_goes_on_once_the_files_are_mended(spoil, tmp_path):
   folder, workdir = spoil(range(8), 2), str(tmp_path / 'run')
   # The eighth is noticed while one more step is being computed.
   with pytest.raises(UserError, match=r'10 images .* step 0 up to step 5, .*'):
-    trainer.carry_out(small_job(folder), workdir)
+    small_trainer(folder).run(workdir)
   # Six in the three steps left of this epoch are not too many, as the rule is.
   with pytest.raises(UserError, match=r'images .* step 8 up to step 1\d, .*'):
-    trainer.carry_out(small_job(folder), workdir)
+    small_trainer(folder).run(workdir)
   spoil()
-  done = trainer.carry_out(small_job(folder), workdir)
+  done = small_trainer(folder).run(workdir)
   assert done['step'] == 24 and done['data/unreadable'] == 0
 
 
@@ -189,15 +186,15 @@ def test_bad_images_before_an_interruption_are_counted(spoil, tmp_path):
     return {'test/top1': 0.0}
 
   with pytest.raises(Preempted, match='saved step 2 '):
-    trainer.carry_out(small_job(folder, interrupted), workdir)
+    small_trainer(folder, interrupted).run(workdir)
   with pytest.raises(UserError, match='10 images .* step 0 up to step 5, '):
-    trainer.carry_out(small_job(folder), workdir)
+    small_trainer(folder).run(workdir)
 
 
 def test_too_many_in_the_last_step_of_an_epoch_are_noticed(spoil, tmp_path):
   folder = spoil([7], 7)
   with pytest.raises(UserError, match='step 0 up to step 9, '):
-    trainer.carry_out(small_job(folder), str(tmp_path / 'run'))
+    small_trainer(folder).run(str(tmp_path / 'run'))
 
 
 def test_a_folder_without_labels_gets_other_monitors(tmp_path):

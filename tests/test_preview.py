@@ -98,7 +98,7 @@ def test_what_was_drawn_is_said_in_words():
       'jitter_prob': 1.0, 'hue': 0.0, 'gray_prob': 1.0, 'blur_prob': 1.0,
       'solarize_prob': 1.0, 'flip_prob': 1.0,
   })
-  drawn = jax.device_get(augment.draw(jax.random.key(0), view, 8, 8))
+  drawn = jax.device_get(augment.draw_params(jax.random.key(0), view, 8, 8))
   lines = views.describe(drawn, (0, 0, 4, 4), view)
   assert lines[0].startswith('crop ') and len(lines) == 8
   assert [line.split()[0] for line in lines[4:]] == [

@@ -57,7 +57,7 @@ def test_its_votes_are_counted_as_by_hand():
     votes = np.zeros(3)
     np.add.at(votes, labels[its], np.exp(row[its] / 0.1))
     right += label >= 0 and np.argmax(votes) == label
-  found = knn_queue.classify(
+  found = knn_queue.queue_accuracy(
       held, jnp.asarray(asked), jnp.asarray(wanted), k=5, temperature=0.1,
       num_classes=3,
   )
@@ -76,9 +76,9 @@ def test_an_image_whose_features_are_zero_spoils_no_vote():
     held = knn_queue.push(
         empty(40, 6), jnp.asarray(features), jnp.asarray(labels)
     )
-    found.append(
-        knn_queue.classify(held, *asked, k=5, temperature=0.1, num_classes=3)
-    )
+    found.append(knn_queue.queue_accuracy(
+        held, *asked, k=5, temperature=0.1, num_classes=3
+    ))
   assert found[0] == found[1] > 0.5
   # Where NaN would be sorted to depends on the device.
   assert jnp.isfinite(held.features).all()
@@ -101,8 +101,8 @@ def test_it_watches_a_run_without_changing_it(tmp_path):
       'schedule.steps': 12, 'schedule.warmup_epochs': 0.1,
       'knn.queue_share': 0.2,
   })
-  pretrain.train(plain, str(tmp_path / 'plain'))
-  pretrain.train(watched, str(tmp_path / 'watched'))
+  pretrain.pretrain(plain, str(tmp_path / 'plain'))
+  pretrain.pretrain(watched, str(tmp_path / 'watched'))
   a, b = (tiny.metrics(tmp_path / name) for name in ('plain', 'watched'))
   for before, after in zip(a, b, strict=True):
     if 'train/loss' in before:
@@ -119,8 +119,8 @@ def test_it_is_restored_with_the_rest(tmp_path):
       'schedule.steps': 12, 'schedule.warmup_epochs': 0.1,
       'knn.queue_share': 0.2, 'save.every_steps': 6,
   }
-  pretrain.train(tiny.config(**overrides), str(tmp_path / 'a'))
+  pretrain.pretrain(tiny.config(**overrides), str(tmp_path / 'a'))
   (tmp_path / 'a' / 'checkpoints' / '12').rename(tmp_path / 'gone')
   straight = tiny.metrics(tmp_path / 'a')
-  pretrain.train(tiny.config(**overrides), str(tmp_path / 'a'))
+  pretrain.pretrain(tiny.config(**overrides), str(tmp_path / 'a'))
   assert tiny.metrics(tmp_path / 'a') == straight

@@ -7,7 +7,7 @@ import pytest
 from test_house_rules import RECIPES, ROOT, recipe
 import tiny
 
-from mocov3_jax.config import checks
+from mocov3_jax.config import knobs
 from mocov3_jax.config import training as config_lib
 from mocov3_jax.method.build import build_method
 from mocov3_jax.method.train_step import init_state
@@ -58,7 +58,8 @@ def shrunk(c, folder):
     ],
 )
 def test_a_recipe_runs_two_steps(path, folder, tmp_path):
-  result = pretrain.train(shrunk(loaded(path), folder), str(tmp_path / 'run'))
+  config = shrunk(loaded(path), folder)
+  result = pretrain.pretrain(config, str(tmp_path / 'run'))
   assert result['step'] == 2
   rows = tiny.metrics(tmp_path / 'run')
   assert all(np.isfinite(r['train/loss']) for r in rows if 'train/loss' in r)
@@ -91,7 +92,7 @@ def test_sizes_are_those_of_the_papers_table(name, millions, gmacs):
   method = build_method(c, config_lib.plan(c, 100_000))
   # The paper counts the last block in full, the classifier and the positions.
   whole = method.model.backbone.clone(scan=True)
-  found = flops.summarise(
+  found = flops.network_cost(
       method.model.clone(backbone=whole), (224, 224, 3)
   )
   width = whole.dim
@@ -112,7 +113,7 @@ def test_an_epoch_count_that_is_no_row_is_named():
 
 def test_the_instability_recipe_is_that_of_digits_but_for_what_it_says():
   flat = {
-      name: checks.flatten(loaded(ROOT / f'configs/{name}.py').to_dict())
+      name: knobs.flatten(loaded(ROOT / f'configs/{name}.py').to_dict())
       for name in ('digits', 'digits_instability')
   }
   differ = {

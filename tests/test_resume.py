@@ -36,12 +36,9 @@ def final_state(workdir):
   c = tiny.config(**CHANGES)
   plan = config_lib.plan(c, 1437)
   mesh = sharding.make_mesh(jax.devices()[:1])
-  init, _ = pretrain.compile_functions(c, build_method(c, plan), mesh)
-  abstract = checkpoints_lib.abstract(
-      jax.eval_shape(init), sharding.replicated(mesh)
-  )
+  step = sharding.jit_step(*pretrain.make_step(c, build_method(c, plan)), mesh)
   checkpoints = checkpoints_lib.Checkpoints(epath.Path(workdir), 2, 1, print)
-  state, step = checkpoints.restore(abstract)
+  state, step = checkpoints.restore(step.state)
   checkpoints.close()
   assert step == STEPS
   return jax.device_get(state)

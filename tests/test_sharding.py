@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 import tiny
 
+from mocov3_jax import evals
 from mocov3_jax.config import training as config_lib
 from mocov3_jax.data import pipeline
+from mocov3_jax.evals.evaluator import EvalContext
 from mocov3_jax.method import train_step
 from mocov3_jax.method.build import build_method
 from mocov3_jax.models.vit import ViT
@@ -18,25 +20,25 @@ from mocov3_jax.training import loop, pretrain
 
 
 def run_steps(config, devices, steps=10):
-  """Runs the real step on the first `devices`; returns (step_fn, metrics)."""
+  """Runs the real step on the first `devices`; returns (step, metrics)."""
   mesh = sharding.make_mesh(jax.devices()[:devices], config.fsdp_devices)
-  splits = pretrain.load_source(config)
+  splits = pretrain.load_splits(config)
   plan = config_lib.plan(config, len(splits.train))
   method = build_method(config, plan, mesh.size)
-  init, step_fn = pretrain.compile_functions(config, method, mesh)
+  step = sharding.jit_step(*pretrain.make_step(config, method), mesh)
   reader = pretrain.make_reader(
       config, splits.train, sharding.local_positions(mesh, config.batch_size)
   )
   history = []
-  start = init()
+  start = step.init()
   first = jax.device_get(start.params)
   batches = pipeline.train_batches(reader, 0, steps, 2)
   state, done = loop.run(
-      start, step_fn, (sharding.to_global(b, mesh) for b in batches),
+      start, step, (sharding.to_global(b, mesh) for b in batches),
       start=0, stop=steps, log=lambda step, values: history.append(values),
   )
   assert done == steps
-  return step_fn, history, first, jax.device_get(state)
+  return step, history, first, jax.device_get(state)
 
 
 # Wider heads and a lower rate than elsewhere: in a very small network a ReLU
@@ -69,7 +71,7 @@ def test_losses_do_not_depend_on_devices_or_passes(
 ):
   monkeypatch.setattr(sharding, 'SMALL', 2**8)  # Small tensors split as well.
   config = tiny.config(**(CALM | changes))
-  step_fn, history, _, _ = run_steps(config, devices)
+  step, history, _, _ = run_steps(config, devices)
   # Rounding grows over the steps, in the loss least of all.
   for name, tolerance in (
       ('train/loss', 1e-5), ('grad_norm/global', 1e-4),
@@ -80,7 +82,7 @@ def test_losses_do_not_depend_on_devices_or_passes(
         rtol=tolerance, err_msg=name,
     )
   # The loop, which forbids implicit transfers, compiled the step once.
-  assert step_fn._cache_size() == 1
+  assert step.jitted_step._cache_size() == 1
 
 
 def test_fsdp_splits_the_large_tensors_alone():
@@ -189,7 +191,7 @@ def test_monitors_take_no_more_at_once_than_a_pass_does(labels):
 
   for micro_batch in 0, 2:
     config = tiny.config(micro_batch=micro_batch)
-    splits = pretrain.load_source(config)
+    splits = pretrain.load_splits(config)
     if not labels:
       splits = dataclasses.replace(splits, test=None)
     mesh = sharding.make_mesh(jax.devices()[:4])
@@ -197,9 +199,11 @@ def test_monitors_take_no_more_at_once_than_a_pass_does(labels):
     method = build_method(config, plan, mesh.size)
     reader = pretrain.make_reader(config, splits.train, np.arange(64))
     state = train_step.init_state(method, jax.random.key(0), (8, 8, 1))
-    monitor = pretrain.build_monitor(config, method, splits, mesh, reader)
+    (monitor,) = evals.build_evaluators(EvalContext(
+        config, method.model, method.augment, splits, mesh, reader
+    ))
     at_once.clear()
     with nn.intercept_methods(watch):
-      results.append(monitor(state.params, state.batch_stats))
+      results.append(monitor.measure(state))
   assert 0 < max(at_once) <= 2 * 2 * 4  # Two views, two images, four devices.
   assert results[0] == pytest.approx(results[1], rel=1e-4)

@@ -1,8 +1,8 @@
 """Planted spikes, dips and collapses are found, and nothing else."""
 
+import contextlib
 import io
 import json
-import types
 
 from etils import epath
 from hypothesis import given, settings
@@ -12,9 +12,9 @@ import pytest
 import tiny
 
 from mocov3_jax.config import training as config_lib
-from mocov3_jax.data.pipeline import Batch
+from mocov3_jax.evals.evaluator import Evaluator
 from mocov3_jax.training import events as events_lib
-from mocov3_jax.training import progress, recorder, stability
+from mocov3_jax.training import stability, step_log
 from mocov3_jax.training.events import Dip, Spike
 
 LAYERS = 'patch_embed', 'block_0', 'last_block'
@@ -489,44 +489,33 @@ def test_freezing_the_projection_is_advised_where_it_learns(learned):
 
 
 def recorded(workdir, rows, start):
-  """The warnings of a Recorder that is fed the rows of a run from `start`."""
+  """The warnings of a StepLog that is fed the rows of a run from `start`."""
   workdir.mkdir(exist_ok=True)
   c = tiny.config(**{'schedule.epochs': 30.0})
-  job = types.SimpleNamespace(
-      config=c, plan=config_lib.plan(c, 1437), reader=None, evaluate_every=0,
-      evaluate=lambda row: {'knn/top1': row['knn/top1']},
-  )
-  checkpoints = types.SimpleNamespace(save=lambda *_: None)
-  run = recorder.Recorder(job, epath.Path(workdir), checkpoints, start)
-  shown = io.StringIO()
-  run.progress = progress.Progress(job.plan.total_steps, shown)
-  batches = run.watch(start, lambda: False)
-  for row in rows:
-    if 'knn/top1' in row:
-      run.between_steps(row['step'], row)
-    else:
-      next(batches)
-      run.log(row['step'], {k: v for k, v in row.items() if k != 'step'})
-  run.writer.close()
+  knn = Evaluator(None, 0, 'knn/top1', lambda values: '')
+  with contextlib.redirect_stderr(io.StringIO()) as shown:
+    log = step_log.StepLog(
+        epath.Path(workdir), c, config_lib.plan(c, 1437), [knn], start
+    )
+    for row in rows:
+      values = {k: v for k, v in row.items() if k != 'step'}
+      if 'knn/top1' in row:
+        log.evaluation(row['step'], values)
+      else:
+        log.step(row['step'], values)
+    log.close()
   lines = shown.getvalue().splitlines()
   return [line for line in lines if line.startswith('warning')]
 
 
-def test_a_run_prints_its_warnings_and_so_does_its_continuation(
-    tmp_path, monkeypatch
-):
-  nothing = np.full(1, -1, np.int32)
-  monkeypatch.setattr(
-      recorder, 'train_batches', lambda *_: iter([Batch(None, nothing)] * 999)
-  )
+def test_a_run_prints_its_warnings_and_so_does_its_continuation(tmp_path):
   rng = np.random.default_rng(0)
   gradients = {layer: gradient(rng, 400, 0.1) for layer in LAYERS}
   gradients['patch_embed'][[155, 200, 310]] *= 10
   level = np.full(20, 0.6)
   level[13:15] = 0.4
   rows = as_rows(gradients, noisy(rng, level, 0.003), **{
-      'train/loss': 2.0, 'train/loss_chance': 4.0, 'train/stop': 0,
-      'data/unreadable': 0,
+      'train/loss': 2.0, 'train/loss_chance': 4.0,
   })
   straight = recorded(tmp_path / 'straight', rows, 0)
   steps = [int(line.split()[2].rstrip(':')) for line in straight]

@@ -1,5 +1,6 @@
 """Full-size backbones against timm's, where it is installed."""
 
+from flax.traverse_util import unflatten_dict
 import jax
 import numpy as np
 import pytest
@@ -58,7 +59,7 @@ def test_full_size_backbones_agree(tmp_path, ours, theirs, arguments):
   with torch.no_grad():
     want = net(torch.tensor(x.transpose(0, 3, 1, 2))).numpy()
   model = models.build(config.model, config.head, 224)
-  variables = network.unflatten(source.flat)
+  variables = unflatten_dict(source.flat)
   got = jax.jit(
       lambda v, x: model.apply(v, x, train=False, method='features')
   )(variables, x)

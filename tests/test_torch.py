@@ -4,6 +4,7 @@ import argparse
 import os
 import pickle
 
+from flax.traverse_util import flatten_dict, unflatten_dict
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -73,7 +74,7 @@ def test_ten_lars_steps_in_float64():
       loss.backward()
       torch_moco.lars(trained, buffers, rate(i), 0.9, 1e-3, 1e-3)
       views = jnp.asarray(x[i].numpy().transpose(1, 0, 3, 4, 2))
-      state, metrics = step(method, jax.random.key(0), state, views)
+      state, metrics, _ = step(method, jax.random.key(0), state, views)
       np.testing.assert_allclose(
           metrics['train/loss'], loss.item(), rtol=1e-9, err_msg=str(i)
       )
@@ -94,7 +95,7 @@ def our_state(method, nets):
       )
   )
   flat = {}
-  for collection, *rest in network.flatten(shapes):
+  for collection, *rest in flatten_dict(shapes):
     name = torch_names.torch_name(tuple(rest), 'fc')
     for owner, fields in network.FIELDS.items():
       full = name if rest[0] == 'predictor' else f'{owner}.{name}'
@@ -102,7 +103,7 @@ def our_state(method, nets):
         continue
       path = (fields[collection], *rest)
       flat[path] = jnp.asarray(torch_names.to_our_layout(arrays[full], path))
-  tree = network.unflatten(flat)
+  tree = unflatten_dict(flat)
   return TrainState(
       step=jnp.zeros((), jnp.int32),
       opt_state=method.optimizer.init(tree['params']),
@@ -140,7 +141,7 @@ def test_a_converted_run_can_be_continued(runs, tmp_path):
   # From step 2: a workdir that had only got so far.
   convert.convert(f'{run}/checkpoints/2', str(file))
   convert.convert(str(file), str(back), config=config)
-  pretrain.train(config, str(back))
+  pretrain.pretrain(config, str(back))
   test_convert.assert_same(
       test_convert.leaves(back), test_convert.leaves(run)
   )

@@ -36,7 +36,7 @@ COLOR = {
 @pytest.fixture(scope='module')
 def digits(tmp_path_factory):
   path = tmp_path_factory.mktemp('visualize') / 'digits'
-  pretrain.train(tiny.config(**SHORT), str(path))
+  pretrain.pretrain(tiny.config(**SHORT), str(path))
   return str(path)
 
 
@@ -50,7 +50,7 @@ def tiles(tmp_path_factory):
       'data.source': f'folder:{folder}/tiles', 'data.max_unreadable': 1.0,
       'model.scan': True, 'model.remat': True, 'model.depth': 2,
   })
-  pretrain.train(config, str(folder / 'run'))
+  pretrain.pretrain(config, str(folder / 'run'))
   return str(folder / 'run')
 
 

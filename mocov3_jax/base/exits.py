@@ -21,7 +21,7 @@ def exit_at_once() -> None:
 
 
 @contextlib.contextmanager
-def stop_noted() -> Iterator[Callable[[], bool]]:
+def catch_stop_signals() -> Iterator[Callable[[], bool]]:
   """Turns SIGTERM and Ctrl-C into a question.
 
   Yields f() -> whether one of them has come. A second Ctrl-C ends the process

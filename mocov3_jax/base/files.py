@@ -1,32 +1,18 @@
-"""Paths that users give, and files that are written whole."""
+"""Paths that users give, and files that are there whole or not at all."""
 
+from collections.abc import Iterator
+import contextlib
 import json
 import os
-from typing import Any
+from typing import Any, BinaryIO
 
 from etils import epath
 
 from mocov3_jax.base.errors import UserError
 
 
-def read_object(path: epath.Path) -> dict[str, Any]:
-  """Reads a JSON object; empty if there is no file.
-
-  Raises:
-    UserError: if it is none.
-  """
-  if not path.exists():
-    return {}
-  try:
-    return json.loads(path.read_text())
-  except ValueError as e:
-    raise UserError(
-        f'{path} is damaged: {e}. Allowed: the JSON object that a run wrote.'
-    ) from e
-
-
 def absolute(path: str, field: str = 'the path') -> epath.Path:
-  """The absolute path, which Orbax wants.
+  """Returns the absolute path, which Orbax wants.
 
   Args:
     path: as given.
@@ -45,8 +31,77 @@ def absolute(path: str, field: str = 'the path') -> epath.Path:
   return epath.Path(os.path.abspath(os.path.expanduser(path)))
 
 
-def write_whole(path: epath.Path, text: str) -> None:
-  """Writes a file that is there whole or not at all."""
-  part = path.with_name(path.name + '.part')
-  part.write_text(text)
-  part.replace(path)
+def new_output(path: str, suffix: str, field: str = '--out') -> epath.Path:
+  """Returns the absolute path of a file that a command is to make.
+
+  Args:
+    path: as given.
+    suffix: that the name must have, such as '.png'.
+    field: what it is, for the message.
+
+  Raises:
+    UserError: if the name ends otherwise, or the file is there.
+  """
+  found = absolute(path, field)
+  if found.suffix != suffix or found.exists():
+    what = 'exists' if found.exists() else f'does not end with {suffix}'
+    raise UserError(
+        f'{field}={path} {what}. Allowed: a new file that ends with {suffix}.'
+    )
+  return found
+
+
+@contextlib.contextmanager
+def open_whole(path: epath.Path, field: str = '') -> Iterator[BinaryIO]:
+  """Opens a file to be written whole: it appears once all is written.
+
+  A file that was there is replaced then, and kept if something fails before.
+
+  Args:
+    path: of the file. Its folder is made if `field` is given.
+    field: the flag that named the file; with it, errors of the file system
+      become UserError.
+
+  Yields:
+    A binary file.
+
+  Raises:
+    UserError: if the file that `field` names cannot be written.
+  """
+  # Several processes may write one file at once, such as a listing.
+  part = path.with_name(f'{path.name}.{os.getpid()}.part')
+  try:
+    if field:
+      path.parent.mkdir(parents=True, exist_ok=True)
+    with open(part, 'wb') as file:
+      yield file
+    part.replace(path)
+  except OSError as e:
+    if not field:
+      raise
+    raise UserError(
+        f'{field}={path} cannot be written: {e.strerror or e}. Allowed: a '
+        'place this user may write to.'
+    ) from e
+
+
+def write_json(path: epath.Path, value: Any) -> None:
+  """Writes a JSON value, indented, whole or not at all."""
+  with open_whole(path) as file:
+    file.write((json.dumps(value, indent=2) + '\n').encode())
+
+
+def read_object(path: epath.Path) -> dict[str, Any]:
+  """Reads a JSON object that a run wrote; empty if there is no file.
+
+  Raises:
+    UserError: if the file holds none.
+  """
+  if not path.exists():
+    return {}
+  try:
+    return json.loads(path.read_text())
+  except ValueError as e:
+    raise UserError(
+        f'{path} is damaged: {e}. Allowed: the JSON object that a run wrote.'
+    ) from e

@@ -31,7 +31,7 @@ def encoded_source(config: ConfigDict) -> Source:
     UserError: for bad input, or a source whose images have one size.
   """
   checks.validate(config, jax.device_count())
-  source = pretrain.load_source(config).train
+  source = pretrain.load_splits(config).train
   config_lib.plan(config, len(source))
   if source.shape:
     raise UserError(
@@ -119,7 +119,7 @@ def benchmark_augment(config: ConfigDict, rounds: int) -> dict[str, Any]:
   mesh = sharding.make_mesh(fsdp=config.fsdp_devices)
   plan = config_lib.plan(config, 10**6)
   method = build_method(config, plan, mesh.size)
-  init, step = pretrain.compile_functions(config, method, mesh)
+  jitted = sharding.jit_step(*pretrain.make_step(config, method), mesh)
   size, channels = config.data.image_size, len(config.data.mean)
   shape = (config.batch_size, 2, size, size, channels)
   noise = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
@@ -127,8 +127,8 @@ def benchmark_augment(config: ConfigDict, rounds: int) -> dict[str, Any]:
       pipeline.Batch(noise, np.full(config.batch_size, -1, np.int32)), mesh
   )
   key = jax.random.key(0)
-  state = init()
-  step = step.lower(state, batch).compile()
+  state = jitted.init()
+  step = jitted.lower(batch).compile()
   augment = jax.jit(method.augment).lower(batch.images, key).compile()
 
   def run_step():

@@ -46,15 +46,15 @@ class JaxStep:
     self._mesh = sharding.make_mesh(devices, config.fsdp_devices)
     plan = config_lib.plan(config, config_lib.IMAGENET_IMAGES)
     self._method = build_method(config, plan, self._mesh.size)
-    init, self._step = pretrain.compile_functions(
-        config, self._method, self._mesh
+    self._step = sharding.jit_step(
+        *pretrain.make_step(config, self._method), self._mesh
     )
     self._image_shape = image_shape(config.data)
     shape = config.batch_size, 2, *self._image_shape
     noise = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
     good = np.full(config.batch_size, -1, np.int32)
     self._batch = sharding.to_global(Batch(noise, good), self._mesh)
-    self._state = init()
+    self._state = self._step.init()
     self._values = {}
 
   def __call__(self) -> None:

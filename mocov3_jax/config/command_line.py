@@ -19,9 +19,7 @@ from mocov3_jax.base.errors import (
   unknown,
 )
 from mocov3_jax.base.exits import BAD_INPUT, PREEMPTED, exit_at_once
-from mocov3_jax.config import checks
-from mocov3_jax.config.evaluation import eval_config
-from mocov3_jax.config.training import default_config
+from mocov3_jax.config import evaluation, knobs, training
 
 LESS_MEMORY = (
     'Allowed: less at a time. A training needs less with micro_batch, '
@@ -155,11 +153,14 @@ def _config_message(error: Exception, argv: list[str]) -> str:
 def _advice(field: str) -> str:
   group = field.rpartition('.')[0]
   beside = []
-  for kind, make in (
-      ("a training's config, such as configs/digits.py", default_config),
-      ("an evaluation's config, such as configs/eval_knn.py", eval_config),
+  for kind, schema in (
+      ("a training's config, such as configs/digits.py", training.schema()),
+      (
+          "an evaluation's config, such as configs/eval_knn.py",
+          evaluation.schema(),
+      ),
   ):
-    fields = checks.flatten(make().to_dict())
+    fields = knobs.flatten(schema)
     if field in fields:
       return f'It is a field of {kind}.'
     beside += [f for f in fields if group and f.rpartition('.')[0] == group]

@@ -11,6 +11,8 @@ import zlib
 from etils import epath
 import numpy as np
 
+from mocov3_jax.base import files
+
 SUFFIXES = (
     b'.jpg', b'.jpeg', b'.jpe', b'.jfif', b'.png', b'.webp', b'.bmp', b'.gif'
 )
@@ -105,10 +107,9 @@ def _is_current(root: bytes, listing: Listing) -> bool:
 def _store(file: epath.Path, listing: Listing) -> None:
   buffer = io.BytesIO()
   np.savez_compressed(buffer, **listing._asdict())
-  part = file.with_name(f'{file.name}.{os.getpid()}.part')
   try:
     file.parent.mkdir(parents=True, exist_ok=True)
-    part.write_bytes(buffer.getvalue())
-    part.replace(file)
+    with files.open_whole(file) as whole:
+      whole.write(buffer.getvalue())
   except OSError:
     pass  # Only a convenience; the workdir itself tells what is wrong.

@@ -6,11 +6,11 @@ import jax
 import numpy as np
 
 from mocov3_jax.base import files
-from mocov3_jax.base.errors import UserError, unknown
-from mocov3_jax.data import catalog, sources
-from mocov3_jax.data.workers import Workers
+from mocov3_jax.base.errors import unknown
+from mocov3_jax.data import sources
 from mocov3_jax.evals import features
-from mocov3_jax.parallel import sharding
+from mocov3_jax.evals.features import say_unreadable
+from mocov3_jax.evals.opened import check_flags, open_checkpoint
 from mocov3_jax.runs import network
 
 # What a layer needs of the network, and the method that computes it.
@@ -46,33 +46,25 @@ def extract(
     UserError: for bad input; nothing is written then (but a listing of an
       image folder, beside the file).
   """
-  _check(layer, encoder, batch_size, threads)
-  path = files.absolute(out, '--out')
-  if path.suffix != '.npz' or path.exists():
-    what = 'exists' if path.exists() else 'does not end with .npz'
-    raise UserError(
-        f'--out={out} {what}. Allowed: a new file that ends with .npz.'
-    )
-  run = network.find(checkpoint)
-  data = run.config.data
-  splits = catalog.load(
-      source or data.source,
-      labels or ('auto' if source else data.labels),
-      path.parent / '.listings',
+  if layer not in LAYERS:
+    raise unknown('--layer', layer, LAYERS)
+  check_flags(encoder, batch_size, threads)
+  path = files.new_output(out, '.npz')
+  opened = open_checkpoint(
+      checkpoint, source, labels, listings=path.parent / '.listings',
+      threads=threads,
   )
-  sources.check_channels(splits, source or data.source, len(data.mean))
+  run, splits = opened.run, opened.splits
   parts, method = LAYERS[layer]
-  mesh = sharding.make_mesh()
-  params, batch_stats = network.restore(run, mesh, encoder, parts)
-  forward = features.extractor(
-      run.model, data, mesh, batch_size, Workers(threads), method
-  )
+  params, batch_stats = network.restore(run, opened.mesh, encoder, parts)
+  forward = opened.extractor(batch_size, method)
   rows = []
   for split, images in ('train', splits.train), ('test', splits.test):
     if images is not None:
       rows.append(_rows(forward, params, batch_stats, split, images))
   table = {key: np.concatenate([r[key] for r in rows]) for key in rows[0]}
-  _write(path, table)
+  with files.open_whole(path, '--out') as file:
+    np.savez(file, **table)
   total = len(splits.train) + (len(splits.test) if splits.test else 0)
   return {
       'out': str(path), 'checkpoint': str(run.folder), 'step': run.step,
@@ -82,24 +74,12 @@ def extract(
   }
 
 
-def _check(layer: str, encoder: str, batch_size: int, threads: int) -> None:
-  if layer not in LAYERS:
-    raise unknown('--layer', layer, LAYERS)
-  if encoder not in network.ENCODERS:
-    raise unknown('--encoder', encoder, network.ENCODERS)
-  if batch_size < 1 or batch_size % jax.device_count() or threads < 0:
-    raise UserError(
-        f'--batch_size={batch_size} --threads={threads}. Allowed: a multiple '
-        f'of the {jax.device_count()} devices, and 0 or more.'
-    )
-
-
 def _rows(
     forward: features.Extract, params: Any, batch_stats: Any, split: str,
     images: sources.Source,
 ) -> dict[str, np.ndarray]:
   values, readable = forward(params, batch_stats, images)
-  features.say_unreadable(images, readable)
+  say_unreadable(images, readable)
   return {
       'features': np.asarray(jax.device_get(values)),
       'names': np.array([images.name(i) for i in readable.tolist()]),
@@ -108,12 +88,3 @@ def _rows(
   }
 
 
-def _write(path: Any, table: dict[str, np.ndarray]) -> None:
-  try:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f'{path.name}.part')
-    with part.open('wb') as file:
-      np.savez(file, **table)
-    part.replace(path)
-  except OSError as e:
-    raise UserError(f'--out={path} cannot be written: {e.strerror}') from e

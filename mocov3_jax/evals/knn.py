@@ -1,12 +1,13 @@
 """Weighted k-nearest-neighbour classification of backbone features.
 
-The monitor of [P] App. A, which refers to Wu et al. 2018 (arXiv 1805.01978):
-cosine similarity, k = 200, votes weighted by exp(similarity / 0.07).
+The monitor of the paper's appendix A, which refers to Wu et al. 2018 (arXiv
+1805.01978): cosine similarity, k = 200, votes weighted by
+exp(similarity / 0.07).
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +17,9 @@ import numpy as np
 
 from mocov3_jax.base.errors import UserError
 from mocov3_jax.data import sources
-from mocov3_jax.data.sources import Splits
+from mocov3_jax.data.sources import Source, Splits
+from mocov3_jax.evals import features as features_lib
+from mocov3_jax.evals.evaluator import EvalContext, Evaluator
 from mocov3_jax.evals.features import Extract
 from mocov3_jax.models.layers import unit
 from mocov3_jax.parallel import sharding
@@ -29,9 +32,33 @@ PyTree = Any
 QUERY_BLOCK = 256
 
 
+class LabelledImages(NamedTuple):
+  """Images that all have a label.
+
+  Attributes:
+    source: N images.
+    labels: int [N].
+  """
+
+  source: Source
+  labels: np.ndarray
+
+
+class LabelledFeatures(NamedTuple):
+  """Features of the labelled images that could be read.
+
+  Attributes:
+    features: [n, D].
+    labels: int [n].
+  """
+
+  features: jax.Array
+  labels: np.ndarray
+
+
 def nearest(
     queries: jax.Array, bank: jax.Array, k: int,
-    own: np.ndarray | None = None, mesh: Mesh | None = None,
+    exclude_self: np.ndarray | None = None, mesh: Mesh | None = None,
 ) -> tuple[jax.Array, jax.Array]:
   """Finds each query's k nearest neighbours, exactly, a block at a time.
 
@@ -39,13 +66,13 @@ def nearest(
     queries: [Q, D]; scaled to unit length here.
     bank: [N, D]; likewise.
     k: neighbours, at most N; of equal ones the first in the bank win.
-    own: int [Q], the row of the bank that is the query itself, which is no
+    exclude_self: int [Q], the row of the bank that is the query itself and no
       neighbour of its own; None = the queries are not in the bank.
     mesh: over whose devices the queries of a block are split; the bank lies
       on each of them.
 
   Returns:
-    Cosines float32 [Q, k], falling, and places in the bank, int32 [Q, k].
+    Cosines float32 [Q, k], falling, and rows of the bank, int32 [Q, k].
   """
   queries, bank = unit(queries), unit(bank)
   count, width = queries.shape
@@ -55,19 +82,20 @@ def nearest(
       part = jax.lax.with_sharding_constraint(
           part, sharding.batch_sharding(mesh)
       )
-    q, its_own = part  # [QUERY_BLOCK, D], [QUERY_BLOCK] or None
+    q, excluded = part  # [QUERY_BLOCK, D], [QUERY_BLOCK] or None
     similarity = jnp.matmul(q, bank.T, precision=jax.lax.Precision.HIGHEST)
-    if its_own is not None:
-      itself = its_own[:, None] == jnp.arange(len(bank))[None]
+    if excluded is not None:
+      itself = excluded[:, None] == jnp.arange(len(bank))[None]
       similarity = jnp.where(itself, -jnp.inf, similarity)
     return jax.lax.top_k(similarity, k)
 
   padding = -count % QUERY_BLOCK
   blocks = jnp.pad(queries, ((0, padding), (0, 0)), mode='edge')
   blocks = blocks.reshape(-1, QUERY_BLOCK, width)
-  if own is not None:
-    own = jnp.pad(own, (0, padding), mode='edge').reshape(-1, QUERY_BLOCK)
-  found = jax.lax.map(block, (blocks, own))
+  if exclude_self is not None:
+    exclude_self = jnp.pad(exclude_self, (0, padding), mode='edge')
+    exclude_self = exclude_self.reshape(-1, QUERY_BLOCK)
+  found = jax.lax.map(block, (blocks, exclude_self))
   found = jax.tree.map(lambda x: x.reshape(-1, k)[:count], found)
   if mesh is not None:  # Whole on every device, for every process to read.
     found = jax.lax.with_sharding_constraint(found, sharding.replicated(mesh))
@@ -89,7 +117,7 @@ def count_votes(
   Returns:
     float32 [Q, num_classes], each row up to a positive factor.
   """
-  # Over the nearest one's weight, which cannot overflow.
+  # Relative to the nearest one's weight, which cannot overflow.
   weight = jnp.exp((similarity - similarity[:, :1]) / temperature)
 
   # One neighbour of every query after the other: [Q, k, classes] is large.
@@ -107,51 +135,52 @@ _vote = jax.jit(count_votes, static_argnames=('num_classes', 'temperature'))
 
 
 def capped_k(k: int, bank_size: int, num_classes: int) -> int:
-  """k, but at most a sixth of the mean number of bank images a class.
+  """Returns k, but at most a sixth of the mean number of images per class.
 
-  200 neighbours are a sixth of ImageNet's 1,281 images a class. On a small
+  200 neighbours are a sixth of ImageNet's 1,281 images per class. On a small
   bank, k near the size of a class or beyond lets the other classes vote.
   """
   return max(1, min(k, bank_size // num_classes // 6))
 
 
-def build(
-    knn: ConfigDict, extract: Extract, splits: Splits, mesh: Mesh
-) -> Callable[[PyTree, PyTree], dict[str, float]]:
-  """Returns an evaluator, f(params, batch_stats) -> metrics.
+def monitor(context: EvalContext) -> Evaluator | None:
+  """Returns the kNN monitor of a pre-training; None without labels.
 
-  The metrics are 'knn/top1', the share of test images classified right, and
+  Its metrics are 'knn/top1', the share of test images classified right, and
   'knn/k', the neighbours asked. Images that cannot be read are left out.
 
-  Args:
-    knn: `config.knn`.
-    extract: features of a source.
-    splits: their bank and their test split, both labelled.
-    mesh: to work on.
-
   Raises:
-    UserError: if one of them has no label after all.
+    UserError: if bank or test split has no label after all.
   """
-  bank, queries = banked(knn, splits)
+  config, splits = context.config, context.splits
+  if splits.test is None:
+    return None
+  # No more at a time than in a pass of the training.
+  batch_size = config.micro_batch * context.mesh.size or config.batch_size
+  extract = features_lib.extractor(
+      context.model, config.data, context.mesh, batch_size,
+      context.reader.workers,
+  )
+  bank, queries = bank_and_queries(config.knn, splits)
 
-  def evaluate(params, batch_stats):
-    read = functools.partial(_read, extract, params, batch_stats)
+  def measure(state):
+    read = functools.partial(_read, extract, state.params, state.batch_stats)
     (row,) = _classify(
-        read(queries), read(bank), splits.train.num_classes, (knn.k,),
-        (knn.temperature,), mesh,
+        read(queries), read(bank), splits.train.num_classes, (config.knn.k,),
+        (config.knn.temperature,), context.mesh,
     )
     return {'knn/top1': row['top1'], 'knn/k': row['k']}
 
-  return evaluate
+  return Evaluator(
+      measure, every=config.knn.every_steps, main='knn/top1',
+      words=lambda values: f'kNN {values["knn/top1"]:.1%}', best=True,
+  )
 
 
-Labelled = tuple[sources.Source, np.ndarray]
-# Features [N, D] of the images that could be read, and their labels, int [N].
-Known = tuple[jax.Array, np.ndarray]
-
-
-def banked(knn: ConfigDict, splits: Splits) -> tuple[Labelled, Labelled]:
-  """The labelled images to remember, and those to classify, with labels.
+def bank_and_queries(
+    knn: ConfigDict, splits: Splits
+) -> tuple[LabelledImages, LabelledImages]:
+  """Returns the labelled images to remember, and those to classify.
 
   Raises:
     UserError: if there are none.
@@ -161,13 +190,13 @@ def banked(knn: ConfigDict, splits: Splits) -> tuple[Labelled, Labelled]:
       ('bank', splits.bank, knn.bank_images),
       ('test', splits.test, knn.query_images),
   ):
-    images, labels = sources.labelled(sources.evenly(source, count))
-    if not len(labels):
+    images = LabelledImages(*sources.labelled(sources.evenly(source, count)))
+    if not len(images.labels):
       raise UserError(
           f'none of the {name} images for kNN has a label. Allowed: a split '
           'with labels.'
       )
-    found.append((images, labels))
+    found.append(images)
   return found[0], found[1]
 
 
@@ -187,41 +216,45 @@ def table(
   Raises:
     UserError: if there are no labels.
   """
-  bank, queries = banked(knn, splits)
   read = functools.partial(_read, extract, params, batch_stats)
-  known, asked, own = read(bank), read(queries), None
+  bank, queries = map(read, bank_and_queries(knn, splits))
+  exclude_self = None
   if knn.leave_one_out:
-    known = asked = (
-        jnp.concatenate([known[0], asked[0]]),
-        np.concatenate([known[1], asked[1]]),
+    bank = queries = LabelledFeatures(
+        jnp.concatenate([bank.features, queries.features]),
+        np.concatenate([bank.labels, queries.labels]),
     )
-    own = np.arange(len(known[1]))
+    exclude_self = np.arange(len(bank.labels))
   rows = _classify(
-      asked, known, splits.train.num_classes, (knn.k, *knn.more_k),
-      (knn.temperature, *knn.more_temperatures), mesh, own,
+      queries, bank, splits.train.num_classes, (knn.k, *knn.more_k),
+      (knn.temperature, *knn.more_temperatures), mesh, exclude_self,
   )
   return {
       'top1': rows[0]['top1'], 'k': rows[0]['k'],
-      'test_images': len(asked[1]), 'table': rows,
+      'test_images': len(queries.labels), 'table': rows,
   }
 
 
 def _read(
-    extract: Extract, params: PyTree, batch_stats: PyTree, images: Labelled
-) -> Known:
-  source, labels = images
-  features, readable = extract(params, batch_stats, source)
-  return features, labels[readable]
+    extract: Extract, params: PyTree, batch_stats: PyTree,
+    images: LabelledImages,
+) -> LabelledFeatures:
+  features, readable = extract(params, batch_stats, images.source)
+  return LabelledFeatures(features, images.labels[readable])
 
 
 def _classify(
-    asked: Known, known: Known, classes: int, ks: Sequence[int],
-    temperatures: Sequence[float], mesh: Mesh, own: np.ndarray | None = None,
+    queries: LabelledFeatures, bank: LabelledFeatures, classes: int,
+    ks: Sequence[int], temperatures: Sequence[float], mesh: Mesh,
+    exclude_self: np.ndarray | None = None,
 ) -> list[dict[str, Any]]:
-  """The share classified right, for each k (after its cap) and temperature."""
-  ks = [capped_k(k, len(known[1]), classes) for k in ks]
-  similarity, index = _find(asked[0], known[0], k=max(ks), own=own, mesh=mesh)
-  voters = jnp.asarray(known[1])[index]
+  """Returns the share classified right for each (capped) k and temperature."""
+  ks = [capped_k(k, len(bank.labels), classes) for k in ks]
+  similarity, index = _find(
+      queries.features, bank.features, k=max(ks), exclude_self=exclude_self,
+      mesh=mesh,
+  )
+  voters = jnp.asarray(bank.labels)[index]
   rows = []
   for k in dict.fromkeys(ks):
     for temperature in temperatures:
@@ -229,7 +262,7 @@ def _classify(
           similarity[:, :k], voters[:, :k], num_classes=classes,
           temperature=temperature,
       )
-      right = np.argmax(jax.device_get(votes), axis=1) == asked[1]
+      right = np.argmax(jax.device_get(votes), axis=1) == queries.labels
       rows.append({
           'k': k, 'temperature': temperature, 'top1': float(np.mean(right))
       })

@@ -1,21 +1,34 @@
-"""The monitor of [P] App. A: kNN against a queue of training features.
+"""The monitor of the paper's appendix A: kNN against a queue of features.
 
 The queue holds the features of the last training images as they were when
 they were trained on: augmented, and of older networks. Each batch is
 classified before it enters. That costs no pass through the network, so it can
 be done at every step. The paper does not say which view or encoder it takes;
-here the first view and the online network.
+here it is the first view and the online network.
+
+Unlike other evaluators this one sees the batches. It wraps the training step,
+which hands out the features that it computes anyway.
 """
 
+from collections.abc import Callable
 import dataclasses
+from typing import Any
 
 import flax.struct
 import jax
 import jax.numpy as jnp
+from ml_collections import ConfigDict
 
+from mocov3_jax.data.sources import Source
+from mocov3_jax.evals import features as features_lib
 from mocov3_jax.evals import knn
+from mocov3_jax.method.build import image_shape
 from mocov3_jax.method.train_step import TrainState
+from mocov3_jax.models import Network
 from mocov3_jax.models.layers import unit
+
+# The fields that a state has for this monitor alone.
+FIELDS = ('queue',)
 
 
 @flax.struct.dataclass
@@ -44,13 +57,56 @@ class QueuedState(TrainState):
   queue: Queue
 
 
+def watching(
+    init: Callable[[], TrainState], step: Callable[..., Any],
+    config: ConfigDict, model: Network, source: Source,
+) -> tuple[Callable[[], QueuedState], Callable[..., Any]]:
+  """Wraps the functions of a training, so that a queue watches its batches.
+
+  Args:
+    init: () -> state.
+    step: (state, Batch with labels) -> (state, metrics, features [B, V, D]).
+    config: of the run.
+    model: the network.
+    source: the images to train on.
+
+  Returns:
+    () -> state with a queue, and (that state, Batch) -> (state, metrics); the
+    metrics have 'knn/queue_top1' and 'knn/queue_filled', the share of the
+    queue that has a label, besides the step's own.
+  """
+  size = length(config.knn.queue_share, len(source), config.batch_size)
+  k = knn.capped_k(config.knn.k, size, source.num_classes)
+
+  def init_with_queue():
+    state = init()
+    variables = {'params': state.params, 'batch_stats': state.batch_stats}
+    width = features_lib.width(model, variables, image_shape(config.data))
+    return with_queue(state, size, width)
+
+  def watched_step(state, batch):
+    state, metrics, features = step(state, batch)
+    queue, first_view = state.queue, features[:, 0]
+    metrics |= {
+        'knn/queue_top1': queue_accuracy(
+            queue, first_view, batch.labels, k=k,
+            temperature=config.knn.temperature,
+            num_classes=source.num_classes,
+        ),
+        'knn/queue_filled': jnp.mean(queue.labels >= 0),
+    }
+    return state.replace(queue=push(queue, first_view, batch.labels)), metrics
+
+  return init_with_queue, watched_step
+
+
 def length(share: float, num_examples: int, batch_size: int) -> int:
-  """Images in the queue: a share of all, in whole batches, at least one."""
+  """Returns how many images are in the queue: a share, in whole batches."""
   return batch_size * max(1, round(share * num_examples / batch_size))
 
 
 def with_queue(state: TrainState, size: int, width: int) -> QueuedState:
-  """Adds an empty queue of so many features."""
+  """Adds an empty queue of `size` features of `width` numbers."""
   queue = Queue(
       jnp.zeros((size, width)), jnp.full(size, -1, jnp.int32),
       jnp.zeros((), jnp.int32),
@@ -59,11 +115,11 @@ def with_queue(state: TrainState, size: int, width: int) -> QueuedState:
   return QueuedState(**fields, queue=queue)
 
 
-def classify(
+def queue_accuracy(
     queue: Queue, features: jax.Array, labels: jax.Array, *, k: int,
     temperature: float, num_classes: int,
 ) -> jax.Array:
-  """Share of the labelled images that their neighbours classify right.
+  """Returns the share of labelled images that the queue classifies right.
 
   Args:
     queue: of earlier images; empty places do not vote.
@@ -102,24 +158,3 @@ def push(queue: Queue, features: jax.Array, labels: jax.Array) -> Queue:
       put(queue.labels, labels.astype(jnp.int32), queue.next, 0),
       (queue.next + len(labels)) % size,
   )
-
-
-def watch(
-    state: QueuedState, features: jax.Array, labels: jax.Array, *, k: int,
-    temperature: float, num_classes: int,
-) -> tuple[QueuedState, dict[str, jax.Array]]:
-  """Classifies a batch, then lets it in.
-
-  Returns:
-    The state with the new queue, and 'knn/queue_top1' and 'knn/queue_filled',
-    the share of the queue that has a label.
-  """
-  queue = state.queue
-  values = {
-      'knn/queue_top1': classify(
-          queue, features, labels, k=k, temperature=temperature,
-          num_classes=num_classes,
-      ),
-      'knn/queue_filled': jnp.mean(queue.labels >= 0),
-  }
-  return state.replace(queue=push(queue, features, labels)), values

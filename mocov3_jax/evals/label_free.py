@@ -4,17 +4,14 @@ Wang and Isola 2020 (arXiv 2005.10242); Roy and Vetterli 2007, whose effective
 rank Garrido et al. 2023 (RankMe, arXiv 2210.02885) apply to features.
 """
 
-from collections.abc import Callable
 import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh
 
-from mocov3_jax.data import pipeline
-from mocov3_jax.method import augment
-from mocov3_jax.models import Network
+from mocov3_jax.evals.evaluator import EvalContext, Evaluator
+from mocov3_jax.method.build import run_keys
 from mocov3_jax.models.layers import unit
 from mocov3_jax.parallel import sharding
 
@@ -53,27 +50,22 @@ def effective_rank(features: jax.Array) -> jax.Array:
   return jnp.exp(jnp.sum(jax.scipy.special.entr(share)))
 
 
-def build(
-    model: Network, make_views: augment.Augment, mesh: Mesh,
-    reader: pipeline.BatchReader, key: jax.Array,
-) -> Callable[[PyTree, PyTree], dict[str, float]]:
-  """Returns an evaluator, f(params, batch_stats) -> metrics.
+def monitor(context: EvalContext) -> Evaluator | None:
+  """Returns the monitor of a pre-training without labels; None with labels.
 
   The metrics are 'features/alignment', 'features/uniformity' and
   'features/effective_rank' of backbone features in evaluation mode, always of
-  the same views of the same images: those that `reader` gives for step 0.
-
-  Args:
-    model: the network.
-    make_views: the run's augmentation.
-    mesh: to work on.
-    reader: of the run.
-    key: of the views.
+  the same views of the same images: those that the reader gives for step 0.
   """
+  if context.splits.test is not None:
+    return None
+  model, mesh = context.model, context.mesh
+  _, key = run_keys(context.config.seed)
+
   @functools.partial(jax.jit, out_shardings=sharding.replicated(mesh))
-  def measure(params, batch_stats, images, key):
+  def values_of(params, batch_stats, images, key):
     variables = {'params': params, 'batch_stats': batch_stats}
-    views = make_views(images, key)
+    views = context.augment(images, key)
     features = model.apply(variables, views, train=False, method='trunk')
     first, second = features[:, 0], features[:, 1]
     return {
@@ -82,9 +74,19 @@ def build(
         'features/effective_rank': effective_rank(first),
     }
 
-  def evaluate(params, batch_stats):
-    images = sharding.to_global(reader(0).images, mesh)
-    values = measure(params, batch_stats, images, key)
+  def measure(state):
+    images = sharding.to_global(context.reader(0).images, mesh)
+    values = values_of(state.params, state.batch_stats, images, key)
     return {name: float(v) for name, v in jax.device_get(values).items()}
 
-  return evaluate
+  def words(values):
+    return (
+        f'alignment {values["features/alignment"]:.3f}  uniformity '
+        f'{values["features/uniformity"]:.2f}  effective rank '
+        f'{values["features/effective_rank"]:.1f}'
+    )
+
+  return Evaluator(
+      measure, every=context.config.knn.every_steps,
+      main='features/effective_rank', words=words,
+  )

@@ -8,7 +8,7 @@ import numpy as np
 HOLD_OUT = 10
 
 
-def classify(
+def fit_and_score(
     features: np.ndarray, labels: np.ndarray, test_features: np.ndarray,
     test_labels: np.ndarray, inverse_penalties: tuple[float, ...],
     iterations: int,

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from mocov3_jax.method import image_ops
-from mocov3_jax.parallel.microbatch import Passes
+from mocov3_jax.parallel.microbatch import ONE_BATCH, MicroBatches
 
 Augment = Callable[[jax.Array, jax.Array], jax.Array]
 # The table of each view, as those in `config.augment`.
@@ -65,8 +65,8 @@ def draw_crop(
 
 
 @flax.struct.dataclass
-class Draw:
-  """What was drawn for one view of one example; all scalars but two.
+class AugmentParams:
+  """The drawn parameters of one view of one example; all scalars but two.
 
   Attributes:
     box: (top, left, height, width) of the crop, pixels.
@@ -87,7 +87,9 @@ class Draw:
   flip: jax.Array
 
 
-def draw(key: jax.Array, view: ConfigDict, height: int, width: int) -> Draw:
+def draw_params(
+    key: jax.Array, view: ConfigDict, height: int, width: int
+) -> AugmentParams:
   """Draws the parameters of one view of an image of this size."""
   keys = jax.random.split(key, 9)
   happens = jax.random.bernoulli
@@ -96,7 +98,7 @@ def draw(key: jax.Array, view: ConfigDict, height: int, width: int) -> Draw:
   )
   middle = jnp.asarray((1.0, 1.0, 1.0, 0.0))
   low = jnp.maximum(middle - spread, jnp.asarray((0.0, 0.0, 0.0, -0.5)))
-  return Draw(
+  return AugmentParams(
       box=draw_crop(keys[0], height, width, (view.crop_min, 1.0),
                     view.crop_ratio),
       jitter=happens(keys[1], view.jitter_prob),
@@ -115,13 +117,13 @@ def draw(key: jax.Array, view: ConfigDict, height: int, width: int) -> Draw:
 
 
 def apply(
-    image: jax.Array, drawn: Draw, view: ConfigDict, size: int
+    image: jax.Array, drawn: AugmentParams, view: ConfigDict, size: int
 ) -> jax.Array:
   """Makes one view, in the order of the original's pipeline.
 
   Args:
     image: [H, W, C] in [0, 1].
-    drawn: by `draw`.
+    drawn: by `draw_params`.
     view: its table; an operation of probability 0 is left out of the program.
     size: side of the view, pixels.
 
@@ -132,7 +134,9 @@ def apply(
   return colour(image, drawn, view)
 
 
-def colour(image: jax.Array, drawn: Draw, view: ConfigDict) -> jax.Array:
+def colour(
+    image: jax.Array, drawn: AugmentParams, view: ConfigDict
+) -> jax.Array:
   """All of `apply` after the crop, [S, S, C] to [S, S, C]."""
   if view.jitter_prob:
     jittered = image_ops.jitter(image, drawn.order, drawn.factors)
@@ -163,16 +167,16 @@ def whole_images(images: jax.Array, data: ConfigDict) -> jax.Array:
 
 def draw_views(
     key: jax.Array, views: Views, height: int, width: int
-) -> list[Draw]:
+) -> list[AugmentParams]:
   """Draws the views of the example whose key this is."""
   keys = jax.random.split(key, len(views))
   return [
-      draw(keys[i], view, height, width) for i, view in enumerate(views)
+      draw_params(keys[i], view, height, width) for i, view in enumerate(views)
   ]
 
 
 def apply_views(
-    image: jax.Array, drawn: Sequence[Draw], views: Views, size: int
+    image: jax.Array, drawn: Sequence[AugmentParams], views: Views, size: int
 ) -> jax.Array:
   """Makes the V views [V, size, size, C] of an example, all in [0, 1].
 
@@ -194,7 +198,7 @@ def example_keys(key: jax.Array, count: int) -> jax.Array:
 
 def build(
     views: Views, data: ConfigDict, dtype: jnp.dtype = jnp.float32,
-    passes: Passes = Passes(),  # noqa: B008 (frozen)
+    micro_batches: MicroBatches = ONE_BATCH,
 ) -> Augment:
   """Returns f(images uint8, key) -> V views [B, V, S, S, C].
 
@@ -205,7 +209,7 @@ def build(
     views: a table for each.
     data: `config.data`.
     dtype: of the views; the arithmetic is float32.
-    passes: in which they are made.
+    micro_batches: in which they are made.
   """
   def example(image, key):
     drawn = draw_views(key, views, *image.shape[-3:-1])
@@ -218,6 +222,6 @@ def build(
 
   def augment_batch(images, key):
     keys = example_keys(key, len(images))
-    return passes.map(augment_part, (images, keys))
+    return micro_batches.map(augment_part, (images, keys))
 
   return augment_batch

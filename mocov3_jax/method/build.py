@@ -7,7 +7,7 @@ from mocov3_jax import models
 from mocov3_jax.config import training as config_lib
 from mocov3_jax.method import augment, objectives, optimizers
 from mocov3_jax.method.train_step import Method
-from mocov3_jax.parallel.microbatch import Passes
+from mocov3_jax.parallel.microbatch import ONE_BATCH, MicroBatches
 
 
 def build_method(
@@ -26,12 +26,12 @@ def build_method(
   learning_rate = optimizers.warmup_cosine(
       plan.peak_lr, plan.warmup_steps, plan.total_steps
   )
-  passes = Passes()
+  micro_batches = ONE_BATCH
   if config.micro_batch:
     count = config.batch_size // (devices * config.micro_batch)
-    passes = Passes(count, devices)
+    micro_batches = MicroBatches(count, devices)
   model = models.build(
-      config.model, config.head, config.data.image_size, passes
+      config.model, config.head, config.data.image_size, micro_batches
   )
   return Method(
       model=model,
@@ -42,12 +42,11 @@ def build_method(
       ),
       augment=augment.build(
           augment.both_views(config.augment), config.data,
-          models.DTYPES[config.model.dtype], passes,
+          models.DTYPES[config.model.dtype], micro_batches,
       ),
       learning_rate=learning_rate,
       momentum=optimizers.build_momentum(config.objective, plan.total_steps),
       log_blocks=config.log.blocks,
-      keep_features=config.knn.queue_share > 0,
   )
 
 

@@ -14,18 +14,23 @@ PyTree = Any
 Schedule = Callable[[jax.Array], jax.Array]
 
 
-def warmup_cosine(peak: float, warmup_steps: int, total_steps: int) -> Schedule:
-  """Linear from exactly 0 at step 0 to `peak`, then half a cosine to 0.
+def warmup_cosine(
+    peak: float, warmup_steps: int, total_steps: int, start: float = 0.0,
+    end: float = 0.0,
+) -> Schedule:
+  """Returns linear warm-up from `start` to `peak`, then half a cosine to `end`.
 
-  [P] s5. The value at `total_steps` would be 0; the last step is one before.
+  Paper s5: from exactly 0 at step 0, and to 0. The value at `total_steps` would
+  be `end`; the last step is one before. (optax.warmup_cosine_decay_schedule
+  rounds otherwise in float32, and refuses a training that is all warm-up.)
   """
 
   def schedule(step):
     step = jnp.asarray(step, float)  # float64 where that is enabled.
-    rise = peak * step / max(warmup_steps, 1)
+    rise = start + (peak - start) * step / max(warmup_steps, 1)
     # With no step after the warm-up, the cosine is never reached.
     progress = (step - warmup_steps) / max(total_steps - warmup_steps, 1)
-    fall = peak * 0.5 * (1 + jnp.cos(jnp.pi * progress))
+    fall = end + (peak - end) * 0.5 * (1 + jnp.cos(jnp.pi * progress))
     return jnp.where(step < warmup_steps, rise, fall)
 
   return schedule
@@ -60,21 +65,6 @@ def build_momentum(objective: ConfigDict, total_steps: int) -> Schedule:
   if name not in MOMENTUM_SCHEDULES:
     raise unknown('objective.momentum_schedule', name, MOMENTUM_SCHEDULES)
   return MOMENTUM_SCHEDULES[name](objective.momentum, total_steps)
-
-
-def warmup_cosine_between(
-    start: float, peak: float, end: float, warmup_steps: int, total_steps: int
-) -> Schedule:
-  """Linear from `start` to `peak`, then half a cosine to `end` (DeiT)."""
-
-  def schedule(step):
-    step = jnp.asarray(step, float)
-    rise = start + (peak - start) * step / max(warmup_steps, 1)
-    progress = (step - warmup_steps) / max(total_steps - warmup_steps, 1)
-    fall = end + (peak - end) * 0.5 * (1 + jnp.cos(jnp.pi * progress))
-    return jnp.where(step < warmup_steps, rise, fall)
-
-  return schedule
 
 
 def cosine_by_epochs(

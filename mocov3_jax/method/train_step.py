@@ -50,8 +50,6 @@ class Method:
     augment: (uint8 images, key) -> views [B, 2, S, S, C].
     learning_rate, momentum: schedules; the first is only logged here.
     log_blocks: whether the metrics have the gradient of every block and head.
-    keep_features: whether the metrics have 'features' of the first view,
-      [B, dim], besides the scalars.
   """
 
   model: Network
@@ -61,7 +59,6 @@ class Method:
   learning_rate: Schedule
   momentum: Schedule
   log_blocks: bool = False
-  keep_features: bool = False
 
 
 def init_state(
@@ -137,7 +134,7 @@ def ema(target: PyTree, params: PyTree, momentum: jax.Array) -> PyTree:
 
 def train_step(
     method: Method, key: jax.Array, state: TrainState, images: jax.Array
-) -> tuple[TrainState, dict[str, jax.Array]]:
+) -> tuple[TrainState, dict[str, jax.Array], jax.Array]:
   """One step of [P] Algorithm 1, in its order.
 
   Args:
@@ -147,7 +144,9 @@ def train_step(
     images: uint8 [B, H, W, C], or crops [B, V, S, S, C]; B the global batch.
 
   Returns:
-    The next state and float32 scalar metrics of this step.
+    The next state; float32 scalar metrics of this step; and the features of
+    both views, [B, 2, dim], for a monitor to use. Those that nobody uses cost
+    nothing once the step is jitted.
   """
   views = method.augment(images, jax.random.fold_in(key, state.step))
   # The target moves before the online network does, and then makes the keys.
@@ -179,7 +178,7 @@ def train_step(
       target_batch_stats=target_stats,
       opt_state=opt_state,
       past_keys=method.objective.remember(state.past_keys, target),
-  ), metrics
+  ), metrics, features
 
 
 def step_metrics(
@@ -197,10 +196,9 @@ def step_metrics(
         f'block_{i}': grads['backbone'][name]
         for i, name in enumerate(backbone.blocks)
     } | {name: grads[name] for name in grads if name != 'backbone'}
-  kept = {'features': features[:, 0]} if method.keep_features else {}
-  # Exactly 0 where the projection is frozen: no gradient reaches it.
-  kept |= {f'grad_max/{name}': max_abs(g) for name, g in layers.items()}
-  return kept | {
+  return {
+      # Exactly 0 where the projection is frozen: no gradient reaches it.
+      **{f'grad_max/{name}': max_abs(g) for name, g in layers.items()},
       'train/loss': loss,
       'train/lr': method.learning_rate(step),
       'train/momentum': method.momentum(step),

@@ -12,7 +12,7 @@ from mocov3_jax.base.errors import UserError, unknown
 from mocov3_jax.models.heads import MlpHead, Prototypes
 from mocov3_jax.models.resnet import ResNet
 from mocov3_jax.models.vit import PATCH_EMBEDS, ViT
-from mocov3_jax.parallel.microbatch import Passes
+from mocov3_jax.parallel.microbatch import ONE_BATCH, MicroBatches
 
 Backbone = ViT | ResNet
 
@@ -56,13 +56,13 @@ class Network(nn.Module):
 
   Attributes:
     backbone, projector, predictor: its parts.
-    passes: in which the two views go through the backbone.
+    micro_batches: in which the two views go through the backbone.
   """
 
   backbone: Backbone
   projector: nn.Module
   predictor: nn.Module
-  passes: Passes = Passes()
+  micro_batches: MicroBatches = ONE_BATCH
 
   def __call__(self, views: jax.Array, train: bool) -> Embeddings:
     """Maps two views [B, 2, H, W, C] to all embeddings."""
@@ -76,14 +76,14 @@ class Network(nn.Module):
     return Embeddings(features, _per_view(self.projector, features, train))
 
   def trunk(self, views: jax.Array, train: bool) -> jax.Array:
-    """Maps views [B, 2, H, W, C] to features [B, 2, dim], in `passes`."""
+    """Maps views [B, 2, H, W, C] to features [B, 2, dim], in micro-batches."""
     if self.backbone.has_batch_norm:
       return _per_view(self.backbone, views, train)
     if self.is_initializing():
       return self._merged(views, train)
     # Inside a loop only pure functions can be called, not bound modules.
     module, variables = self.unbind()
-    return self.passes.map(
+    return self.micro_batches.map(
         lambda v: module.apply(variables, v, train, method='_merged'), views
     )
 
@@ -115,7 +115,7 @@ def _at_least_float32(x: jax.Array) -> jax.Array:
 
 def build(
     model: ConfigDict, head: ConfigDict, image_size: int,
-    passes: Passes = Passes(),  # noqa: B008 (frozen)
+    micro_batches: MicroBatches = ONE_BATCH,
 ) -> Network:
   """Builds the network that `config.model` and `config.head` describe.
 
@@ -124,7 +124,7 @@ def build(
       fit together.
   """
   backbone = build_backbone(model, image_size)
-  if passes.count > 1 and backbone.has_batch_norm:
+  if micro_batches.count > 1 and backbone.has_batch_norm:
     raise UserError(
         f'micro_batch cannot be used with model.name={model.name!r}, '
         f'model.patch_embed={model.patch_embed!r}, model.mlp_norm='
@@ -143,7 +143,7 @@ def build(
       backbone=backbone,
       projector=heads(head.projector_layers, out_bn=head.projector_out_bn),
       predictor=Prototypes(head.prototypes) if head.prototypes else predictor,
-      passes=passes,
+      micro_batches=micro_batches,
   )
 
 

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from mocov3_jax.models.layers import xavier
-from mocov3_jax.models.recompute import later, once_more
+from mocov3_jax.models.recompute import recompute_barrier, recomputed
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
@@ -40,8 +40,8 @@ def _attend_forward(qkv, queries):
 
 
 def _attend_backward(queries, qkv, g):
-  q, k, v = _matrices(later(qkv, g), queries)
-  weights, total = once_more(_attention_weights)(q, k)
+  q, k, v = _matrices(recompute_barrier(qkv, g), queries)
+  weights, total = recomputed(_attention_weights)(q, k)
   weights = weights / total
   g = jnp.swapaxes(g, 1, 2)
   # The small matrix is what gets transposed, not that of T x T.

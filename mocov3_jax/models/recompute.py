@@ -22,7 +22,7 @@ def gelu_dense(x: jax.Array, kernel: jax.Array) -> jax.Array:
 
 def _gelu_dense_backward(kept, g):
   x, kernel = kept
-  hidden, pull = jax.vjp(_gelu, later(x, g))
+  hidden, pull = jax.vjp(_gelu, recompute_barrier(x, g))
   return *pull(g @ kernel.T), hidden.T @ g
 
 
@@ -35,7 +35,7 @@ def _gelu(x):
 gelu_dense.defvjp(lambda x, w: (gelu_dense(x, w), (x, w)), _gelu_dense_backward)
 
 
-def later(x: jax.Array, g: jax.Array) -> jax.Array:
+def recompute_barrier(x: jax.Array, g: jax.Array) -> jax.Array:
   """Returns `x`, so that a backward pass computes anew what it makes of it.
 
   Without this, the compiler sees that the forward pass had computed the same,
@@ -58,18 +58,18 @@ def later(x: jax.Array, g: jax.Array) -> jax.Array:
   )
 
 
-def once_more(f: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
-  """`f`, marked for `is_once_more`: it had been computed before."""
+def recomputed(f: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
+  """`f`, marked for `is_recomputed`: it had been computed before."""
 
-  def _once_more(*args):
+  def _recomputed(*args):
     return f(*args)
 
-  return jax.jit(_once_more)
+  return jax.jit(_recomputed)
 
 
-def is_once_more(eqn: core.JaxprEqn) -> bool:
-  """Whether this is a call of a function that `once_more` marked."""
-  return 'name' in eqn.params and eqn.params['name'] == '_once_more'
+def is_recomputed(eqn: core.JaxprEqn) -> bool:
+  """Whether this is a call of a function that `recomputed` marked."""
+  return 'name' in eqn.params and eqn.params['name'] == '_recomputed'
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
@@ -104,7 +104,7 @@ def _layer_norm_forward(x, scale, bias, epsilon):
 def _layer_norm_backward(epsilon, kept, g):
   x, *affine = kept
   plain = lambda *kept: layer_norm.fun(*kept, epsilon)
-  return jax.vjp(plain, later(x, g), *affine)[1](g)
+  return jax.vjp(plain, recompute_barrier(x, g), *affine)[1](g)
 
 
 layer_norm.defvjp(_layer_norm_forward, _layer_norm_backward)

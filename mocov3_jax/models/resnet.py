@@ -23,7 +23,7 @@ def _conv(
   )
 
 
-class Block(nn.Module):
+class ResidualBlock(nn.Module):
   """A residual block; the last BatchNorm starts at 0, so it as the identity.
 
   Attributes:
@@ -110,7 +110,7 @@ class ResNet(nn.Module):
       x = nn.max_pool(x, (3, 3), strides=(2, 2), padding=((1, 1), (1, 1)))
     for stage, blocks in enumerate(self.stage_sizes):
       for block in range(blocks):
-        x = Block(
+        x = ResidualBlock(
             self.width * 2**stage,
             self.bottleneck,
             stride=2 if stage > 0 and block == 0 else 1,

@@ -1,10 +1,10 @@
 """A large batch in small memory: a function of examples, a part at a time.
 
 A contrastive loss needs the whole batch, but the trunk of the network does
-not: its examples have nothing to do with each other. So the trunk runs part
-by part and forgets what it did, the heads and the loss see the whole batch,
-and the backward pass does each part of the trunk once more (the idea of Gao
-et al. 2021, arXiv 2101.06983). The result is that of one pass.
+not: its examples have nothing to do with each other. So the trunk runs on one
+micro-batch after the other and forgets what it did, the heads and the loss see
+the whole batch, and the backward pass runs the trunk on each micro-batch once
+more (Gao et al. 2021, arXiv 2101.06983). The result is that of one pass.
 """
 
 from collections.abc import Callable
@@ -18,12 +18,12 @@ PyTree = Any
 
 
 @dataclasses.dataclass(frozen=True)
-class Passes:
-  """How a batch is parted.
+class MicroBatches:
+  """How a batch is split.
 
   Attributes:
-    count: passes, one after the other.
-    devices: over which the batch lies; each pass takes the same share of
+    count: micro-batches, one after the other.
+    devices: over which the batch lies. A micro-batch has the same share of
       every device's examples, so nothing moves between them.
   """
 
@@ -31,7 +31,7 @@ class Passes:
   devices: int = 1
 
   def map(self, f: Callable[[PyTree], PyTree], batch: PyTree) -> PyTree:
-    """Returns f(batch), a pass at a time; all axes 0 are the batch.
+    """Returns f(batch), a micro-batch at a time; all axes 0 are the batch.
 
     Args:
       f: treats each example by itself.
@@ -51,3 +51,7 @@ class Passes:
   def _join(self, x: jax.Array) -> jax.Array:
     x = x.reshape(self.count, self.devices, -1, *x.shape[2:])
     return jnp.moveaxis(x, 1, 0).reshape(-1, *x.shape[3:])
+
+
+# The whole batch at once.
+ONE_BATCH = MicroBatches()

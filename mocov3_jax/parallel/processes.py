@@ -115,7 +115,7 @@ def require_same(given: dict[str, Any]) -> None:
 
 
 @contextlib.contextmanager
-def led(
+def primary_only(
     context: contextlib.AbstractContextManager[Any], otherwise: Any
 ) -> Iterator[Any]:
   """Enters a context in the first process; the others hear how that went.
@@ -146,7 +146,7 @@ def led(
 
 
 @contextlib.contextmanager
-def peers_watched() -> Iterator[None]:
+def exit_on_lost_peer() -> Iterator[None]:
   """Ends this process, with a message, when another one is lost."""
   try:
     yield
@@ -164,7 +164,7 @@ def peers_watched() -> Iterator[None]:
 FOLDER = pathlib.Path('~/.cache/mocov3_jax/compiled')
 
 
-def keep_compiled() -> None:
+def enable_compilation_cache() -> None:
   """Keeps compiled programs on disk, for the next start of the same run.
 
   In the folder that JAX_COMPILATION_CACHE_DIR names, or else in `FOLDER`. Not

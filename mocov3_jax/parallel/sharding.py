@@ -1,6 +1,7 @@
-"""The mesh, where batch and state live on it, and host arrays onto it."""
+"""The mesh, where batch and state lie on it, and steps jitted over it."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+import dataclasses
 import math
 from typing import Any
 
@@ -68,8 +69,88 @@ def state_sharding(mesh: Mesh, state: PyTree) -> PyTree:
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-  """A whole copy on every device."""
+  """Returns the sharding of what has a whole copy on every device."""
   return NamedSharding(mesh, PartitionSpec())
+
+
+def placed(tree: PyTree, shardings: PyTree) -> PyTree:
+  """Returns shapes and dtypes with shardings, for arrays to be restored.
+
+  Args:
+    tree: of arrays or ShapeDtypeStructs.
+    shardings: of each array: the same tree, or one for all.
+  """
+  if isinstance(shardings, jax.sharding.Sharding):
+    one = shardings
+    shardings = jax.tree.map(lambda _: one, tree)
+  return jax.tree.map(
+      lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+      tree, shardings,
+  )
+
+
+@dataclasses.dataclass(frozen=True)
+class JittedStep:
+  """A training step, jitted over a mesh.
+
+  Attributes:
+    state: shapes, dtypes and shardings of the state.
+    constants: arrays that both functions are given last.
+    jitted_init: (*constants) -> state.
+    jitted_step: (state, batch, *constants) -> (state, scalar metrics); donates
+      the state.
+  """
+
+  state: PyTree
+  constants: tuple[PyTree, ...]
+  jitted_init: Callable[..., PyTree]
+  jitted_step: Callable[..., tuple[PyTree, dict[str, jax.Array]]]
+
+  def init(self) -> PyTree:
+    """Returns the initial state, on the mesh."""
+    return self.jitted_init(*self.constants)
+
+  def __call__(
+      self, state: PyTree, batch: PyTree
+  ) -> tuple[PyTree, dict[str, jax.Array]]:
+    """Takes a step; `state` is donated."""
+    return self.jitted_step(state, batch, *self.constants)
+
+  def lower(self, batch: PyTree) -> jax.stages.Lowered:
+    """Returns the step, lowered for batches like this one."""
+    return self.jitted_step.lower(self.state, batch, *self.constants)
+
+
+def jit_step(
+    init: Callable[..., PyTree],
+    step: Callable[..., tuple[PyTree, dict[str, jax.Array]]],
+    mesh: Mesh, constants: tuple[PyTree, ...] = (),
+) -> JittedStep:
+  """Jits a training over a mesh, whichever it is.
+
+  The state lies as `state_sharding` says, a batch is split over the devices,
+  and constants and metrics are whole on each of them.
+
+  Args:
+    init: (*constants) -> state.
+    step: (state, batch, *constants) -> (state, scalar metrics).
+    mesh: to train on.
+    constants: trees of arrays that no step changes, such as a frozen backbone.
+  """
+  shapes = jax.eval_shape(init, *constants)
+  where = state_sharding(mesh, shapes)
+  whole = replicated(mesh)
+  return JittedStep(
+      placed(shapes, where), constants,
+      jax.jit(init, out_shardings=where),
+      jax.jit(
+          step, donate_argnums=0,
+          in_shardings=(
+              where, batch_sharding(mesh), *(whole for _ in constants)
+          ),
+          out_shardings=(where, whole),
+      ),
+  )
 
 
 def local_positions(mesh: Mesh, batch_size: int) -> np.ndarray:

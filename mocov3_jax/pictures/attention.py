@@ -18,7 +18,7 @@ from mocov3_jax.models.vit import ViT
 PyTree = Any
 
 
-def check(model: ConfigDict) -> None:
+def require_class_token(model: ConfigDict) -> None:
   """Checks that a network has a class token that attends to patches.
 
   Args:

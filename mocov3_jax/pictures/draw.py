@@ -11,7 +11,6 @@ from mocov3_jax.data import sources
 from mocov3_jax.evals import knn
 from mocov3_jax.pictures import attention as attention_lib
 from mocov3_jax.pictures import projection, sheets, showing
-from mocov3_jax.runs import network
 
 # Rows of a sheet, and neighbours in a row, that can still be looked at.
 MOST_ROWS, MOST_NEIGHBOURS = 64, 20
@@ -31,9 +30,9 @@ def attention(options: showing.Options) -> dict[str, Any]:
       image folder, beside the file).
   """
   count = options.check(6, 1, MOST_ROWS)
-  run = network.find(options.checkpoint)
-  attention_lib.check(run.config.model)
-  shown = showing.open_(options, run)
+  shown = showing.open_shown(options)
+  run = shown.run
+  attention_lib.require_class_token(run.config.model)
   held_out = shown.splits.test is not None
   source = sources.evenly(
       shown.splits.test if held_out else shown.splits.train, count
@@ -76,7 +75,7 @@ def neighbours(options: showing.Options, k: int) -> dict[str, Any]:
     raise UserError(
         f'--k={k} is out of range. Allowed: 1 to {MOST_NEIGHBOURS}.'
     )
-  shown = showing.open_(options, network.find(options.checkpoint))
+  shown = showing.open_shown(options)
   splits = shown.splits
   labelled = splits.test is not None
   bank = splits.bank if labelled else splits.train
@@ -94,7 +93,8 @@ def neighbours(options: showing.Options, k: int) -> dict[str, Any]:
   most = len(places) - (not labelled)
   if k > most:
     raise UserError(
-        f'--k={k} is more than there are in {shown.spec}. Allowed: 1 to {most}.'
+        f'--k={k} is more than there are in {shown.opened.spec}. Allowed: 1 to '
+        f'{most}.'
     )
   cosine, index = jax.device_get(knn.nearest(asked, known, k, own))
   return _draw_neighbours(shown, queries, ask, places[index], cosine)
@@ -157,7 +157,7 @@ def embedding(options: showing.Options, method: str) -> dict[str, Any]:
   count = options.check(2000, projection.FEWEST)
   if method == 'umap':
     projection.import_umap()  # Before any work is done.
-  shown = showing.open_(options, network.find(options.checkpoint))
+  shown = showing.open_shown(options)
   train, test = shown.splits.train, shown.splits.test
   total = len(train) + (len(test) if test is not None else 0)
   parts = [sources.evenly(train, max(1, count * len(train) // total))]
@@ -172,7 +172,7 @@ def embedding(options: showing.Options, method: str) -> dict[str, Any]:
   values, labels = np.concatenate(values), np.concatenate(labels)
   if len(values) < projection.FEWEST:
     raise UserError(
-        f'{len(values)} images of {shown.spec} could be read. Allowed: '
+        f'{len(values)} images of {shown.opened.spec} could be read. Allowed: '
         f'{projection.FEWEST} or more.'
     )
   points, axes, result = projection.plane(values, method)

@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 import numpy as np
 from PIL import Image
 
-from mocov3_jax.base.errors import UserError
+from mocov3_jax.base import files
 
 # Side of a picture, gap between two, height of a line of text, edge: pixels.
 SIDE, GAP, LINE, EDGE = 120, 10, 18, 14
@@ -74,19 +74,10 @@ class Sheet:
     Raises:
       UserError: if it cannot be written.
     """
-    try:
-      path.parent.mkdir(parents=True, exist_ok=True)
-      part = path.with_name(f'{path.name}.part')
-      with part.open('wb') as file, warnings.catch_warnings():
-        # Of a name in a script that the font lacks, boxes are shown.
-        warnings.filterwarnings('ignore', 'Glyph')
-        self.figure.savefig(file, format='png', dpi=DPI)
-      part.replace(path)
-    except OSError as e:
-      raise UserError(
-          f'{field}={path} cannot be written: {e.strerror or e}. Allowed: a '
-          'place this user may write to.'
-      ) from e
+    with files.open_whole(path, field) as file, warnings.catch_warnings():
+      # Boxes stand for the letters of a script that the font lacks.
+      warnings.filterwarnings('ignore', 'Glyph')
+      self.figure.savefig(file, format='png', dpi=DPI)
 
 
 def rgb(image: np.ndarray) -> np.ndarray:

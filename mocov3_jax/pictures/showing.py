@@ -7,15 +7,15 @@ from typing import Any
 
 from etils import epath
 import jax
-from jax.sharding import Mesh
 import numpy as np
 
 from mocov3_jax.base import files
-from mocov3_jax.base.errors import UserError, unknown
-from mocov3_jax.data import catalog, pipeline, sources
+from mocov3_jax.base.errors import UserError
+from mocov3_jax.data import pipeline, sources
 from mocov3_jax.data.sources import Source
-from mocov3_jax.data.workers import Workers
 from mocov3_jax.evals import features
+from mocov3_jax.evals.features import say_unreadable
+from mocov3_jax.evals.opened import Opened, check_flags, open_checkpoint
 from mocov3_jax.method import augment
 from mocov3_jax.parallel import sharding
 from mocov3_jax.pictures import attention, sheets
@@ -33,7 +33,8 @@ class Options:
     out: the PNG; must not exist.
     source: 'digits', 'folder:PATH' or 'tfds:NAME[:SPLIT]'; '' = what the run
       was trained on.
-    labels: as `config.data.labels`; 'auto' without a source = as the run.
+    labels: as `config.data.labels`; '' = those of the run, or 'auto' of
+      another source.
     encoder: 'query' or 'momentum'.
     images: how many; None = the default of the picture.
     batch_size: images per forward pass over all devices.
@@ -43,7 +44,7 @@ class Options:
   checkpoint: str
   out: str
   source: str = ''
-  labels: str = 'auto'
+  labels: str = ''
   encoder: str = 'query'
   images: int | None = None
   batch_size: int = 256
@@ -59,25 +60,14 @@ class Options:
     Raises:
       UserError: for whatever can be found wrong without opening anything.
     """
-    if self.encoder not in network.ENCODERS:
-      raise unknown('--encoder', self.encoder, network.ENCODERS)
+    check_flags(self.encoder, self.batch_size, self.threads)
     count = default if self.images is None else self.images
     if count < fewest or most is not None and count > most:
       raise UserError(
           f'--images={count} is out of range. Allowed: {fewest} '
           + ('or more.' if most is None else f'to {most}.')
       )
-    devices = jax.device_count()
-    if self.batch_size < 1 or self.batch_size % devices or self.threads < 0:
-      raise UserError(
-          f'--batch_size={self.batch_size} --threads={self.threads}. Allowed: '
-          f'a multiple of the {devices} devices, and 0 or more.'
-      )
-    if self.path.suffix != '.png' or self.path.exists():
-      what = 'exists' if self.path.exists() else 'does not end with .png'
-      raise UserError(
-          f'--out={self.out} {what}. Allowed: a new file that ends with .png.'
-      )
+    files.new_output(self.out, '.png')
     return count
 
   @property
@@ -88,35 +78,35 @@ class Options:
 
 @dataclasses.dataclass(frozen=True)
 class Shown:
-  """What was opened.
+  """A network and images of which something is shown.
 
   Attributes:
     options: that asked for it.
-    run: the network.
-    spec: names the source.
-    splits: its images.
-    by_folder: whether subfolders may be the labels.
-    mesh: to compute on.
-    workers: read and decode.
+    opened: the checkpoint and the images.
     params, batch_stats: of the backbone, as `Network` has them.
   """
 
   options: Options
-  run: network.Trained
-  spec: str
-  splits: sources.Splits
-  by_folder: bool
-  mesh: Mesh
-  workers: Workers
+  opened: Opened
   params: PyTree
   batch_stats: PyTree
 
   @property
+  def run(self) -> network.Trained:
+    """The checkpoint and its network."""
+    return self.opened.run
+
+  @property
+  def splits(self) -> sources.Splits:
+    """The images."""
+    return self.opened.splits
+
+  @property
   def source_name(self) -> str:
     """Of the images, as a picture says it: of a folder, its own name."""
-    if not self.spec.startswith('folder:'):
-      return sheets.printable(self.spec)
-    path = files.absolute(self.spec.partition(':')[2])
+    if not self.opened.spec.startswith('folder:'):
+      return sheets.printable(self.opened.spec)
+    path = files.absolute(self.opened.spec.partition(':')[2])
     return sheets.printable(path.name)
 
   def title(self, what: str) -> str:
@@ -136,7 +126,7 @@ class Shown:
     return {
         'out': str(self.options.path), 'checkpoint': str(self.run.folder),
         'step': self.run.step, 'encoder': self.options.encoder,
-        'source': self.spec, **result,
+        'source': self.opened.spec, **result,
     }
 
   def extract(self, source: Source) -> tuple[jax.Array, np.ndarray]:
@@ -146,16 +136,13 @@ class Shown:
       UserError: if nothing could.
     """
     values, readable = self._extract(self.params, self.batch_stats, source)
-    features.say_unreadable(source, readable)
+    say_unreadable(source, readable)
     return values, readable
 
   @functools.cached_property
   def _extract(self) -> features.Extract:
     # One for all sources, so that it is compiled once.
-    return features.extractor(
-        self.run.model, self.run.config.data, self.mesh,
-        self.options.batch_size, self.workers,
-    )
+    return self.opened.extractor(self.options.batch_size)
 
   def attend(self, source: Source) -> tuple[np.ndarray, np.ndarray]:
     """Attention of the class token, as `attention.class_attention`.
@@ -167,7 +154,9 @@ class Shown:
     Raises:
       UserError: if none could.
     """
-    @functools.partial(jax.jit, out_shardings=sharding.replicated(self.mesh))
+    mesh = self.opened.mesh
+
+    @functools.partial(jax.jit, out_shardings=sharding.replicated(mesh))
     def forward(params, batch_stats, images):
       images = augment.whole_images(images, self.run.config.data)
       return attention.class_attention(
@@ -184,18 +173,18 @@ class Shown:
     ), strict=True)
     maps = np.concatenate(maps)
     readable = features.readable(source, np.concatenate(unreadable))
-    features.say_unreadable(source, readable)
+    say_unreadable(source, readable)
     return maps[readable], readable
 
   def _batches(self, source: Source) -> Iterator[pipeline.Batch]:
     # No larger than there are images, but whole on every device.
-    devices = self.mesh.size
+    devices = self.opened.mesh.size
     size = min(self.options.batch_size, -(-len(source) // devices) * devices)
     for batch in pipeline.eval_batches(
-        source, sharding.local_positions(self.mesh, size), size,
-        self.run.config.data.image_size, self.workers,
+        source, sharding.local_positions(self.opened.mesh, size), size,
+        self.run.config.data.image_size, self.opened.workers,
     ):
-      images = sharding.to_global(batch.images, self.mesh)
+      images = sharding.to_global(batch.images, self.opened.mesh)
       yield batch._replace(images=images)
 
   def read(self, source: Source, indices: np.ndarray) -> list[np.ndarray]:
@@ -207,7 +196,7 @@ class Shown:
     subset = sources.Subset(source, indices)
     everywhere = np.arange(len(subset))
     batches = pipeline.eval_batches(
-        subset, everywhere, len(subset), sheets.SIDE, self.workers
+        subset, everywhere, len(subset), sheets.SIDE, self.opened.workers
     )
     return [image for batch in batches for image in batch.images]
 
@@ -216,7 +205,7 @@ class Shown:
     train = self.splits.train
     labels = train.labels(np.arange(len(train)))
     numbers = {n: str(n) for n in range(train.num_classes)}
-    if not self.by_folder:
+    if self.opened.labels != 'auto':
       return numbers
     paths = {label: set() for label in np.unique(labels[labels >= 0]).tolist()}
     for index, label in enumerate(labels.tolist()):
@@ -233,21 +222,17 @@ class Shown:
     return numbers
 
 
-def open_(options: Options, run: network.Trained) -> Shown:
+def open_shown(options: Options) -> Shown:
   """Opens the images and restores the network.
 
   Raises:
     UserError: if that cannot be done, or they do not fit together.
   """
-  data = run.config.data
-  spec = options.source or data.source
-  own = not options.source and options.labels == 'auto'
-  labels = data.labels if own else options.labels
-  splits = catalog.load(spec, labels, options.path.parent / '.listings')
-  sources.check_channels(splits, spec, len(data.mean))
-  mesh = sharding.make_mesh()
-  params, batch_stats = network.restore(run, mesh, options.encoder)
-  return Shown(
-      options, run, spec, splits, labels == 'auto', mesh,
-      Workers(options.threads), params, batch_stats,
+  opened = open_checkpoint(
+      options.checkpoint, options.source, options.labels,
+      listings=options.path.parent / '.listings', threads=options.threads,
   )
+  params, batch_stats = network.restore(
+      opened.run, opened.mesh, options.encoder
+  )
+  return Shown(options, opened, params, batch_stats)

@@ -43,7 +43,7 @@ def preview(
     UserError: for bad input, or if `out` cannot be written.
   """
   checks.validate(config)
-  source = pretrain.load_source(config).train
+  source = pretrain.load_splits(config).train
   # Too few images for a step can be looked at all the same.
   config = config.copy_and_resolve_references()
   config.batch_size = min(config.batch_size, len(source))
@@ -69,13 +69,8 @@ def preview(
     top = HEADER + GAP + i * (SIDE + GAP)
     _paste_original(sheet, top, original, boxes)
     _paste_views(sheet, top, made, drawn, boxes, config)
-  try:
-    sheet.save(str(files.absolute(out)), format='PNG')
-  except OSError as e:
-    raise UserError(
-        f'--out={out} cannot be written: {e.strerror or e}. Allowed: a path '
-        'in a folder that is there.'
-    ) from e
+  with files.open_whole(files.absolute(out, '--out'), '--out') as file:
+    sheet.save(file, format='PNG')
   return {'out': out, 'examples': count}
 
 
@@ -153,7 +148,7 @@ def _picture(image: np.ndarray) -> Image.Image:
 
 
 def describe(
-    drawn: augment.Draw, box: Sequence[float] | None, view: ConfigDict
+    drawn: augment.AugmentParams, box: Sequence[float] | None, view: ConfigDict
 ) -> list[str]:
   """Says in words what was drawn for one view, a line an operation."""
   lines = []

@@ -14,7 +14,6 @@ from ml_collections import ConfigDict
 from mocov3_jax.config import training as config_lib
 from mocov3_jax.data.pipeline import Batch
 from mocov3_jax.method.build import build_method, image_shape
-from mocov3_jax.method.train_step import abstract_state
 from mocov3_jax.parallel import sharding
 from mocov3_jax.planning import hlo, topology
 from mocov3_jax.training import flops, pretrain
@@ -71,15 +70,11 @@ def measure(
   """Compiles the real step for a slice and reads what it costs."""
   mesh = sharding.make_mesh(chips.devices, config.fsdp_devices)
   method = build_method(config, plan, mesh.size)
-  _, step = pretrain.compile_functions(config, method, mesh)
-  state = abstract_state(method, image_shape(config.data))
-  placed = sharding.state_sharding(mesh, state)
+  step = sharding.jit_step(*pretrain.make_step(config, method), mesh)
   known = {
       'state': sum(
-          math.prod(s.shard_shape(x.shape)) * x.dtype.itemsize
-          for x, s in zip(
-              jax.tree.leaves(state), jax.tree.leaves(placed), strict=True
-          )
+          math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
+          for x in jax.tree.leaves(step.state)
       ),
       'model_flops': flops.step_flops(
           method, image_shape(config.data), config.batch_size
@@ -89,9 +84,7 @@ def measure(
       ) / mesh.size,
   }
   try:
-    compiled, text = compile_and_print(
-        step.lower(state, abstract_batch(config))
-    )
+    compiled, text = compile_and_print(step.lower(abstract_batch(config)))
   except jax.errors.JaxRuntimeError as e:
     needed = memory_needed(str(e))
     if needed is None:

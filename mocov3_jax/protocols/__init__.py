@@ -35,7 +35,7 @@ def evaluate(config: ConfigDict, path: str) -> dict[str, Any]:
       image folder, beside the workdir).
     Preempted: after SIGTERM or Ctrl-C, once the state is saved.
   """
-  processes.keep_compiled()
+  processes.enable_compilation_cache()
   checks.validate_eval(config, jax.device_count())
   if config.protocol not in PROTOCOLS:
     raise unknown('protocol', config.protocol, PROTOCOLS)

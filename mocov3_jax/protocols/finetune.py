@@ -1,8 +1,8 @@
-"""Fine-tuning as a training job."""
+"""Fine-tuning: all of the network learns, with a new classifier on top."""
 
-import functools
 from typing import Any
 
+from etils import epath
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -17,8 +17,7 @@ from mocov3_jax.evals import features
 from mocov3_jax.method import augment, optimizers
 from mocov3_jax.method.optimizers import PyTree, Schedule
 from mocov3_jax.models.vit import ViT
-from mocov3_jax.parallel import sharding
-from mocov3_jax.protocols import linear, mixup
+from mocov3_jax.protocols import mixup
 from mocov3_jax.protocols.classifier import Classifier
 from mocov3_jax.protocols.setup import Setup
 from mocov3_jax.protocols.supervised_step import (
@@ -26,61 +25,12 @@ from mocov3_jax.protocols.supervised_step import (
   SupervisedState,
   supervised_step,
 )
+from mocov3_jax.protocols.trained import (
+  after_training,
+  make_plan,
+  make_trainer,
+)
 from mocov3_jax.runs import metrics
-from mocov3_jax.training import trainer
-
-
-def layer_scales(params: PyTree, depth: int, decay: float) -> PyTree:
-  """Factors of the learning rate: each block learns slower than the next.
-
-  Bao et al. 2022 (arXiv 2106.08254): decay^0 for the head and the final norm,
-  decay^1 for the last block, ..., decay^(depth + 1) for what comes before the
-  first one.
-
-  Args:
-    params: of a `Classifier`.
-    depth: blocks of its backbone.
-    decay: 1 = all alike.
-  """
-
-  def scale(path, _):
-    names = [key.key for key in path]
-    above = 0
-    if names[0] == 'backbone':
-      if names[1].startswith('blocks_'):
-        above = depth - int(names[1].removeprefix('blocks_'))
-      elif names[1] != 'norm':
-        above = depth + 1
-    return decay**above
-
-  return jax.tree_util.tree_map_with_path(scale, params)
-
-
-def finetuning(
-    learning_rate: Schedule, weight_decay: float, depth: int,
-    layer_decay: float,
-) -> optax.GradientTransformation:
-  """AdamW as DeiT has it: only matrices decay; layer-wise rates.
-
-  Args:
-    learning_rate: of the head.
-    weight_decay: decoupled.
-    depth: blocks of the backbone; 0 where all layers are alike.
-    layer_decay: see `layer_scales`.
-  """
-
-  def by_layer(updates, params):
-    scales = layer_scales(params, depth, layer_decay)
-    return jax.tree.map(lambda u, s: u * s, updates, scales)
-
-  return optax.chain(
-      optax.scale_by_adam(),
-      optax.add_decayed_weights(weight_decay, optimizers.is_kernel),
-      optax.stateless(by_layer),
-      optax.scale_by_learning_rate(learning_rate),
-  )
-
-PyTree = Any
 
 
 def finetune(setup: Setup, path: str) -> dict[str, Any]:
@@ -98,40 +48,26 @@ def finetune(setup: Setup, path: str) -> dict[str, Any]:
     UserError: for bad input, before anything is written.
     Preempted: after SIGTERM or Ctrl-C, once the state is saved.
   """
-  config, mesh = setup.config, setup.mesh
+  config = setup.config
   model = build_model(setup)
   method = build_method(setup, model)
   init_key, step_key = jax.random.split(jax.random.key(config.seed))
-  start = functools.partial(init_state, setup, method, init_key)
-  placed = sharding.state_sharding(
-      mesh, jax.eval_shape(start, setup.variables)
-  )
-  init = jax.jit(start, out_shardings=placed)
 
-  @functools.partial(
-      jax.jit, donate_argnums=0,
-      in_shardings=(placed, sharding.batch_sharding(mesh)),
-      out_shardings=(placed, sharding.replicated(mesh)),
-  )
-  def step(state, batch):
-    state, values = supervised_step(
-        method, step_key, state, batch.images, batch.labels
-    )
-    return state, values | trainer.from_batch(batch)
+  def init(variables):
+    return init_state(setup, method, init_key, variables)
+
+  def step(state, batch, variables):
+    del variables  # The backbone moves.
+    return supervised_step(method, step_key, state, batch.images, batch.labels)
 
   fill = tuple(round(255 * m) for m in setup.run.config.data.mean)
   magnitude = config.finetune.rand_augment
-  return trainer.carry_out(
-      linear.make_job(
-          setup, config.finetune.lr_per_256,
-          recolour=RandAugment(magnitude, fill=fill) if magnitude else None,
-          init=functools.partial(init, setup.variables), step=step,
-          evaluate=_tester(setup, model),
-          advice='a lower finetune.lr_per_256, a longer '
-          'schedule.warmup_epochs',
-      ),
-      path, finish=_summarise,
-  )
+  return make_trainer(
+      setup, config.finetune.lr_per_256, _tester(setup, model),
+      RandAugment(magnitude, fill=fill) if magnitude else None,
+      init=init, step=step, constants=(setup.variables,),
+      advice='a lower finetune.lr_per_256, a longer schedule.warmup_epochs',
+  ).run(path, finish=_summarise)
 
 
 def build_model(setup: Setup) -> Classifier:
@@ -157,9 +93,9 @@ def build_model(setup: Setup) -> Classifier:
 def build_method(setup: Setup, model: Classifier) -> Supervised:
   """The parts of a step."""
   config, c = setup.config, setup.config.finetune
-  plan = linear.make_plan(setup, c.lr_per_256)
-  schedule = optimizers.warmup_cosine_between(
-      c.warmup_lr, plan.peak_lr, c.min_lr, plan.warmup_steps, plan.total_steps
+  plan = make_plan(setup, c.lr_per_256)
+  schedule = optimizers.warmup_cosine(
+      plan.peak_lr, plan.warmup_steps, plan.total_steps, c.warmup_lr, c.min_lr
   )
   view = augment.build(
       (config.view,), setup.run.config.data, model.backbone.dtype
@@ -175,11 +111,62 @@ def build_method(setup: Setup, model: Classifier) -> Supervised:
   depth = model.backbone.depth if isinstance(model.backbone, ViT) else 0
   return Supervised(
       model=model,
-      optimizer=finetuning(
+      optimizer=layerwise_adamw(
           schedule, c.weight_decay, depth, c.layer_decay
       ),
       augment=prepare, loss=mixup.soft_cross_entropy, learning_rate=schedule,
       average_decay=c.ema,
+  )
+
+
+def layer_scales(params: PyTree, depth: int, decay: float) -> PyTree:
+  """Returns factors of the rate: each block learns slower than the next.
+
+  Bao et al. 2022 (arXiv 2106.08254): decay^0 for the head and the final norm,
+  decay^1 for the last block, ..., decay^(depth + 1) for what comes before the
+  first one.
+
+  Args:
+    params: of a `Classifier`.
+    depth: blocks of its backbone.
+    decay: 1 = all alike.
+  """
+
+  def scale(path, _):
+    names = [key.key for key in path]
+    above = 0
+    if names[0] == 'backbone':
+      if names[1].startswith('blocks_'):
+        above = depth - int(names[1].removeprefix('blocks_'))
+      elif names[1] != 'norm':
+        above = depth + 1
+    return decay**above
+
+  return jax.tree_util.tree_map_with_path(scale, params)
+
+
+def layerwise_adamw(
+    learning_rate: Schedule, weight_decay: float, depth: int,
+    layer_decay: float,
+) -> optax.GradientTransformation:
+  """AdamW as DeiT has it: only matrices decay; layer-wise rates.
+
+  Args:
+    learning_rate: of the head.
+    weight_decay: decoupled.
+    depth: blocks of the backbone; 0 where all layers are alike.
+    layer_decay: see `layer_scales`.
+  """
+
+  def by_layer(updates, params):
+    scales = layer_scales(params, depth, layer_decay)
+    return jax.tree.map(lambda u, s: u * s, updates, scales)
+
+  return optax.chain(
+      optax.scale_by_adam(),
+      optax.add_decayed_weights(weight_decay, optimizers.is_kernel),
+      optax.stateless(by_layer),
+      optax.scale_by_learning_rate(learning_rate),
   )
 
 
@@ -235,10 +222,9 @@ def _tester(setup: Setup, model: Classifier):
   return evaluate
 
 
-def _summarise(state, results, workdir) -> None:
-  del state
+def _summarise(results: dict[str, Any], workdir: epath.Path) -> None:
   rows = metrics.read_metrics(workdir / 'metrics.jsonl')
   results |= {
       'finetune/top1': results['test/top1'],
-      'finetune/top1_best': max(linear.after_training(rows, 'test/top1')),
+      'finetune/top1_best': max(after_training(rows, 'test/top1')),
   }

@@ -33,7 +33,7 @@ def evaluate_logistic(setup: Setup, path: str) -> dict[str, Any]:
           setup.variables['params'], setup.variables['batch_stats'], source
       )
       parts += [np.asarray(jax.device_get(found)), labels[read]]
-    result = logistic.classify(*parts, c.inverse_penalties, c.iterations)
+    result = logistic.fit_and_score(*parts, c.inverse_penalties, c.iterations)
   return {f'logistic/{k}': v for k, v in result.items()} | {
       'test/images': len(parts[3])
   }

@@ -98,7 +98,7 @@ def logits(params: PyTree, features: jax.Array) -> jax.Array:
   return products + params['bias'][:, None]
 
 
-def normalise(
+def apply_norm(
     probe: Probe, stats: PyTree, features: jax.Array, train: bool
 ) -> tuple[jax.Array, PyTree]:
   """Applies the BatchNorm, if there is one; returns its new statistics."""
@@ -130,7 +130,7 @@ def probe_step(
   features = probe.features(
       frozen, images, jax.random.fold_in(key, state.step)
   )
-  features, stats = normalise(probe, state.batch_stats, features, True)
+  features, stats = apply_norm(probe, state.batch_stats, features, True)
   known = labels >= 0
 
   def loss_fn(params):
@@ -164,7 +164,7 @@ def predict(
     probe: Probe, state: ProbeState, features: jax.Array
 ) -> jax.Array:
   """The class that each head finds: features [n, D] -> int [L, n]."""
-  features, _ = normalise(probe, state.batch_stats, features, False)
+  features, _ = apply_norm(probe, state.batch_stats, features, False)
   # A head after the other: the logits of all would be large.
   def one(head):
     return jnp.argmax(features @ head['kernel'] + head['bias'][None], axis=1)

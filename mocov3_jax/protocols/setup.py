@@ -14,17 +14,15 @@ import numpy as np
 
 from mocov3_jax.base import console, files
 from mocov3_jax.base.errors import UserError
-from mocov3_jax.data import catalog, sources
+from mocov3_jax.config.evaluation import FREE_ON_RESUME
+from mocov3_jax.data import sources
 from mocov3_jax.data.pipeline import epoch_order
-from mocov3_jax.data.workers import Workers
 from mocov3_jax.evals import confidence, features
-from mocov3_jax.parallel import sharding
+from mocov3_jax.evals.opened import Opened, open_checkpoint
 from mocov3_jax.runs import network
 from mocov3_jax.runs import workdir as workdir_lib
 
 PyTree = Any
-# What may change when an evaluation is continued.
-FREE = ('data.prefetch', 'data.threads', 'data.max_unreadable', 'log.', 'save.')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,7 +31,7 @@ class Setup:
 
   Attributes:
     config: of the evaluation.
-    run: the checkpoint.
+    run: the checkpoint and its network.
     splits: `train` and `bank` are labelled images to learn from, `test` those
       to classify.
     mesh: to work on.
@@ -65,18 +63,18 @@ def prepare(config: ConfigDict, path: str) -> Setup:
         'one of its folders checkpoints/<step> (from_scratch takes its '
         'network and images).'
     )
-  run = network.find(config.checkpoint)
-  splits = load_splits(
-      config, run.config, files.absolute(path).parent / '.listings'
+  data = config.data
+  opened = open_checkpoint(
+      config.checkpoint, data.source, data.labels if data.source else '',
+      listings=files.absolute(path).parent / '.listings', threads=data.threads,
   )
-  mesh = sharding.make_mesh()
-  extract = features.extractor(
-      run.model, run.config.data, mesh, config.batch_size,
-      Workers(config.data.threads),
+  splits = labelled_splits(config, opened)
+  params, batch_stats = network.restore(
+      opened.run, opened.mesh, config.encoder
   )
-  params, batch_stats = network.restore(run, mesh, config.encoder)
   return Setup(
-      config, run, splits, mesh, extract,
+      config, opened.run, splits, opened.mesh,
+      opened.extractor(config.batch_size),
       {'params': params, 'batch_stats': batch_stats},
   )
 
@@ -103,24 +101,20 @@ def fingerprint(setup: Setup) -> dict[str, Any]:
   }
 
 
-def load_splits(
-    config: ConfigDict, training: ConfigDict, listings: epath.Path
-) -> sources.Splits:
-  """Opens the labelled images to learn from, and those to classify.
+def labelled_splits(config: ConfigDict, opened: Opened) -> sources.Splits:
+  """Returns the labelled images to learn from, and those to classify.
 
   Raises:
-    UserError: if there are none, or they do not fit the network.
+    UserError: if there are none, or their classes do not fit together.
   """
-  data = config.data if config.data.source else training.data
-  splits = catalog.load(data.source, data.labels, listings)
-  what = f'data.source={data.source!r} with data.labels={data.labels!r}'
+  splits = opened.splits
+  what = f'data.source={opened.spec!r} with data.labels={opened.labels!r}'
   if splits.test is None:
     raise UserError(
         f'{what} has no labels, which protocol={config.protocol!r} needs. '
         'Allowed: a labelled source; a folder with a subfolder a class; or '
         'data.labels=FILE.csv.'
     )
-  sources.check_channels(splits, data.source, len(training.data.mean))
   train, labels = sources.labelled(splits.bank)
   test, test_labels = sources.labelled(splits.test)
   for name, found in ('training', labels), ('test', test_labels):
@@ -173,7 +167,9 @@ def claimed(
     setup: Setup, path: str
 ) -> contextlib.AbstractContextManager[epath.Path]:
   """Claims the workdir of an evaluation that does not train."""
-  return workdir_lib.claimed(path, setup.config, FREE, fingerprint(setup))
+  return workdir_lib.claimed(
+      path, setup.config, FREE_ON_RESUME, fingerprint(setup)
+  )
 
 
 def record(
@@ -222,8 +218,7 @@ def record(
   }
   # This first: a kill in between costs a second line, not the only one.
   _append(setup.run.folder.parent.parent / 'results.jsonl', results)
-  text = json.dumps(results, indent=2) + '\n'
-  files.write_whole(path, text)
+  files.write_json(path, results)
   return results
 
 

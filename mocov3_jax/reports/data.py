@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from mocov3_jax.config import checks
+from mocov3_jax.config.training import FREE_ON_RESUME
 from mocov3_jax.reports.thinning import Curve
 from mocov3_jax.runs import history as runs_lib
 from mocov3_jax.runs import table as sweep_table
@@ -120,7 +120,7 @@ def make(read: Iterable[runs_lib.Run]) -> Report:
   fields = runs_lib.differing(runs)
   grid = [
       field for field in fields
-      if field != 'seed' and not field.startswith(checks.FREE_ON_RESUME)
+      if field != 'seed' and field not in FREE_ON_RESUME
   ]
   names = _names(runs)
   styles = _styles(runs, names, grid)

@@ -25,7 +25,7 @@ class Checkpoints:
 
   def __init__(
       self, workdir: epath.Path, keep_latest: int, keep_best: int,
-      warn: Callable[[str], None], best_metric: str = 'knn/top1',
+      warn: Callable[[str], None], best_metric: str | None = None,
   ):
     """Opens checkpoints/ in `workdir`, removing what a kill left half-written.
 
@@ -34,7 +34,7 @@ class Checkpoints:
       keep_latest: newest checkpoints kept.
       keep_best: best ones kept beside those.
       warn: is told of each damaged checkpoint.
-      best_metric: by which they are the best.
+      best_metric: by which they are the best; None = by none.
     """
     self._warn = warn
     self._folder = workdir / 'checkpoints'
@@ -69,7 +69,7 @@ class Checkpoints:
         try:
           json.loads(file.read_text())
         except ValueError as e:
-          self._set_aside(int(folder.name), summary(e))
+          self._set_aside(int(folder.name), first_line(e))
 
   def save(self, step: int, state: PyTree, metrics: dict[str, float]) -> None:
     """Saves in the background; the state may be donated right after.
@@ -87,7 +87,10 @@ class Checkpoints:
     args = ocp.args.Composite(**{ITEM: ocp.args.StandardSave(state)})
     self._manager.save(step, args=args, metrics=known, force=True)
 
-  def restore(self, abstract_state: PyTree) -> tuple[PyTree, int] | None:
+  def restore(
+      self, abstract_state: PyTree, init: Callable[[], PyTree] | None = None,
+      monitors: tuple[str, ...] = (),
+  ) -> tuple[PyTree, int] | None:
     """Restores the newest checkpoint that can be read.
 
     Damaged newer ones are moved to checkpoints_damaged/. If none can be read,
@@ -96,6 +99,9 @@ class Checkpoints:
     Args:
       abstract_state: of jax.ShapeDtypeStruct with shardings; any number of
         devices.
+      init: makes a fresh state.
+      monitors: fields of the state that are taken from a fresh one where a
+        checkpoint lacks them, such as one that was converted.
 
     Returns:
       The state and its step, or None if there is no checkpoint.
@@ -103,15 +109,12 @@ class Checkpoints:
     Raises:
       UserError: if there are checkpoints, and none can be read.
     """
-    args = ocp.args.Composite(
-        **{ITEM: ocp.args.StandardRestore(abstract_state)}
-    )
     failures = {}
     for step in sorted(self._manager.all_steps(), reverse=True):
       try:
-        state = self._manager.restore(step, args=args)[ITEM]
+        state = self._restore_step(step, abstract_state, init, monitors)
       except Exception as e:  # Orbax and TensorStore raise many kinds.
-        failures[step] = summary(e)
+        failures[step] = first_line(e)
         continue
       for damaged, reason in failures.items():
         if jax.process_count() > 1:
@@ -134,6 +137,22 @@ class Checkpoints:
           'extracted, not trained on.)'
       )
     return None
+
+  def _restore_step(
+      self, step: int, abstract_state: PyTree,
+      init: Callable[[], PyTree] | None, monitors: tuple[str, ...],
+  ) -> PyTree:
+    own = [name for name in monitors if hasattr(abstract_state, name)]
+    if own:
+      folder = self._folder / str(step)
+      fields = _metadata(folder).keys()
+      if any(name not in fields for name in own):
+        part = {name: abstract_state.__dict__[name] for name in fields}
+        return init().replace(**restore_part(folder, part))
+    args = ocp.args.Composite(
+        **{ITEM: ocp.args.StandardRestore(abstract_state)}
+    )
+    return self._manager.restore(step, args=args)[ITEM]
 
   def newest_before(self, step: int) -> int | None:
     """The newest checkpoint before `step`; later ones are moved aside.
@@ -174,23 +193,7 @@ def _all_arrive(where: str) -> None:
     multihost_utils.sync_global_devices(where)
 
 
-def abstract(state: PyTree, shardings: PyTree) -> PyTree:
-  """Shapes, dtypes and shardings of all leaves, to restore into.
-
-  Args:
-    state: of arrays or ShapeDtypeStructs.
-    shardings: of the restored arrays: the same tree, or one for all.
-  """
-  if isinstance(shardings, jax.sharding.Sharding):
-    one = shardings
-    shardings = jax.tree.map(lambda _: one, state)
-  return jax.tree.map(
-      lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
-      state, shardings,
-  )
-
-
-def summary(error: Exception) -> str:
+def first_line(error: Exception) -> str:
   """The kind of an error and the first line of its text, shortened."""
   lines = str(error).strip().splitlines() or ['']
   text = textwrap.shorten(lines[0], 160, placeholder=' ...')
@@ -236,25 +239,29 @@ def find(path: str) -> tuple[epath.Path, epath.Path]:
 
 
 def held(folder: epath.Path) -> set[tuple[str, str]]:
-  """What a checkpoint holds: ('params', 'backbone'), ('params', ...), ...
+  """Returns what a checkpoint holds: ('params', 'backbone'), ...
 
   Raises:
     UserError: if it cannot be read.
   """
-  try:
-    with ocp.PyTreeCheckpointer() as checkpointer:
-      tree = checkpointer.metadata(folder / ITEM).item_metadata.tree
-  except Exception as e:  # Orbax and TensorStore raise many kinds.
-    raise _unreadable(folder, e) from e
   return {
-      (field, part) for field, parts in tree.items()
+      (field, part) for field, parts in _metadata(folder).items()
       if isinstance(parts, dict) for part in parts
   }
 
 
+def _metadata(folder: epath.Path) -> PyTree:
+  """Returns the tree of a checkpoint, without its arrays."""
+  try:
+    with ocp.PyTreeCheckpointer() as checkpointer:
+      return checkpointer.metadata(folder / ITEM).item_metadata.tree
+  except Exception as e:  # Orbax and TensorStore raise many kinds.
+    raise _unreadable(folder, e) from e
+
+
 def _unreadable(folder: epath.Path, e: Exception) -> UserError:
   return UserError(
-      f'checkpoint={str(folder)!r} cannot be read ({summary(e)}).'
+      f'checkpoint={str(folder)!r} cannot be read ({first_line(e)}).'
   )
 
 
@@ -301,12 +308,12 @@ def restore_whole(folder: epath.Path) -> PyTree:
   """
   try:
     with ocp.PyTreeCheckpointer() as checkpointer:
-      known = checkpointer.metadata(folder / ITEM).item_metadata.tree
       return checkpointer.restore(
           folder / ITEM,
           args=ocp.args.PyTreeRestore(
               restore_args=jax.tree.map(
-                  lambda _: ocp.RestoreArgs(restore_type=np.ndarray), known
+                  lambda _: ocp.RestoreArgs(restore_type=np.ndarray),
+                  _metadata(folder),
               )
           ),
       )

@@ -9,7 +9,7 @@ from etils import epath
 
 from mocov3_jax.base import files
 from mocov3_jax.base.errors import UserError
-from mocov3_jax.config import checks
+from mocov3_jax.config import knobs
 from mocov3_jax.runs import metrics
 from mocov3_jax.runs import workdir as workdir_lib
 
@@ -56,7 +56,7 @@ def read(folder: epath.Path, rows: bool = True) -> Run:
   workdir_lib.refuse_evaluation(config, folder)
   return Run(
       folder=folder,
-      config=checks.flatten(config.to_dict()),
+      config=knobs.flatten(config.to_dict()),
       rows=metrics.read_metrics(folder / 'metrics.jsonl') if rows else [],
       status=status(folder),
       result=files.read_object(folder / 'result.json'),

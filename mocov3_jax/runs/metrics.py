@@ -76,7 +76,8 @@ class MetricWriter:
     if not active:
       return
     text = ''.join(json.dumps(row) + '\n' for row in rows)
-    files.write_whole(self._path, text)
+    with files.open_whole(self._path) as file:
+      file.write(text.encode())
     self._file = self._path.open('a')
     # Imports PyTorch where that is installed: seconds, and 0.4 GiB.
     from tensorboardX import SummaryWriter

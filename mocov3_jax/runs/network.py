@@ -1,9 +1,9 @@
 """The network of a checkpoint, for whoever wants to use it."""
 
 import dataclasses
-from typing import Any
 
 from etils import epath
+from flax.traverse_util import flatten_dict, unflatten_dict
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
@@ -18,27 +18,17 @@ from mocov3_jax.runs.checkpoints import PyTree
 
 Path = tuple[str, ...]
 
-
-def flatten(tree: PyTree, prefix: Path = ()) -> dict[Path, Any]:
-  """Nested dicts as one dict of paths."""
-  flat = {}
-  for key, value in tree.items():
-    if isinstance(value, dict):
-      flat |= flatten(value, (*prefix, key))
-    else:
-      flat[(*prefix, key)] = value
-  return flat
-
-
-def unflatten(flat: dict[Path, Any]) -> PyTree:
-  """Undoes `flatten`."""
-  tree = {}
-  for path, value in flat.items():
-    node = tree
-    for key in path[:-1]:
-      node = node.setdefault(key, {})
-    node[path[-1]] = value
-  return tree
+# One network has three vocabularies. The paper and TrainState have an online
+# and a target network; the release's checkpoints call their encoders
+# base_encoder and momentum_encoder; `--encoder` says query and momentum.
+ENCODERS = {'query': 'base_encoder', 'momentum': 'momentum_encoder'}
+# The fields of TrainState for the collections of each encoder.
+FIELDS = {
+    'base_encoder': {'params': 'params', 'batch_stats': 'batch_stats'},
+    'momentum_encoder': {
+        'params': 'target_params', 'batch_stats': 'target_batch_stats'
+    },
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,8 +100,8 @@ def restore(
         'Allowed: --layer=backbone --encoder=query for the weights of a '
         'backbone alone.'
     )
-  abstract = checkpoints.abstract(
-      unflatten(shapes), sharding.replicated(mesh)
+  abstract = sharding.placed(
+      unflatten_dict(shapes), sharding.replicated(mesh)
   )
   restored = checkpoints.restore_part(trained.folder, abstract)
   batch_stats = fields['batch_stats']
@@ -119,19 +109,9 @@ def restore(
       restored[batch_stats] if batch_stats in restored else {}
   )
 
-# The collections of a network in TrainState, by the encoder's name in the
-# release, and by the name that `--encoder` has for it.
-FIELDS = {
-    'base_encoder': {'params': 'params', 'batch_stats': 'batch_stats'},
-    'momentum_encoder': {
-        'params': 'target_params', 'batch_stats': 'target_batch_stats'
-    },
-}
-ENCODERS = {'query': 'base_encoder', 'momentum': 'momentum_encoder'}
-
 
 def network_shapes(config: ConfigDict) -> dict[Path, jax.ShapeDtypeStruct]:
-  """All parameters and statistics of the network, by path.
+  """Returns shapes of all parameters and statistics of the network, by path.
 
   Raises:
     UserError: if the config describes none.
@@ -142,4 +122,4 @@ def network_shapes(config: ConfigDict) -> dict[Path, jax.ShapeDtypeStruct]:
   shapes = jax.eval_shape(
       lambda views: network.init(jax.random.key(0), views, train=True), views
   )
-  return flatten(shapes)
+  return flatten_dict(shapes)

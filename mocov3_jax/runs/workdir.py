@@ -3,16 +3,20 @@
 from collections.abc import Iterator
 import contextlib
 import fcntl
+import importlib.metadata
 import json
+import platform
 import time
 from typing import Any
 
 from etils import epath
+import jax
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from mocov3_jax.base import files
 from mocov3_jax.base.errors import UserError
-from mocov3_jax.config import checks
+from mocov3_jax.config import knobs
 from mocov3_jax.config import training as config_lib
 
 # What a command writes beside config.json, and must not write over.
@@ -29,7 +33,7 @@ def to_json(config: ConfigDict) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def claimed(
-    path: str, config: ConfigDict, free: tuple[str, ...] = (),
+    path: str, config: ConfigDict, free: frozenset[str] = frozenset(),
     data: dict[str, Any] | None = None,
 ) -> Iterator[epath.Path]:
   """Makes `path` the workdir of this run, or finds that it already is.
@@ -40,8 +44,7 @@ def claimed(
   Args:
     path: of the workdir; made if absent.
     config: of the run, after overrides.
-    free: fields (or groups, with a final dot) that may differ from those of
-      the run to continue.
+    free: fields that may differ from those of the run to continue.
     data: what the run trains on; kept in data.json, and may not differ.
 
   Yields:
@@ -59,8 +62,7 @@ def claimed(
         _check_same(path, workdir, config, free)
       else:
         _check_unused(path, workdir)
-        text = json.dumps(to_json(config), indent=2) + '\n'
-        files.write_whole(workdir / 'config.json', text)
+        files.write_json(workdir / 'config.json', to_json(config))
       if data is not None:
         _check_data(workdir, data)
       yield workdir
@@ -74,9 +76,9 @@ def claimed(
 
 
 def _check_same(
-    path: str, workdir: epath.Path, config: ConfigDict, free: tuple[str, ...]
+    path: str, workdir: epath.Path, config: ConfigDict, free: frozenset[str]
 ) -> None:
-  differ = checks.differences(
+  differ = knobs.differences(
       read_config(workdir).to_dict(), to_json(config), free
   )
   if differ:
@@ -120,7 +122,7 @@ def _locked(path: str, workdir: epath.Path) -> Iterator[None]:
 def _check_data(workdir: epath.Path, found: dict[str, Any]) -> None:
   path = workdir / 'data.json'
   if not path.exists():
-    files.write_whole(path, json.dumps(found, indent=2) + '\n')
+    files.write_json(path, found)
     return
   try:
     before = json.loads(path.read_text())
@@ -171,7 +173,37 @@ def read_training_config(workdir: epath.Path) -> ConfigDict:
   config = read_config(workdir)
   refuse_evaluation(config, workdir)
   try:
-    checks.require_fields(config, config_lib.default_config())
+    knobs.require_fields(config, config_lib.schema())
   except UserError as e:
     raise UserError(f'{workdir / "config.json"}: {e}') from e
   return config
+
+
+def begin(workdir: epath.Path, mesh: Mesh) -> None:
+  """Notes with what a run is begun or continued, and that it is not done.
+
+  Writes environment.json: versions and devices.
+  """
+  # It may have been done before its last checkpoint was lost.
+  (workdir / 'result.json').unlink(missing_ok=True)
+  found = {
+      package: importlib.metadata.version(package)
+      for package in ('jax', 'jaxlib', 'flax', 'optax', 'numpy')
+  } | {
+      'python': platform.python_version(),
+      'backend': jax.default_backend(),
+      'device': mesh.devices.flat[0].device_kind,
+      'devices': mesh.size,
+      'processes': jax.process_count(),
+  }
+  files.write_json(workdir / 'environment.json', found)
+
+
+def write_result(results: dict[str, Any], workdir: epath.Path) -> None:
+  """Writes result.json, which says that the run is done.
+
+  A run that is done and repeated does not write it again, since it knows less.
+  """
+  path = workdir / 'result.json'
+  if jax.process_index() == 0 and not path.exists():
+    files.write_json(path, results)

@@ -9,7 +9,8 @@ from etils import epath
 
 from mocov3_jax.base import files
 from mocov3_jax.base.errors import UserError
-from mocov3_jax.config import checks
+from mocov3_jax.config import knobs
+from mocov3_jax.config.training import FREE_ON_RESUME
 from mocov3_jax.runs import history
 from mocov3_jax.runs import workdir as workdir_lib
 from mocov3_jax.sweeps.grid import Grid, Point
@@ -29,9 +30,9 @@ def check(path: str, grid: Grid, points: Sequence[Point]) -> None:
     )
   before = _read(folder)
   if before:
-    differ = checks.differences(
+    differ = knobs.differences(
         _base(before), _base(_described(grid)),
-        tuple(f'overrides.{field}' for field in checks.FREE_ON_RESUME),
+        frozenset(f'overrides.{field}' for field in FREE_ON_RESUME),
     )
     if differ:
       raise UserError(
@@ -44,9 +45,9 @@ def check(path: str, grid: Grid, points: Sequence[Point]) -> None:
     run = folder / point.name
     if not (run / 'config.json').exists():
       continue
-    differ = checks.differences(
+    differ = knobs.differences(
         workdir_lib.read_training_config(run).to_dict(),
-        workdir_lib.to_json(point.config), checks.FREE_ON_RESUME,
+        workdir_lib.to_json(point.config), FREE_ON_RESUME,
     )
     if differ:
       raise UserError(
@@ -120,8 +121,7 @@ def keep(
             field: _union(before['axes'][field], values)
             for field, values in now['axes'].items()
         }
-      text = json.dumps(now, indent=2) + '\n'
-      files.write_whole(folder / history.SWEEP, text)
+      files.write_json(folder / history.SWEEP, now)
   except OSError as e:
     raise UserError(
         f'--workdir={path} cannot be written: {e.strerror or e}. Allowed: a '

@@ -14,7 +14,7 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from mocov3_jax.base.errors import UserError
-from mocov3_jax.config import checks
+from mocov3_jax.config import knobs
 from mocov3_jax.runs import table as sweep_table
 
 SEED = 'seed'
@@ -75,7 +75,7 @@ def parse(
     UserError: for whatever is wrong with the axes and their values; their
       ranges are not checked here.
   """
-  fields = list(checks.flatten(base.to_dict()))
+  fields = list(knobs.flatten(base.to_dict()))
   found: dict[str, tuple[Any, ...]] = {}
   for text in axes:
     field, values = _parse_axis(text, base, fields)
@@ -180,7 +180,7 @@ def _parse_value(field: str, text: str, base: ConfigDict) -> Any:
     )
     values(argv)
   except (flags.Error, TypeError, ValueError) as e:
-    default = checks.flatten(base.to_dict())[field]
+    default = knobs.flatten(base.to_dict())[field]
     raise UserError(
         f'--grid {field}={text}: {_last_line(e)}. Allowed: values of the kind '
         f'of {default!r}.'

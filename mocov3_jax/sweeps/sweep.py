@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 from mocov3_jax.base import console
 from mocov3_jax.base import files as files_lib
 from mocov3_jax.base.errors import UserError, unknown
-from mocov3_jax.config import checks
+from mocov3_jax.config import checks, knobs
 from mocov3_jax.config import training as config_lib
 from mocov3_jax.config.evaluation import PROTOCOLS
 from mocov3_jax.method.build import build_method
@@ -53,7 +53,7 @@ def check_points(points: Sequence[Point], listings: epath.Path | None) -> None:
       if listings is not None:
         data = c.data.source, c.data.labels, tuple(c.data.mean)
         if data not in sizes:
-          sizes[data] = len(pretrain.load_source(c, listings).train)
+          sizes[data] = len(pretrain.load_splits(c, listings).train)
         plan = config_lib.plan(c, sizes[data])
       build_method(c, plan)
     except UserError as e:
@@ -133,7 +133,7 @@ def summarise(
     if (folder / 'config.json').exists():
       found.append(history.read(folder, rows=False))
     else:  # It failed before it began.
-      c = checks.flatten(workdir_lib.to_json(point.config))
+      c = knobs.flatten(workdir_lib.to_json(point.config))
       found.append(history.Run(folder, c, [], 'absent', {}, []))
   return found, sweep_table.aggregate(found, fields)
 

@@ -13,13 +13,13 @@ import jax.numpy as jnp
 from mocov3_jax.method.train_step import Method, abstract_state, train_step
 from mocov3_jax.models import Network, recompute
 from mocov3_jax.models.vit import ViT
-from mocov3_jax.parallel.microbatch import Passes
+from mocov3_jax.parallel.microbatch import ONE_BATCH
 
 PyTree = Any
 
 
 @dataclasses.dataclass(frozen=True)
-class Summary:
+class NetworkCost:
   """Size and cost of a network.
 
   Attributes:
@@ -27,7 +27,7 @@ class Summary:
     macs: multiply-adds of the backbone for one image (one crop).
     activations: bytes that the backward pass needs of one image's two views,
       in the online network: what autodiff keeps, before XLA fuses or shares.
-      Passes (`micro_batch`) keep those of one pass at a time.
+      With `micro_batch`, those of one micro-batch at a time are kept.
   """
 
   backbone: int
@@ -44,9 +44,11 @@ class Summary:
     )
 
 
-def summarise(model: Network, image_shape: tuple[int, int, int]) -> Summary:
-  """Counts for images [H, W, C]."""
-  model = model.clone(passes=Passes())  # A single image cannot be parted.
+def network_cost(
+    model: Network, image_shape: tuple[int, int, int]
+) -> NetworkCost:
+  """Returns size and cost of a network for images [H, W, C]."""
+  model = model.clone(micro_batches=ONE_BATCH)  # One image cannot be split.
 
   def views(count):
     return jax.ShapeDtypeStruct((count, 2, *image_shape), jnp.float32)
@@ -61,7 +63,7 @@ def summarise(model: Network, image_shape: tuple[int, int, int]) -> Summary:
   )(variables, views(1))
   # What does not grow with the batch, such as the weights, drops out.
   one, two = (kept_bytes(model, variables, views(n)) for n in (1, 2))
-  return Summary(
+  return NetworkCost(
       backbone=backbone,
       heads=count(variables['params']) - backbone,
       macs=macs(forward.jaxpr),
@@ -96,32 +98,32 @@ def step_flops(
   Each product once forward and twice backward: without augmentation, and
   without what is computed again for want of memory.
   """
-  model = method.model.clone(passes=Passes())
+  model = method.model.clone(micro_batches=ONE_BATCH)
   if isinstance(model.backbone, ViT):
     model = model.clone(backbone=model.backbone.clone(remat=False))
   # The views come in whole.
   plain = method.replace(model=model, augment=lambda images, key: images)
   views = jax.ShapeDtypeStruct((batch_size, 2, *image_shape), jnp.float32)
-  return traced_flops(plain, views, once_more=False)
+  return traced_flops(plain, views, recomputed=False)
 
 
 def traced_flops(
-    method: Method, images: jax.ShapeDtypeStruct, once_more: bool = True
+    method: Method, images: jax.ShapeDtypeStruct, recomputed: bool = True
 ) -> float:
   """Operations in the matrix products of a step as it is traced.
 
   Args:
     method, images: of the step.
-    once_more: whether to count what `recompute.once_more` marks.
+    recomputed: whether to count what `recompute.recomputed` marks.
   """
   state = abstract_state(method, images.shape[2:])
   key = jax.eval_shape(lambda: jax.random.key(0))
   step = lambda key, state, images: train_step(method, key, state, images)
   jaxpr = jax.make_jaxpr(step)(key, state, images).jaxpr
-  return 2.0 * macs(jaxpr, once_more)
+  return 2.0 * macs(jaxpr, recomputed)
 
 
-def macs(jaxpr: core.Jaxpr, once_more: bool = True) -> int:
+def macs(jaxpr: core.Jaxpr, recomputed: bool = True) -> int:
   """Multiply-adds in the matrix products and convolutions of a program.
 
   Bodies of loops count as often as they run, which XLA's own analysis does
@@ -129,12 +131,12 @@ def macs(jaxpr: core.Jaxpr, once_more: bool = True) -> int:
 
   Args:
     jaxpr: the program.
-    once_more: whether to count what `recompute.once_more` marks.
+    recomputed: whether to count what `recompute.recomputed` marks.
   """
   total = 0
   for eqn in jaxpr.eqns:
     name = eqn.primitive.name
-    if not once_more and recompute.is_once_more(eqn):
+    if not recomputed and recompute.is_recomputed(eqn):
       continue
     if name == 'dot_general':
       (contracted, _), _ = eqn.params['dimension_numbers']
@@ -152,7 +154,7 @@ def macs(jaxpr: core.Jaxpr, once_more: bool = True) -> int:
           // (outputs * zeros)
       )
     times = eqn.params['length'] if name == 'scan' else 1
-    total += times * sum(macs(inner, once_more) for inner in _inner(eqn))
+    total += times * sum(macs(inner, recomputed) for inner in _inner(eqn))
   return total
 
 

@@ -46,23 +46,27 @@ class Progress:
   """One line of status: rewritten on a terminal, every 10 s when piped."""
 
   def __init__(
-      self, total_steps: int, stream: TextIO = sys.stderr, active: bool = True
+      self, total_steps: int, stream: TextIO | None = None,
+      active: bool = True,
   ):
+    stream = stream or sys.stderr
     self._total = total_steps
     self._active = active
     self._stream = stream
     self._live = stream.isatty()
     self._next = 0.0
 
-  def update(self, step: int, values: Values, images_per_step: int) -> None:
+  def update(
+      self, step: int, values: Values, images_per_step: int, words: str = ''
+  ) -> None:
     """Shows the newest values, if it is time.
 
     Args:
       step: the step these values are of.
       values: with 'train/loss', 'train/loss_chance',
-        'train/images_per_second'; 'knn/top1', 'test/top1', 'train/mfu' where
-        known.
+        'train/images_per_second'; 'train/mfu' where known.
       images_per_step: to turn images a second into the time left.
+      words: what evaluators last found.
     """
     now = time.monotonic()
     if now < self._next:
@@ -73,12 +77,7 @@ class Progress:
         f'step {step}/{self._total}  loss {values["train/loss"]:.4f} '
         f'(chance {values["train/loss_chance"]:.4f})'
     )
-    if 'knn/top1' in values:
-      text += f'  kNN {values["knn/top1"]:.1%}'
-    elif 'test/top1' in values:
-      text += f'  test {values["test/top1"]:.1%}'
-    elif 'features/effective_rank' in values:
-      text += f'  rank {values["features/effective_rank"]:.1f}'
+    text += words
     if rate:
       left = round((self._total - step) * images_per_step / rate)
       text += f'  {rate:.0f} img/s'

@@ -1,172 +1,231 @@
-"""Carries out a training: pre-training, a linear probe or fine-tuning.
+"""The order of events in a training, once for all kinds of it.
 
-One order of events for all of them: claim the workdir, restore or initialise,
-loop, evaluate and save between steps, save once more when stopped.
+Pre-training, a linear probe and fine-tuning differ in what a `Trainer` is made
+of. What happens is the same: claim the workdir, restore or initialise, loop,
+evaluate and save between steps, save once more when stopped.
 """
 
-from collections.abc import Callable, Iterator
+import collections
+from collections.abc import Callable, Iterator, Sequence
 import contextlib
-import importlib.metadata
-import json
-import platform
+import dataclasses
+import time
 from typing import Any
 
 from etils import epath
 import jax
-import jax.numpy as jnp
 from jax.sharding import Mesh
+from ml_collections import ConfigDict
 
 from mocov3_jax.base import console, exits, files
 from mocov3_jax.base.errors import Preempted, UserError
-from mocov3_jax.config import checks
-from mocov3_jax.data.pipeline import Batch
-from mocov3_jax.parallel import processes, sharding
-from mocov3_jax.runs import checkpoints as checkpoints_lib
+from mocov3_jax.config import knobs
+from mocov3_jax.config.training import Plan
+from mocov3_jax.data import pipeline
+from mocov3_jax.evals.evaluator import Evaluator, best_metric
+from mocov3_jax.parallel import chips, processes, sharding
 from mocov3_jax.runs import workdir as workdir_lib
-from mocov3_jax.training import loop
-from mocov3_jax.training.job import Job
-from mocov3_jax.training.recorder import Recorder
+from mocov3_jax.runs.checkpoints import Checkpoints
+from mocov3_jax.training import host_flags, loop
+from mocov3_jax.training.step_log import StepLog
+from mocov3_jax.training.unreadable import UnreadableImages
 
 State = Any
+Results = dict[str, Any]
 
 
-@processes.peers_watched()
-def carry_out(
-    job: Job, path: str,
-    finish: Callable[[State, dict[str, Any], Any], None] = lambda *_: None,
-) -> dict[str, Any]:
-  """Trains to the end, from the newest checkpoint in `path` if there is one.
+@dataclasses.dataclass(frozen=True)
+class Trainer:
+  """A training, assembled.
 
-  Args:
-    job: the training.
-    path: the workdir.
-    finish: is given the last state, the results and the workdir, while that
-      is still claimed.
-
-  Returns:
-    The results, flat.
-
-  Raises:
-    UserError: for a workdir that cannot be used, before anything is written;
-      or on divergence.
-    Preempted: after SIGTERM or Ctrl-C, once the state is saved.
+  Attributes:
+    config: as the workdir will hold it; with `log`, `save`, `batch_size`,
+      `data.prefetch` and `data.max_unreadable`.
+    free: its fields that may change when the training is continued.
+    plan: its steps.
+    mesh: to train on.
+    init: (*constants) -> state.
+    step: (state, Batch, *constants) -> (state, scalar metrics).
+    reader: of this process's part of the batches.
+    fingerprint: of the data.
+    evaluators: of the state, between steps.
+    advice: what helps if the training diverges.
+    notes: lines to begin with.
+    constants: arrays that `init` and `step` are given, such as a frozen
+      backbone.
+    monitors: fields of the state that only a monitor uses. Where a checkpoint
+      lacks them, they start afresh.
+    flops_per_image: () -> operations of a step per image; None = no MFU is
+      logged.
   """
-  total, save = job.plan.total_steps, job.config.save
-  config = checks.flatten(workdir_lib.to_json(job.config))
-  processes.require_same(config | {'the data': job.fingerprint})
-  # Signals are noted before anything is written, and until all is saved.
-  claim = workdir_lib.claimed(path, job.config, job.free, job.fingerprint)
-  with exits.stop_noted() as stop, processes.led(
-      claim, files.absolute(path)
-  ) as workdir:
-    checkpoints = checkpoints_lib.Checkpoints(
-        workdir, save.keep_latest, save.keep_best, console.say, job.best
-    )
-    with contextlib.closing(checkpoints):
-      state, start = initial_state(job.init, checkpoints, job.mesh)
+
+  config: ConfigDict
+  free: frozenset[str]
+  plan: Plan
+  mesh: Mesh
+  init: Callable[..., State]
+  step: Callable[..., tuple[State, dict[str, jax.Array]]]
+  reader: pipeline.BatchReader
+  fingerprint: dict[str, Any]
+  evaluators: Sequence[Evaluator]
+  advice: str
+  notes: tuple[str, ...] = ()
+  constants: tuple[Any, ...] = ()
+  monitors: tuple[str, ...] = ()
+  flops_per_image: Callable[[], float] | None = None
+
+  @processes.exit_on_lost_peer()
+  def run(
+      self, path: str,
+      finish: Callable[[Results, epath.Path], None] = lambda *_: None,
+  ) -> Results:
+    """Trains to the end, from the newest checkpoint in `path` if there is one.
+
+    Args:
+      path: the workdir.
+      finish: is given the results and the workdir while that is still claimed.
+
+    Returns:
+      The results, flat.
+
+    Raises:
+      UserError: for a workdir that cannot be used, before anything is written;
+        or on divergence.
+      Preempted: after SIGTERM or Ctrl-C, once the state is saved.
+    """
+    total, save = self.plan.total_steps, self.config.save
+    with contextlib.ExitStack() as stack:
+      # From before anything is written until all is saved.
+      stop_asked = stack.enter_context(exits.catch_stop_signals())
+      workdir = stack.enter_context(self._claim(path))
+      checkpoints = stack.enter_context(contextlib.closing(Checkpoints(
+          workdir, save.keep_latest, save.keep_best, console.say,
+          best_metric(self.evaluators),
+      )))
+      step = sharding.jit_step(
+          self.init, host_flags.reporting(self.step), self.mesh, self.constants
+      )
+      state, start = (
+          checkpoints.restore(step.state, step.init, self.monitors)
+          or (step.init(), 0)
+      )
       if start < total and processes.is_primary():
-        # It is not done, even if it was before its last checkpoint was lost.
-        (workdir / 'result.json').unlink(missing_ok=True)
-        write_environment(workdir, job.mesh)
-      run = Recorder(job, workdir, checkpoints, start)
-      with contextlib.closing(run.writer):
-        run.announce(start)
-        if start == 0:
-          run.between_steps(0, state)
-        batches = run.watch(start, stop)
-        with divergence_explained(run, checkpoints, job.advice):
-          state, done = loop.run(
-              state, job.step,
-              (sharding.to_global(batch, job.mesh) for batch in batches),
-              start=start, stop=total, log=run.log,
-              hooks=[loop.Hook(run.is_due, run.between_steps)],
-              should_stop=lambda: run.stopping or run.too_many_unreadable,
-          )
-        if done < total:
-          checkpoints.save(done, state, {})
-          checkpoints.wait()
-          run.check_readable(done)
-          raise Preempted(f'stopped: saved step {done} in {workdir}')
-        results = run.results() | {'step': done, 'workdir': str(workdir)}
-        finish(state, results, workdir)
-        return results
+        workdir_lib.begin(workdir, self.mesh)
+      log = stack.enter_context(contextlib.closing(StepLog(
+          workdir, self.config, self.plan, self.evaluators, start,
+          self._mfu_of_rate(),
+      )))
+      unreadable = UnreadableImages(
+          workdir, self.reader, self.config, self.plan, log.rows, start
+      )
+      self._announce(log, start)
+      waits = collections.deque()  # Seconds; of batches not yet logged.
+      stopping = False
 
+      def log_step(step: int, values: dict[str, float]) -> None:
+        nonlocal stopping
+        stopping |= values.pop(host_flags.STOP) > 0
+        unreadable.count(step, int(values[host_flags.UNREADABLE]))
+        values['data/wait_seconds'] = waits.popleft()
+        log.step(step, values)
 
-def keep_results(
-    state: State, results: dict[str, Any], workdir: epath.Path
-) -> None:
-  """A `finish`: writes result.json, which says that the run is done.
+      def saves(step: int) -> bool:
+        return step % save.every_steps == 0 or step == total
 
-  Not again when a run that is done is repeated: that one knows less of it.
-  """
-  del state
-  path = workdir / 'result.json'
-  if processes.is_primary() and not path.exists():
-    files.write_whole(path, json.dumps(results, indent=2) + '\n')
+      def is_due(step: int) -> bool:
+        return saves(step) or any(e.is_due(step) for e in self.evaluators)
 
+      def evaluate_and_save(step: int, state: State) -> None:
+        with log.throughput.paused():
+          values = {}
+          for evaluator in self.evaluators:
+            if saves(step) or evaluator.is_due(step):
+              values |= evaluator.measure(state)
+          log.evaluation(step, values)
+          if step and saves(step):
+            log.flush()
+            checkpoints.save(step, state, values)
 
-def write_environment(workdir: epath.Path, mesh: Mesh) -> None:
-  """Writes environment.json: with what the run was last begun or continued."""
-  found = {
-      package: importlib.metadata.version(package)
-      for package in ('jax', 'jaxlib', 'flax', 'optax', 'numpy')
-  } | {
-      'python': platform.python_version(),
-      'backend': jax.default_backend(),
-      'device': mesh.devices.flat[0].device_kind,
-      'devices': mesh.size,
-      'processes': jax.process_count(),
-  }
-  text = json.dumps(found, indent=2) + '\n'
-  files.write_whole(workdir / 'environment.json', text)
+      if start == 0:
+        evaluate_and_save(0, state)
+      with self._divergence_explained(log, checkpoints):
+        state, done = loop.run(
+            state, step, self._batches(start, unreadable, stop_asked, waits),
+            start=start, stop=total, log=log_step,
+            hooks=[loop.Hook(is_due, evaluate_and_save)],
+            should_stop=lambda: stopping or unreadable.too_many,
+        )
+      if done < total:
+        checkpoints.save(done, state, {})
+        checkpoints.wait()
+        unreadable.check(done)
+        raise Preempted(f'stopped: saved step {done} in {workdir}')
+      results = log.results() | {'step': done, 'workdir': str(workdir)}
+      finish(results, workdir)
+      return results
 
+  def _claim(self, path: str) -> contextlib.AbstractContextManager[epath.Path]:
+    config = knobs.flatten(workdir_lib.to_json(self.config))
+    processes.require_same(config | {'the data': self.fingerprint})
+    return processes.primary_only(
+        workdir_lib.claimed(path, self.config, self.free, self.fingerprint),
+        files.absolute(path),
+    )
 
-def from_batch(batch: Batch) -> dict[str, jax.Array]:
-  """What the run must hear of a batch, within the jitted step.
+  def _mfu_of_rate(self) -> float | None:
+    """Returns the MFU of one image per second, where the chip is known."""
+    peak = chips.peak_flops(self.mesh.devices.flat[0].device_kind)
+    if peak is None or self.flops_per_image is None:
+      return None
+    return self.flops_per_image() / (peak * self.mesh.size)
 
-  Over all processes, since the batch is global: they all learn of it at the
-  same step.
-  """
-  values = {'data/unreadable': jnp.sum(batch.unreadable >= 0)}
-  if batch.stop is not None:
-    values['train/stop'] = jnp.max(batch.stop)
-  return values
+  def _announce(self, log: StepLog, start: int) -> None:
+    plan = self.plan
+    for note in self.notes:
+      log.note(note)
+    where = f'continuing at step {start}' if start else 'from a fresh start'
+    if start == plan.total_steps:
+      where = 'already complete'
+    log.note(
+        f'{self.mesh.size} {jax.default_backend()} device(s); '
+        f'{plan.total_steps} steps, {plan.steps_per_epoch} an epoch, '
+        f'{plan.warmup_steps} of warm-up to lr {plan.peak_lr:.3g}; {where}'
+    )
 
+  def _batches(
+      self, start: int, unreadable: UnreadableImages,
+      stop_asked: Callable[[], bool], waits: collections.deque[float],
+  ) -> Iterator[host_flags.FlaggedBatch]:
+    """Yields the global batches from step `start` on; notes each wait."""
+    batches = pipeline.train_batches(
+        self.reader, start, self.plan.total_steps, self.config.data.prefetch
+    )
+    while True:
+      before = time.perf_counter()
+      batch = next(batches, None)
+      if batch is None:
+        return
+      waits.append(time.perf_counter() - before)
+      unreadable.list(batch)
+      yield sharding.to_global(
+          host_flags.flagged(batch, stop_asked()), self.mesh
+      )
 
-def initial_state(
-    init: Callable[[], State], checkpoints: checkpoints_lib.Checkpoints,
-    mesh: Mesh,
-) -> tuple[State, int]:
-  """The newest intact checkpoint of the workdir, or else a fresh start.
-
-  Returns:
-    The state on the mesh, and the updates done.
-
-  Raises:
-    UserError: if there are checkpoints, and none can be read.
-  """
-  shapes = jax.eval_shape(init)
-  abstract = checkpoints_lib.abstract(
-      shapes, sharding.state_sharding(mesh, shapes)
-  )
-  return checkpoints.restore(abstract) or (init(), 0)
-
-
-@contextlib.contextmanager
-def divergence_explained(
-    run: Recorder, checkpoints: checkpoints_lib.Checkpoints, advice: str
-) -> Iterator[None]:
-  """Turns a non-finite metric into a message that says what to do."""
-  try:
-    yield
-  except loop.NonFinite as e:
-    # What was saved at this very step is the state that broke.
-    saved = checkpoints.newest_before(e.step)
-    run.writer.write(e.step, {'train/diverged': 1.0})
-    raise UserError(
-        f'training diverged at step {e.step}: loss {e.values["train/loss"]}, '
-        f'gradient norm {e.values["grad_norm/global"]}, learning rate '
-        f'{e.values["train/lr"]:.3g}. Last good checkpoint: '
-        f'{"none" if saved is None else f"step {saved}"}. What helps: '
-        f'{advice}, in a new workdir.'
-    ) from e
+  @contextlib.contextmanager
+  def _divergence_explained(
+      self, log: StepLog, checkpoints: Checkpoints
+  ) -> Iterator[None]:
+    """Turns a metric that is not finite into a message that says what helps."""
+    try:
+      yield
+    except loop.NonFinite as e:
+      # What was saved at this very step is the state that broke.
+      saved = checkpoints.newest_before(e.step)
+      log.diverged(e.step)
+      raise UserError(
+          f'training diverged at step {e.step}: loss {e.values["train/loss"]}, '
+          f'gradient norm {e.values["grad_norm/global"]}, learning rate '
+          f'{e.values["train/lr"]:.3g}. Last good checkpoint: '
+          f'{"none" if saved is None else f"step {saved}"}. What helps: '
+          f'{self.advice}, in a new workdir.'
+      ) from e

@@ -69,18 +69,11 @@ def convert(
   written, complete = our_checkpoints.write(target, weights)
   result = _report(source, target, weights, written, left_out)
   if config is not None and not complete:
-    console.say(_incomplete(source, config.knn.queue_share))
+    console.say(
+        f'note: --from={source} has no complete state of this recipe (both '
+        'encoders, heads, optimizer); train cannot continue from --to.'
+    )
   return result | {'can_continue': complete}
-
-
-def _incomplete(source: str, queue_share: float) -> str:
-  lacking = 'both encoders, heads, optimizer' if not queue_share else (
-      f'no file has the queue of knn.queue_share={queue_share}; 0 needs none'
-  )
-  return (
-      f'note: --from={source} has no complete state of this recipe '
-      f'({lacking}); train cannot continue from --to.'
-  )
 
 
 def _export(

@@ -13,6 +13,7 @@ import numpy as np
 import safetensors
 from safetensors import numpy as safetensors_numpy
 
+from mocov3_jax.base import files
 from mocov3_jax.base.errors import UserError
 
 TORCH_SUFFIXES = ('.pth.tar', '.pth', '.pt')
@@ -173,10 +174,9 @@ def write_safetensors(
 ) -> None:
   """Writes a safetensors file, whole or not at all."""
   metadata = {'format': 'pt', DESCRIPTION: description}
-  part = _part(path)
-  # Its save_file leaves a file that nobody else can read.
-  part.write_bytes(safetensors_numpy.save(dict(tensors), metadata))
-  part.replace(path)
+  with files.open_whole(path, '--to') as file:
+    # Its save_file leaves a file that nobody else can read.
+    file.write(safetensors_numpy.save(dict(tensors), metadata))
 
 
 def write_torch(
@@ -196,22 +196,8 @@ def write_torch(
       return {key: convert(value) for key, value in x.items()}
     return torch.tensor(x) if isinstance(x, np.ndarray) else x
 
-  part = _part(path)
-  torch.save(convert(content) | {DESCRIPTION: description}, part)
-  part.replace(path)
-
-
-def _part(path: epath.Path) -> epath.Path:
-  try:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f'{path.name}.part')
-    part.write_bytes(b'')
-  except OSError as e:
-    raise UserError(
-        f'--to={path} cannot be written: {e.strerror}. Allowed: a path that '
-        'this user may write to.'
-    ) from e
-  return part
+  with files.open_whole(path, '--to') as file:
+    torch.save(convert(content) | {DESCRIPTION: description}, file)
 
 
 def import_torch() -> Any:

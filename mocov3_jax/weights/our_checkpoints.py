@@ -3,6 +3,7 @@
 import contextlib
 from typing import Any
 
+from flax.traverse_util import unflatten_dict
 import jax
 import numpy as np
 
@@ -11,7 +12,6 @@ from mocov3_jax.config import training as config_lib
 from mocov3_jax.method.build import build_method
 from mocov3_jax.method.train_step import TrainState, abstract_state
 from mocov3_jax.runs import checkpoints as checkpoints_lib
-from mocov3_jax.runs import network
 from mocov3_jax.runs import workdir as workdir_lib
 from mocov3_jax.runs.network import Path
 from mocov3_jax.weights.state_dict import Weights
@@ -76,7 +76,7 @@ def write(path: str, weights: Weights) -> tuple[dict[Path, str], bool]:
   complete = state is not None
   if not complete:
     written = {k for k in weights.flat if k[0] in NETWORKS}
-    state = network.unflatten({k: weights.flat[k] for k in written})
+    state = unflatten_dict({k: weights.flat[k] for k in written})
   with workdir_lib.claimed(path, weights.config) as workdir:
     checkpoints = checkpoints_lib.Checkpoints(workdir, 1, 0, console.say)
     with contextlib.closing(checkpoints):
@@ -85,14 +85,11 @@ def write(path: str, weights: Weights) -> tuple[dict[Path, str], bool]:
 
 
 def train_state(weights: Weights) -> tuple[TrainState | None, set[Path]]:
-  """The state of the run, and the paths of what is in it.
+  """Returns the state of the run, and the paths of what is in it.
 
-  The state is None if something of it is not there: a queue of kNN never is,
-  and how long it is depends on the images.
+  The state is None if something of it is not there.
   """
   config = weights.config
-  if config.knn.queue_share:
-    return None, set()
   size, channels = config.data.image_size, len(config.data.mean)
   # The schedules are not part of the state; any will do.
   method = build_method(config, config_lib.Plan(1, 1, 0, 1.0))

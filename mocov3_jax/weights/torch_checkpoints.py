@@ -12,7 +12,7 @@ import numpy as np
 
 from mocov3_jax import models
 from mocov3_jax.base.errors import UserError
-from mocov3_jax.config import checks
+from mocov3_jax.config import checks, knobs
 from mocov3_jax.config import training as config_lib
 from mocov3_jax.runs.network import Path
 from mocov3_jax.runs.workdir import to_json
@@ -141,7 +141,7 @@ def _described(source: str, file: files.File) -> ConfigDict | None:
     return None
   try:
     config = ConfigDict(json.loads(file.description)['config'])
-    checks.require_fields(config, config_lib.default_config())
+    knobs.require_fields(config, config_lib.schema())
   except (
       ValueError, TypeError, KeyError, AttributeError, UserError
   ) as e:

@@ -1,0 +1,144 @@
+"""A knob: the default of a config field, its range, and when it may change."""
+
+from collections.abc import Callable
+import dataclasses
+import math
+from typing import Any, NamedTuple
+
+from flax.traverse_util import flatten_dict
+from ml_collections import ConfigDict
+
+from mocov3_jax.base.errors import UserError
+
+
+class Range(NamedTuple):
+  """Which numbers a field may have.
+
+  Attributes:
+    text: completes the sentence "Allowed: ...".
+    holds: whether a value is within the range.
+  """
+
+  text: str
+  holds: Callable[[Any], bool]
+
+
+@dataclasses.dataclass(frozen=True)
+class Knob:
+  """A field of a config.
+
+  Attributes:
+    default: its value unless a recipe or the command line sets another one.
+    allowed: the range of a number, or of a tuple of numbers; None for names
+      and switches, which are checked by what uses them.
+    free: whether the field may change when a run is continued. Such a field
+      steers what a run reports and keeps, or how it computes (up to
+      rounding), but not what it computes.
+  """
+
+  default: Any
+  allowed: Range | None = None
+  free: bool = False
+
+
+# A tree of dicts with knobs as leaves.
+Schema = dict[str, Any]
+
+AT_LEAST_ONE = Range('at least 1', lambda v: v >= 1)
+NOT_NEGATIVE = Range('0 or more', lambda v: v >= 0)
+POSITIVE = Range('above 0', lambda v: v > 0)
+SHARE = Range('from 0 to 1', lambda v: 0 <= v <= 1)
+SHARE_ABOVE_ZERO = Range('above 0, at most 1', lambda v: 0 < v <= 1)
+BELOW_ONE = Range('from 0 to below 1', lambda v: 0 <= v < 1)
+SEED = Range('from 0 to below 2**32', lambda v: 0 <= v < 2**32)
+
+
+def flatten(tree: dict[str, Any]) -> dict[str, Any]:
+  """Turns nested dicts into one dict with dotted names."""
+  return flatten_dict(tree, sep='.')
+
+
+def defaults(schema: Schema) -> ConfigDict:
+  """Returns the config of all defaults, locked."""
+  def values(tree):
+    return {
+        name: values(x) if isinstance(x, dict) else x.default
+        for name, x in tree.items()
+    }
+
+  return ConfigDict(values(schema)).lock()
+
+
+def free_fields(schema: Schema) -> frozenset[str]:
+  """Returns the dotted names of the fields that may change on resume."""
+  return frozenset(f for f, knob in flatten(schema).items() if knob.free)
+
+
+def check(schema: Schema, config: ConfigDict) -> None:
+  """Checks that a config has the fields of `schema`, within their ranges.
+
+  Raises:
+    UserError: for a field too many or too few, or the first out of its range.
+  """
+  require_fields(config, schema)
+  values = flatten(config.to_dict())
+  for field, knob in flatten(schema).items():
+    if knob.allowed is not None:
+      require(field, values[field], knob.allowed)
+
+
+def require(field: str, value: Any, allowed: Range) -> None:
+  """Checks one value: finite numbers within a range.
+
+  Raises:
+    UserError: with the field, the value and the range, if it is not.
+  """
+  numbers = value if isinstance(value, (tuple, list)) else (value,)
+  finite = all(
+      isinstance(n, (int, float)) and math.isfinite(n) for n in numbers
+  )
+  if not (finite and allowed.holds(value)):
+    raise UserError(
+        f'{field}={value!r} is out of range. Allowed: {allowed.text}.'
+    )
+
+
+def require_fields(config: ConfigDict, schema: Schema) -> None:
+  """Checks that a config has the fields of `schema` and no others.
+
+  Raises:
+    UserError: with the first of those that are missing or unknown.
+  """
+  given, known = flatten(config.to_dict()), flatten(schema)
+  for verb, fields in (
+      ('has unknown', given.keys() - known.keys()),
+      ('lacks', known.keys() - given.keys()),
+  ):
+    if fields:
+      shown = sorted(fields)[:5] + ['...'] * (len(fields) > 5)
+      raise UserError(
+          f'the config {verb} fields: {", ".join(shown)}. Allowed: a config '
+          'made for this command, with each of its fields.'
+      )
+
+
+def differences(
+    saved: dict[str, Any], now: dict[str, Any], free: frozenset[str]
+) -> list[str]:
+  """Lists the fields in which two runs compute different things.
+
+  Args:
+    saved: a config as nested dicts of JSON values, as config.json holds it.
+    now: the same of the present command.
+    free: dotted names of the fields that may differ.
+
+  Returns:
+    One 'field: OLD in the workdir, NEW now' per field that differs.
+  """
+  old, new = flatten(saved), flatten(now)
+  return [
+      f'{field}: {old.get(field, "absent")!r} in the workdir, '
+      f'{new.get(field, "absent")!r} now'
+      for field in sorted(old.keys() | new.keys())
+      if field not in free and old.get(field) != new.get(field)
+  ]

@@ -1,0 +1,90 @@
+"""A checkpoint and images, opened for use: by protocols, pictures, extract."""
+
+import dataclasses
+
+from etils import epath
+import jax
+from jax.sharding import Mesh
+
+from mocov3_jax.base.errors import UserError, unknown
+from mocov3_jax.data import catalog, sources
+from mocov3_jax.data.workers import Workers
+from mocov3_jax.evals import features
+from mocov3_jax.parallel import sharding
+from mocov3_jax.runs import network
+
+
+@dataclasses.dataclass(frozen=True)
+class Opened:
+  """A checkpoint, whose weights are still to be restored, and images.
+
+  Attributes:
+    run: the checkpoint and its network.
+    spec: names the source of the images.
+    labels: as `config.data.labels`.
+    splits: the images.
+    mesh: of all devices.
+    workers: read and decode.
+  """
+
+  run: network.Trained
+  spec: str
+  labels: str
+  splits: sources.Splits
+  mesh: Mesh
+  workers: Workers
+
+  def extractor(
+      self, batch_size: int, method: str = 'features'
+  ) -> features.Extract:
+    """Returns what computes features of a source; see `features.extractor`."""
+    return features.extractor(
+        self.run.model, self.run.config.data, self.mesh, batch_size,
+        self.workers, method,
+    )
+
+
+def open_checkpoint(
+    checkpoint: str, source: str = '', labels: str = '', *,
+    listings: epath.Path, threads: int = 0,
+) -> Opened:
+  """Finds a checkpoint and opens images that fit its network.
+
+  Args:
+    checkpoint: a workdir (then its newest checkpoint) or one
+      checkpoints/<step>.
+    source: as `config.data.source`; '' = what the run was trained on.
+    labels: as `config.data.labels`; '' = those of the run, or 'auto' of
+      another source.
+    listings: folder where listings of image folders are kept.
+    threads: that read and decode images; 0 = one per core.
+
+  Raises:
+    UserError: if there is no such checkpoint, the images cannot be opened, or
+      they have other channels than the network.
+  """
+  run = network.find(checkpoint)
+  data = run.config.data
+  spec = source or data.source
+  labels = labels or ('auto' if source else data.labels)
+  splits = catalog.load(spec, labels, listings)
+  sources.check_channels(splits, spec, len(data.mean))
+  return Opened(
+      run, spec, labels, splits, sharding.make_mesh(), Workers(threads)
+  )
+
+
+def check_flags(encoder: str, batch_size: int, threads: int) -> None:
+  """Checks the flags that commands on a checkpoint share.
+
+  Raises:
+    UserError: with the first that cannot be.
+  """
+  if encoder not in network.ENCODERS:
+    raise unknown('--encoder', encoder, network.ENCODERS)
+  devices = jax.device_count()
+  if batch_size < 1 or batch_size % devices or threads < 0:
+    raise UserError(
+        f'--batch_size={batch_size} --threads={threads}. Allowed: a multiple '
+        f'of the {devices} devices, and 0 or more.'
+    )

@@ -1,0 +1,72 @@
+"""What the protocols that train have in common."""
+
+from collections.abc import Callable
+from typing import Any
+
+from mocov3_jax.base.errors import UserError
+from mocov3_jax.config import training as config_lib
+from mocov3_jax.config.evaluation import FREE_ON_RESUME
+from mocov3_jax.data import pipeline
+from mocov3_jax.data.workers import Workers
+from mocov3_jax.evals.evaluator import Evaluator, State, Values
+from mocov3_jax.parallel import sharding
+from mocov3_jax.protocols.setup import Setup, fingerprint
+from mocov3_jax.training.trainer import Trainer
+
+
+def make_trainer(
+    setup: Setup, lr_per_256: float, test: Callable[[State], Values],
+    recolour: Any = None, **parts: Any,
+) -> Trainer:
+  """Returns the trainer of a classifier.
+
+  Args:
+    setup: of the evaluation.
+    lr_per_256: of the peak of the schedule.
+    test: state -> 'test/top1', the accuracy on the test images, and more.
+    recolour: as that of `BatchReader`.
+    **parts: the rest of `Trainer`.
+
+  Raises:
+    UserError: for a batch or a schedule that does not fit the images.
+  """
+  config, mesh = setup.config, setup.mesh
+  plan = make_plan(setup, lr_per_256)
+  reader = pipeline.BatchReader(
+      setup.splits.train,
+      sharding.local_positions(mesh, config.batch_size), config.batch_size,
+      config.seed, (config.view,), setup.run.config.data.image_size,
+      Workers(config.data.threads), labelled=True, recolour=recolour,
+  )
+  evaluator = Evaluator(
+      test, every=config.test_every_steps or plan.steps_per_epoch,
+      main='test/top1', best=True,
+      words=lambda values: f'test {values["test/top1"]:.1%}',
+  )
+  return Trainer(
+      config=config, free=FREE_ON_RESUME, plan=plan, mesh=mesh, reader=reader,
+      fingerprint=fingerprint(setup), evaluators=[evaluator],
+      notes=(setup.splits.note,) if setup.splits.note else (), **parts,
+  )
+
+
+def make_plan(setup: Setup, lr_per_256: float) -> config_lib.Plan:
+  """Returns the steps of a training on the images of `setup`.
+
+  Raises:
+    UserError: if they do not fill a batch.
+  """
+  count, config = len(setup.splits.train), setup.config
+  if count < config.batch_size:
+    raise UserError(
+        f'batch_size={config.batch_size} is larger than the {count} labelled '
+        f'training images (data.source={config.data.source!r}, '
+        f'data.labels_per_class={config.data.labels_per_class}). Allowed: at '
+        f'most {count}.'
+    )
+  return config_lib.plan(config, count, lr_per_256)
+
+
+def after_training(rows: list[dict[str, Any]], name: str) -> list[float]:
+  """Returns the values of a metric in metrics.jsonl from step 1 on."""
+  return [row[name] for row in rows if name in row and row['step']]

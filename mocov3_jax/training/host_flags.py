@@ -1,0 +1,52 @@
+"""What a host tells all others at a step: to stop, and what it could not read.
+
+The flags enter the jitted step with the batch and come back as metrics. Since
+the batch is a global array, all processes learn of both at the same step, on
+any number of hosts, and no collective of our own is needed. (JAX's preemption
+sync point hears SIGTERM alone, and only where processes were joined; this
+serves Ctrl-C and a single process as well.)
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mocov3_jax.data.pipeline import Batch
+
+STOP, UNREADABLE = 'train/stop', 'data/unreadable'
+
+
+class FlaggedBatch(NamedTuple):
+  """A part of the global batch, and a host's wish.
+
+  Attributes:
+    batch: as read.
+    stop: int32 [B], 1 if this process has been asked to stop.
+  """
+
+  batch: Batch
+  stop: np.ndarray | jax.Array
+
+
+def flagged(batch: Batch, stop: bool) -> FlaggedBatch:
+  """Adds whether this process has been asked to stop."""
+  return FlaggedBatch(batch, np.full(len(batch.unreadable), stop, np.int32))
+
+
+def reporting(step: Callable[..., Any]) -> Callable[..., Any]:
+  """Returns a step of `FlaggedBatch` whose metrics have STOP and UNREADABLE.
+
+  Args:
+    step: (state, Batch, ...) -> (state, metrics).
+  """
+  def with_flags(state, flagged_batch, *constants):
+    batch, stop = flagged_batch
+    state, metrics = step(state, batch, *constants)
+    return state, metrics | {
+        UNREADABLE: jnp.sum(batch.unreadable >= 0), STOP: jnp.max(stop),
+    }
+
+  return with_flags

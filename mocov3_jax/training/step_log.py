@@ -1,0 +1,116 @@
+"""What a training run logs: metrics, warnings and the line of progress."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from etils import epath
+from ml_collections import ConfigDict
+
+from mocov3_jax.config.training import Plan
+from mocov3_jax.evals.evaluator import Evaluator
+from mocov3_jax.parallel.processes import is_primary
+from mocov3_jax.runs import metrics
+from mocov3_jax.training import progress, stability
+
+Values = dict[str, float]
+
+
+class StepLog:
+  """Logs a run; in all processes but the first it writes and shows nothing.
+
+  Attributes:
+    rows: of metrics.jsonl, those of an earlier part of the run.
+    throughput: of the steps logged.
+  """
+
+  def __init__(
+      self, workdir: epath.Path, config: ConfigDict, plan: Plan,
+      evaluators: Sequence[Evaluator], start: int,
+      mfu_of_rate: float | None = None,
+  ):
+    """Opens the files, and reads what an earlier part of the run has logged.
+
+    Args:
+      workdir: of the run; exists.
+      config: of the run.
+      plan: its steps.
+      evaluators: whose values are put into words.
+      start: updates done.
+      mfu_of_rate: MFU of one image per second; None where it is not known.
+    """
+    self._config, self._plan = config, plan
+    self._evaluators = evaluators
+    self._mfu_of_rate = mfu_of_rate
+    self._writer = metrics.MetricWriter(workdir, start, is_primary())
+    # Read after the writer has dropped what comes again.
+    self.rows = metrics.read_metrics(workdir / 'metrics.jsonl')
+    self._watch = stability.Watch()
+    for row in self.rows:
+      self._watch.see(row['step'], row)
+    self.throughput = progress.Throughput(config.batch_size)
+    self._progress = progress.Progress(plan.total_steps, active=is_primary())
+    self._last_step: Values = {}
+
+  def note(self, text: str) -> None:
+    """Shows a line that stays."""
+    self._progress.note(text)
+
+  def step(self, step: int, values: Values) -> None:
+    """Logs the metrics of one step."""
+    rate = self.throughput.tick()
+    values['train/images_per_second'] = rate
+    if self._mfu_of_rate is not None:
+      values['train/mfu'] = rate * self._mfu_of_rate
+    if step % self._config.log.every_steps == 0:
+      self._writer.write(step, values)
+      # Of what is written alone, so that a continued run warns alike.
+      self._warn(step, values)
+    self._last_step = values
+    known = self._writer.latest | values
+    self._progress.update(
+        step, known, self._config.batch_size, self._words(known)
+    )
+
+  def evaluation(self, step: int, values: Values) -> None:
+    """Logs what evaluators found of the state after `step` updates."""
+    self._writer.write(step, values)
+    self.note(f'step {step}/{self._plan.total_steps}{self._words(values)}')
+    self._warn(step, values)
+
+  def diverged(self, step: int) -> None:
+    """Logs that a metric became NaN or infinite at `step`."""
+    self._writer.write(step, {'train/diverged': 1.0})
+
+  def _words(self, values: Values) -> str:
+    return ''.join(
+        f'  {e.words(values)}' for e in self._evaluators if e.main in values
+    )
+
+  def _warn(self, step: int, values: Values) -> None:
+    for warning in self._watch.see(step, values):
+      self.note(warning)
+
+  def results(self) -> dict[str, Any]:
+    """Returns the last value of everything, and the evaluators' first ones.
+
+    Of an evaluator's main metric, NAME_init is what the network had before
+    training; rates are averages over the steps of this process.
+    """
+    last = self._writer.latest | self._last_step
+    for e in self._evaluators:
+      if e.main in self._writer.first:
+        last[f'{e.main}_init'] = self._writer.first[e.main]
+    if self.throughput.average:
+      rate = self.throughput.average
+      last['train/images_per_second'] = rate
+      if self._mfu_of_rate is not None:
+        last['train/mfu'] = rate * self._mfu_of_rate
+    return last
+
+  def flush(self) -> None:
+    """Puts on disk what a continuation from here will not write again."""
+    self._writer.flush()
+
+  def close(self) -> None:
+    """Flushes and closes the files."""
+    self._writer.close()

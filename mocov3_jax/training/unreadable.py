@@ -1,0 +1,104 @@
+"""Images of a run that could not be read: their list, number and limit."""
+
+from collections.abc import Sequence
+import json
+import os
+from typing import Any
+
+from etils import epath
+import jax
+from ml_collections import ConfigDict
+import numpy as np
+
+from mocov3_jax.base.errors import UserError
+from mocov3_jax.config.training import Plan
+from mocov3_jax.data.decode import Unreadable
+from mocov3_jax.data.pipeline import Batch, BatchReader
+from mocov3_jax.training.host_flags import UNREADABLE
+
+
+class UnreadableImages:
+  """Lists unreadable images, and counts them against `data.max_unreadable`.
+
+  The list is bad_images.txt in the workdir: name and reason, a line per image.
+  The count is that of all processes, and starts anew with each epoch.
+  """
+
+  def __init__(
+      self, workdir: epath.Path, reader: BatchReader, config: ConfigDict,
+      plan: Plan, rows: Sequence[dict[str, Any]], start: int,
+  ):
+    """Takes up list and count where an earlier part of the run left them.
+
+    Args:
+      workdir: of the run.
+      reader: of this process's batches.
+      config: of the run.
+      plan: its steps.
+      rows: of metrics.jsonl, before `start`.
+      start: updates done.
+    """
+    self._reader = reader
+    self._share = config.data.max_unreadable
+    self._steps_per_epoch = plan.steps_per_epoch
+    self._images_per_epoch = plan.steps_per_epoch * config.batch_size
+    number = jax.process_index()
+    # Each process reads other images.
+    self._path = workdir / (
+        f'bad_images.{number}.txt' if number else 'bad_images.txt'
+    )
+    self._listed = set()
+    if self._path.exists():
+      with open(self._path, errors='surrogateescape') as file:
+        self._listed = {line.split('\t')[0] for line in file}
+    # What rows left out by log.every_steps had is not counted again.
+    self._counted_from = start - start % plan.steps_per_epoch
+    self._count = sum(
+        row[UNREADABLE] for row in rows
+        if self._counted_from <= row['step'] < start and UNREADABLE in row
+    )
+    if self.too_many:
+      # That ended the run. The files may have been mended: count anew.
+      self._counted_from, self._count = start, 0
+
+  def list(self, batch: Batch) -> None:
+    """Adds what could not be read for this process's batch to the list."""
+    for index in batch.unreadable[batch.unreadable >= 0].tolist():
+      source = self._reader.source
+      name = json.dumps(source.name(index), ensure_ascii=False)[1:-1]
+      if name in self._listed:
+        continue
+      self._listed.add(name)
+      try:
+        self._reader.read_into(np.empty(self._reader.shape, np.uint8), index, 0)
+        why = 'could not be read then, can be now'
+      except Unreadable as e:
+        why = ' '.join(str(e).split())
+      with open(self._path, 'a', errors='surrogateescape') as file:
+        file.write(f'{name}\t{why}\n')
+        file.flush()
+        os.fsync(file.fileno())
+
+  def count(self, step: int, number: int) -> None:
+    """Counts the unreadable images of a step over all processes."""
+    # One more step is counted after too many, perhaps in a new epoch.
+    if step % self._steps_per_epoch == 0 and not self.too_many:
+      self._counted_from, self._count = step, 0
+    self._count += number
+
+  @property
+  def too_many(self) -> bool:
+    """Whether more than `data.max_unreadable` of an epoch could not be read."""
+    return self._count > self._share * self._images_per_epoch
+
+  def check(self, step: int) -> None:
+    """Raises UserError if there are `too_many`, after a save at `step`."""
+    if self.too_many:
+      raise UserError(
+          f'data.max_unreadable={self._share}, but {self._count} images could '
+          f'not be read from step {self._counted_from} up to step {step}, more '
+          f'than that share of the {self._images_per_epoch} of an epoch. They '
+          f'are listed in {self._path}; more may follow. Step {step} is saved. '
+          'Allowed: the same line again, with the files mended (under the same '
+          'names) or a higher data.max_unreadable.'
+      )
