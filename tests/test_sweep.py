@@ -565,8 +565,8 @@ def test_a_child_says_what_went_wrong(capsys):
 def test_a_run_is_its_own_where_slurm_started_several_sweeps(monkeypatch):
   monkeypatch.setenv('SLURM_STEP_NUM_TASKS', '8')
   text = (
-      'from mocov3_jax.tools import distributed\n'
-      'distributed.start(None, None, None)\n'
+      'from mocov3_jax.parallel import processes\n'
+      'processes.start(None, None, None)\n'
       'import jax, sys\n'
       'sys.exit(3 if jax.distributed.is_initialized() else 0)\n'
   )
@@ -613,7 +613,7 @@ def test_a_run_is_stopped_when_its_sweep_is_killed(tmp_path):
   process = subprocess.Popen(
       [sys.executable, '-c', (
           'import sys\n'
-          'from mocov3_jax.tools.sweeps import running as sweeping\n'
+          'from mocov3_jax.sweeps import running as sweeping\n'
           'with sweeping.Children() as children:\n'
           f'  children.start([sys.executable, "-c", {run!r}])\n'
       )], cwd=tiny.ROOT, stderr=subprocess.PIPE, text=True,

@@ -161,13 +161,13 @@ def sweep(
   """
   protocols = check_protocols(files)
   points = sweep_grid.points(grid, base)
-  sweep_folder.check(path, grid, points)
+  sweep_folder.require_same_sweep(path, grid, points)
   check_points(points, files_lib.absolute(path) / '.listings')
   jobs = make_jobs(points, protocols, path, sys.executable)
   lines = [sweep_scripts.line([job.train]) for job in jobs]
   sweep_folder.keep(path, grid, points, lines)
   with children() as child:
-    failed = sweeping.carry_out(jobs, child.start, child.pause)
+    failed = sweeping.run_all(jobs, child.start, child.pause)
   found, rows = summarise(points, path, list(grid.axes))
   names = {field: grid.names[field] for field in grid.axes}
   console.say(sweep_table.as_text(rows, names))
@@ -202,7 +202,7 @@ def print_sweep(
   """
   protocols = check_protocols(files)
   points = sweep_grid.points(grid, base)
-  sweep_folder.check(path, grid, points)
+  sweep_folder.require_same_sweep(path, grid, points)
   check_points(points, None)
   if how == 'jobset' and not path.startswith(sweep_scripts.MOUNT):
     raise UserError(
