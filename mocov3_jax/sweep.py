@@ -1,7 +1,8 @@
 """Trains a grid: python -m mocov3_jax.sweep --config=FILE --workdir=DIR \\
     --grid optimizer.lr_per_256=5e-5,1e-4 \\
     --grid model.patch_embed=learned,frozen \\
-    --seeds=3 [--config.FIELD=VALUE ...] [--evaluate=FILE ...] [--print=slurm]
+    --seeds=3 [--config.FIELD=VALUE ...] [--evaluate=FILE ...] \\
+    [--print=commands]
 
 A run for each combination, one after another, each in a folder of DIR. Run the
 same line again to continue; more values and seeds may be added. The same line
@@ -15,7 +16,6 @@ from ml_collections import config_flags
 from mocov3_jax.config import command_line
 from mocov3_jax.sweeps import grid as sweep_grid
 from mocov3_jax.sweeps import sweep
-from mocov3_jax.sweeps.sweep import PRINTS
 
 if __name__ == '__main__':
   CONFIG = config_flags.DEFINE_config_file(
@@ -36,9 +36,9 @@ if __name__ == '__main__':
       'evaluate', [], 'Protocol for each run that is done, such as '
       'configs/eval_linear.py:small.'
   )
-  PRINT = flags.DEFINE_enum(
-      'print', None, PRINTS, 'Prints the runs that are left, as lines of shell '
-      'or for a scheduler, and runs nothing.'
+  PRINT = flags.DEFINE_string(
+      'print', None, '"commands" prints a line of shell for each run that is '
+      'left, such as for launch/sweep_array.sbatch, and runs nothing.'
   )
   flags.mark_flag_as_required('config')
   command_line.run(

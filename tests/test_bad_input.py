@@ -251,11 +251,12 @@ CASES = {
         ["'configs/eval_lin.py'", 'configs/eval_linear.py:small'],
     ),
     'a sweep for an unknown scheduler': (
-        'sweep', [CONFIG, '--print=pbs'], ['--print=pbs', 'slurm']
+        'sweep', [CONFIG, '--print=pbs'], ["--print='pbs'", 'commands']
     ),
-    'a sweep of pods without a volume': (
-        'sweep', [CONFIG, '--print=jobset', '--workdir=runs/sweep'],
-        ['--workdir=runs/sweep', '/mnt/mocov3/'],
+    'a sweep printed for Slurm itself': (
+        'sweep', [CONFIG, '--print=slurm'],
+        ['--print=slurm', '--print=commands >commands.txt',
+         'launch/sweep_array.sbatch commands.txt'],
     ),
 }
 

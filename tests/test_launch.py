@@ -149,6 +149,14 @@ BAD = [
     ('slurm.sbatch', ['seed=1'], ['seed=1', '--name=value']),
     ('slurm.sbatch', ['--process_id=1'], ['--process_id=1', 'Slurm']),
     ('slurm.sbatch', TRAIN, ['no job', 'sbatch']),
+    ('sweep_array.sbatch', [], ['no file', '--print=commands']),
+    ('sweep_array.sbatch', ['--dryrun', 'a'], ['--dryrun', '--dry-run']),
+    ('sweep_array.sbatch', ['a', '--array=0-1'], ['--array=0-1', 'before']),
+    ('sweep_array.sbatch', ['a', 'b'], ["'b'", 'one file']),
+    ('sweep_array.sbatch', ['no such file'], ["'no such file'", 'commands']),
+    ('sweep_array.sbatch', ['docs'], ["'docs'", 'commands']),
+    ('sweep_array.sbatch', ['/dev/null'], ["'/dev/null'", 'commands']),
+    ('sweep_array.sbatch', ['LICENSE'], ['no task', 'sbatch --array=0-']),
     ('local_multiprocess.sh', ['--processes=0'], ['=0', 'from 1 to 256']),
     ('local_multiprocess.sh', ['--devices=x'], ['--devices=x', '1 to 256']),
     ('local_multiprocess.sh', ['seed=1'], ['seed=1', '--processes=N']),
@@ -317,6 +325,165 @@ def test_two_slurm_tasks_find_each_other(tmp_path):
   assert code == 0, err
   assert json.loads(out.splitlines()[-1])['step'] == 6
   assert '2 cpu device(s)' in err
+
+
+def lines_of_a_sweep(root, code):
+  """Writes a file of two runs, of which one is evaluated; returns its name.
+
+  The Python of the lines says the name of its module and its last flag, and
+  ends with `code`.
+  """
+  python = root / 'my python'
+  script(python, (
+      f'#!/bin/sh\nfor last; do :; done\necho "$2 $last"\nexit {code}\n'
+  ))
+  lines = [
+      [python, '-m', 'mocov3_jax.train', '--workdir=a "sweep"/seed=0'],
+      [python, '-m', 'mocov3_jax.train', '--workdir=a $weep/seed=1'],
+  ]
+  first, second = (shlex.join(map(str, line)) for line in lines)
+  text = f'{first} && {first.replace("train", "evaluate")}\n{second}\n'
+  (root / 'my runs.txt').write_text(text)
+  return 'my runs.txt'
+
+
+SAID = [
+    ['mocov3_jax.train --workdir=a "sweep"/seed=0',
+     'mocov3_jax.evaluate --workdir=a "sweep"/seed=0'],
+    ['mocov3_jax.train --workdir=a $weep/seed=1'],
+]
+ARRAY = {'SLURM_ARRAY_JOB_ID': '7', 'SLURM_JOB_ID': '9'}
+
+
+@pytest.mark.parametrize('index', [0, 1])
+@pytest.mark.parametrize('code', [0, 1, 2, 143])
+def test_a_task_of_an_array_runs_its_line(tmp_path, index, code):
+  root = copy(tmp_path / 'root')
+  file = lines_of_a_sweep(root, code)
+  script(tmp_path / 'srun', (
+      '#!/bin/sh\n[ "$1" = --cpus-per-task=3 ] || exit 9\nshift\n'
+      'echo "$*" | grep -q "JAX_PLATFORMS=cuda,cpu" || exit 9\nexec "$@"\n'
+  ))
+  script(tmp_path / 'scontrol', '#!/bin/sh\necho "$@"\n')
+  ended, out, err = outcome(
+      'sweep_array.sbatch', file, path=tmp_path, root=root, JAX_PLATFORMS='',
+      SLURM_ARRAY_TASK_ID=str(index), SLURM_CPUS_PER_TASK='3', **ARRAY,
+  )
+  assert ended == code, err
+  expected = SAID[index] if code == 0 else SAID[index][:1]
+  if code == 143:
+    expected = [*expected, f'requeue 7_{index}']
+  assert out.splitlines() == expected
+  assert ('back into the queue' in err) == (code == 143)
+
+
+def test_a_task_finds_its_file_where_it_was_submitted(tmp_path):
+  root = copy(tmp_path / 'root')
+  file = lines_of_a_sweep(root, 0)
+  script(tmp_path / 'srun', '#!/bin/sh\nshift\nexec "$@"\n')
+  # Slurm runs a copy of the script.
+  shutil.copy(LAUNCH / 'sweep_array.sbatch', tmp_path / 'slurm_script')
+  done = subprocess.run(
+      ['bash', 'slurm_script', file], cwd=tmp_path, text=True,
+      capture_output=True, env=os.environ | ARRAY | {
+          'PATH': f'{tmp_path}:{os.environ["PATH"]}',
+          'SLURM_SUBMIT_DIR': str(root), 'SLURM_ARRAY_TASK_ID': '1',
+      },
+  )
+  assert done.stdout.splitlines() == SAID[1], done.stderr
+
+
+@pytest.mark.parametrize('stopped', [False, True])
+def test_a_pod_runs_its_line_and_waits_for_its_save(tmp_path, stopped):
+  root = copy(tmp_path / 'root')
+  file = lines_of_a_sweep(root, 0)
+  script(root / 'my python', (
+      "#!/usr/bin/env bash\ntrap 'sleep 0.3; echo saved; exit 143' TERM\n"
+      'echo "$2 ${*: -1}"\n' + ('sleep 30 & wait $!\n' if stopped else '')
+  ))
+  process = bash(
+      'sweep_array.sbatch', file, root=root, JOB_COMPLETION_INDEX='0'
+  )
+  assert process.stdout.readline() == f'{SAID[0][0]}\n'
+  if stopped:
+    process.terminate()
+  code, out, err = tiny.finish(process, 30)
+  assert code == (143 if stopped else 0), err
+  assert out == ('saved\n' if stopped else f'{SAID[0][1]}\n')
+
+
+@pytest.mark.parametrize('code', [2, 143])
+def test_the_loop_of_the_manual_stops_where_a_run_was_stopped(tmp_path, code):
+  text = (LAUNCH / 'sweep_array.sbatch').read_text()
+  (loop,) = re.findall('^#  (    while .*?done <commands.txt)$', text,
+                       re.M | re.S)
+  root = copy(tmp_path / 'root')
+  (root / lines_of_a_sweep(root, code)).rename(root / 'commands.txt')
+  done = subprocess.run(
+      ['bash', '-c', loop.replace('\n#', '\n')], cwd=root, text=True,
+      capture_output=True,
+  )
+  expected = [SAID[0][0]] if code == 143 else [SAID[0][0], SAID[1][0]]
+  assert done.stdout.splitlines() == expected, done.stderr
+
+
+def test_a_dry_run_of_an_array_prints_the_lines(forbidden):
+  root = copy(forbidden / 'root')
+  file = lines_of_a_sweep(root, 1)
+  given = (root / file).read_text().splitlines()
+  for env, indices, again in (
+      ({}, [0, 1], 'JOB_TASK'),
+      ({'SLURM_ARRAY_TASK_ID': '1'} | ARRAY, [1], '7_1'),
+      ({'JOB_COMPLETION_INDEX': '0'}, [0], None),
+  ):
+    code, out, err = outcome(
+        'sweep_array.sbatch', '--dry-run', file, path=forbidden, root=root,
+        **env,
+    )
+    assert code == 0 and err == ''
+    words = shlex.split(out, comments=True)
+    assert [w for w in words if w.startswith('trap')] == [
+        f'trap : TERM; {given[i]}' for i in indices
+    ]
+    assert re.findall('^# task (.*):$', out, re.M) == [*map(str, indices)]
+    assert words.count('srun') == (len(indices) if again else 0)
+    if again:
+      assert words[-3:] == ['scontrol', 'requeue', again]
+
+
+@pytest.mark.parametrize('env, words', [
+    ({'SLURM_ARRAY_TASK_ID': '3'} | ARRAY, ['TASK_ID=3', 'from 0 to 2']),
+    ({'SLURM_ARRAY_TASK_ID': '-1'} | ARRAY, ['TASK_ID=-1', 'from 0 to 2']),
+    ({'SLURM_ARRAY_TASK_ID': '2'} | ARRAY, ['line 3', 'empty']),
+    ({'SLURM_ARRAY_TASK_ID': '0'}, ['no task of an array', '--array=0-2']),
+    ({'JOB_COMPLETION_INDEX': '3'}, ['JOB_COMPLETION_INDEX=3', '0 to 2']),
+    ({'DRY_RUN': 'yes'}, ['DRY_RUN=yes', '0, 1']),
+    ({'DRY_RUN': '1'}, ['line 3', 'empty']),
+    ({'SLURM_SUBMIT_DIR': '/'}, ['started in /.', "repository's folder"]),
+])
+def test_a_bad_task_of_an_array_gets_one_clear_message(forbidden, env, words):
+  root = copy(forbidden / 'root')
+  file = lines_of_a_sweep(root, 1)
+  with open(root / file, 'a') as text:
+    text.write('  \n')
+  code, _, err = outcome(
+      'sweep_array.sbatch', file, path=forbidden, root=root, **env
+  )
+  assert code == 2, err
+  assert err.startswith('error: ') and err.count('\n') == 1
+  for word in [*words, 'Allowed: ']:
+    assert word in err
+
+
+def test_the_array_leaves_a_run_time_to_save():
+  text = (LAUNCH / 'sweep_array.sbatch').read_text()
+  for option in (
+      'ntasks=1', 'gpus-per-node=1', 'cpus-per-task=8', 'signal=TERM@120',
+      'requeue', 'output=slurm-%A_%a.log', 'open-mode=append',
+  ):
+    assert f'\n#SBATCH --{option}\n' in text
+  # How many there are is known to the command line alone.
+  assert '#SBATCH --array' not in text
 
 
 def test_a_dry_run_of_processes_prints_them(forbidden):

@@ -431,9 +431,9 @@ def test_an_evaluation_elsewhere_is_named_by_its_protocol(tmp_path):
   assert row['knn/top1_sd'] is None
 
 
-def printed(capsys, root, how, *axes, files=(), **keywords):
+def printed(capsys, root, *axes, files=(), **keywords):
   grid, base = grid_of(*axes, **keywords)
-  sweep_lib.print_sweep(grid, base, str(root), files, how)
+  assert sweep_lib.main(grid, base, str(root), files, 'commands') is None
   return capsys.readouterr()
 
 
@@ -442,7 +442,7 @@ def test_the_runs_that_are_left_are_printed_as_lines_of_shell(tmp_path, capsys):
   sweep(root, 'optimizer.lr_per_256=5e-5')
   capsys.readouterr()
   before = sorted(root.rglob('*'))
-  out, err = printed(capsys, root, 'commands', RATES, seeds=2)
+  out, err = printed(capsys, root, RATES, seeds=2)
   names = ['lr_per_256=5e-05,seed=1', 'lr_per_256=0.0001,seed=0',
            'lr_per_256=0.0001,seed=1']
   lines = [shlex.split(line) for line in out.splitlines()]
@@ -451,107 +451,35 @@ def test_the_runs_that_are_left_are_printed_as_lines_of_shell(tmp_path, capsys):
   ]
   assert lines[0][:3] == [sys.executable, '-m', 'mocov3_jax.train']
   assert err == '' and sorted(root.rglob('*')) == before
-  out, _ = printed(
-      capsys, root, 'commands', RATES, files=[f'{LINEAR}:small']
-  )
+  out, _ = printed(capsys, root, RATES, files=[f'{LINEAR}:small'])
   assert [line.count(' && ') for line in out.splitlines()] == [0, 1]
-  out, err = printed(capsys, root, 'slurm', 'optimizer.lr_per_256=5e-5')
+  out, err = printed(capsys, root, 'optimizer.lr_per_256=5e-5')
   assert out == '' and 'all 1 runs are complete' in err
 
 
-def program(path, text):
-  path.parent.mkdir(parents=True, exist_ok=True)
-  path.write_text(f'#!/usr/bin/env bash\n{text}\n')
-  path.chmod(0o755)
-
-
-@pytest.mark.parametrize('code', [0, 2, 143])
-def test_the_slurm_script_runs_a_line_and_goes_back_into_the_queue(
-    tmp_path, capsys, code
-):
-  out, _ = printed(
-      capsys, '/no/a sweep', 'slurm', RATES, files=[LINEAR], seeds=3
-  )
-  assert '#SBATCH --array=0-5%4\n' in out
-  script = tmp_path / 'sweep.sbatch'
-  script.write_text(out)
-  subprocess.run(['bash', '-n', script], check=True)
-  beside = pathlib.Path(sys.executable).parent / 'shellcheck'
-  tool = beside if beside.exists() else shutil.which('shellcheck')
-  if tool:
-    subprocess.run([tool, '--shell=bash', script], check=True)
-  program(tmp_path / '.venv/bin/python', f'echo "$2 ${{@: -1}}"; exit {code}')
-  program(tmp_path / 'bin/srun', 'while [[ $1 == --* ]]; do shift; done; "$@"')
-  program(tmp_path / 'bin/scontrol', 'echo "$@"')
-  done = subprocess.run(
-      ['bash', script], text=True, capture_output=True, cwd=tmp_path,
-      env=os.environ | {
-          'PATH': f'{tmp_path / "bin"}:{os.environ["PATH"]}',
-          'SLURM_SUBMIT_DIR': str(tmp_path), 'SLURM_ARRAY_TASK_ID': '4',
-          'SLURM_ARRAY_JOB_ID': '7',
-      },
-  )
-  name = '--workdir=/no/a sweep/lr_per_256=0.0001,seed=1'
-  lines = [
-      f'mocov3_jax.train {name}', f'mocov3_jax.evaluate {name}/eval_linear'
-  ]
-  expected = {0: lines, 2: lines[:1], 143: [lines[0], 'requeue 7_4']}
-  assert done.returncode == code, done.stderr
-  assert done.stdout.splitlines() == expected[code]
-
-
-def jobset(capsys):
-  yaml = pytest.importorskip('yaml')
-  out, _ = printed(
-      capsys, '/mnt/mocov3/a "sweep"', 'jobset', RATES, files=[LINEAR], seeds=3
-  )
-  (job,) = yaml.safe_load(out)['spec']['replicatedJobs']
-  return yaml.safe_load(out), job['template']['spec']
-
-
-def test_the_jobset_has_an_index_for_each_run(capsys):
-  yaml = pytest.importorskip('yaml')
-  whole, job = jobset(capsys)
-  model = yaml.safe_load((tiny.ROOT / 'launch/gke_jobset.yaml').read_text())
-  pod = model['spec']['replicatedJobs'][0]['template']['spec']['template']
-  assert whole['apiVersion'] == model['apiVersion']
-  assert job['completionMode'] == 'Indexed'
-  assert (job['completions'], job['parallelism']) == (6, 4)
-  # All but the chips and the command as in the file for one large run.
-  (mine,), (its,) = (
-      spec['spec']['containers'] for spec in (job['template'], pod)
-  )
-  for key in 'image', 'securityContext', 'env', 'volumeMounts':
-    assert mine[key] == its[key]
-  assert job['template']['spec']['volumes'] == pod['spec']['volumes']
-  assert len(mine['command']) == 4 + 6
-
-
-@pytest.mark.parametrize('stopped', [False, True])
-def test_a_pod_runs_its_line_and_waits_for_its_save(tmp_path, capsys, stopped):
-  _, job = jobset(capsys)
-  (container,) = job['template']['spec']['containers']
-  program(
-      tmp_path / 'python',
-      "trap 'sleep 0.3; echo saved; exit 143' TERM\n"
-      'echo "${@: -1}"; ' + ('sleep 30 & wait $!' if stopped else ''),
-  )
-  process = subprocess.Popen(
-      container['command'], text=True, stdout=subprocess.PIPE,
-      env=os.environ | {
-          'PATH': f'{tmp_path}:{os.environ["PATH"]}',
-          'JOB_COMPLETION_INDEX': '4',
-      },
-  )
-  first = process.stdout.readline()
-  name = '--workdir=/mnt/mocov3/a "sweep"/lr_per_256=0.0001,seed=1'
-  assert first == f'{name}\n'
-  if stopped:
-    process.terminate()
-  rest = process.stdout.readline()
-  assert rest == ('saved\n' if stopped else f'{name}/eval_linear\n')
-  assert process.wait(30) == (143 if stopped else 0)
-  process.stdout.close()
+def test_the_runs_that_are_left_are_printed_for_no_scheduler(tmp_path):
+  root = str(tmp_path / 'a sweep')
+  for how in 'slurm', 'jobset':
+    with pytest.raises(UserError) as e:
+      sweep_lib.main(*grid_of(RATES), root, [], how)
+    assert f'--print={how} ' in str(e.value)
+    _, first, second, _ = str(e.value).splitlines()
+    assert shlex.split(first) == [
+        'python', '-m', 'mocov3_jax.sweep', '...', '--print=commands',
+        '>commands.txt',
+    ]
+    # The second line counts those that the first has printed.
+    (tmp_path / 'commands.txt').write_text('one\ntwo\nthree\n')
+    done = subprocess.run(
+        ['bash', '-c', f'sbatch() {{ echo "$@"; }}; {second}'], cwd=tmp_path,
+        capture_output=True, text=True, check=True,
+    )
+    assert done.stdout.split() == [
+        '--array=0-2%4', 'launch/sweep_array.sbatch', 'commands.txt'
+    ]
+  for how in 'command', '':
+    with pytest.raises(UserError, match=f"--print='{how}'.*Allowed: commands"):
+      sweep_lib.main(*grid_of(RATES), root, [], how)
 
 
 def test_a_child_says_what_went_wrong(capsys):
@@ -565,8 +493,8 @@ def test_a_child_says_what_went_wrong(capsys):
 def test_a_run_is_its_own_where_slurm_started_several_sweeps(monkeypatch):
   monkeypatch.setenv('SLURM_STEP_NUM_TASKS', '8')
   text = (
-      'from mocov3_jax.tools import distributed\n'
-      'distributed.start(None, None, None)\n'
+      'from mocov3_jax.parallel import processes\n'
+      'processes.start(None, None, None)\n'
       'import jax, sys\n'
       'sys.exit(3 if jax.distributed.is_initialized() else 0)\n'
   )
@@ -613,7 +541,7 @@ def test_a_run_is_stopped_when_its_sweep_is_killed(tmp_path):
   process = subprocess.Popen(
       [sys.executable, '-c', (
           'import sys\n'
-          'from mocov3_jax.tools.sweeps import running as sweeping\n'
+          'from mocov3_jax.sweeps import running as sweeping\n'
           'with sweeping.Children() as children:\n'
           f'  children.start([sys.executable, "-c", {run!r}])\n'
       )], cwd=tiny.ROOT, stderr=subprocess.PIPE, text=True,

@@ -16,11 +16,18 @@ from mocov3_jax.runs import workdir as workdir_lib
 from mocov3_jax.sweeps.grid import Grid, Point
 
 
-def check(path: str, grid: Grid, points: Sequence[Point]) -> None:
-  """Checks that `path` holds nothing, or an earlier part of this sweep.
+def require_same_sweep(
+    path: str, grid: Grid, points: Sequence[Point]
+) -> None:
+  """Refuses a folder that holds anything but an earlier part of this sweep.
+
+  Args:
+    path: the workdir. It may also be empty, or not exist yet.
+    grid: of the sweep.
+    points: of the grid.
 
   Raises:
-    UserError: if it does not; with what differs.
+    UserError: if another sweep, or a single run, is there; with what differs.
   """
   folder = files.absolute(path)
   if (folder / 'config.json').exists():

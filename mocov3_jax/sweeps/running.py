@@ -172,7 +172,7 @@ def _pass_on(stream) -> str:
   return ' '.join(error).removeprefix('error: ').strip() or last
 
 
-def carry_out(
+def run_all(
     jobs: Sequence[Job], start: Callable[[list[str]], Ended],
     pause: Callable[[], None],
 ) -> dict[str, str]:

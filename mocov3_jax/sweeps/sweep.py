@@ -1,7 +1,8 @@
-"""Trains a grid of runs, or prints it for a scheduler."""
+"""Trains a grid of runs, or prints it as lines of shell."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 import os
+import shlex
 import sys
 from typing import Any
 
@@ -22,13 +23,14 @@ from mocov3_jax.runs import workdir as workdir_lib
 from mocov3_jax.sweeps import folder as sweep_folder
 from mocov3_jax.sweeps import grid as sweep_grid
 from mocov3_jax.sweeps import running as sweeping
-from mocov3_jax.sweeps import scripts as sweep_scripts
 from mocov3_jax.sweeps.grid import Grid, Point
 from mocov3_jax.training import pretrain
 
 # Stands for the numbers of a run whose data is not here.
 SOME_PLAN = config_lib.Plan(1, 2, 1, 1.0)
-PRINTS = ('commands', 'slurm', 'jobset')
+PRINT = 'commands'
+# Values that --print had once.
+FORMER_PRINTS = ('slurm', 'jobset')
 
 
 def check_points(points: Sequence[Point], listings: epath.Path | None) -> None:
@@ -93,17 +95,42 @@ def check_protocols(files: Sequence[str]) -> dict[str, str]:
   return named
 
 
+def check_print(how: str) -> None:
+  """Checks the value of --print.
+
+  Raises:
+    UserError: unless it is PRINT; for a former value, with what to do instead.
+  """
+  if how in FORMER_PRINTS:
+    raise UserError(
+        f'--print={how} does not exist any more. Allowed: --print={PRINT} '
+        'with the other flags as they are, and a script that runs its lines:\n'
+        f'  python -m mocov3_jax.sweep ... --print={PRINT} >commands.txt\n'
+        '  sbatch --array="0-$(($(wc -l <commands.txt) - 1))%4" '
+        'launch/sweep_array.sbatch commands.txt\n'
+        'On Kubernetes an Indexed Job runs the same script; the comments at '
+        'its top say how.'
+    )
+  if how != PRINT:
+    raise unknown('--print', how, [PRINT])
+
+
+def shell_line(commands: Iterable[Sequence[str]]) -> str:
+  """Joins commands to one line, each after the success of the one before."""
+  return ' && '.join(shlex.join(command) for command in commands)
+
+
 def make_jobs(
-    points: Sequence[Point], protocols: dict[str, str], path: str, python: str
+    points: Sequence[Point], protocols: dict[str, str], path: str
 ) -> list[sweeping.Job]:
-  """Says what is to be done for each run.
+  """Says what is to be done for each run, by the Python that runs this.
 
   Args:
     points: of the grid.
     protocols: {the name of its folder: FILE[:argument]}.
     path: the sweep's workdir.
-    python: that runs the commands.
   """
+  python = sys.executable
   jobs = []
   for point in points:
     run = os.path.join(path, point.name)
@@ -161,13 +188,13 @@ def sweep(
   """
   protocols = check_protocols(files)
   points = sweep_grid.points(grid, base)
-  sweep_folder.check(path, grid, points)
+  sweep_folder.require_same_sweep(path, grid, points)
   check_points(points, files_lib.absolute(path) / '.listings')
-  jobs = make_jobs(points, protocols, path, sys.executable)
-  lines = [sweep_scripts.line([job.train]) for job in jobs]
+  jobs = make_jobs(points, protocols, path)
+  lines = [shell_line([job.train]) for job in jobs]
   sweep_folder.keep(path, grid, points, lines)
   with children() as child:
-    failed = sweeping.carry_out(jobs, child.start, child.pause)
+    failed = sweeping.run_all(jobs, child.start, child.pause)
   found, rows = summarise(points, path, list(grid.axes))
   names = {field: grid.names[field] for field in grid.axes}
   console.say(sweep_table.as_text(rows, names))
@@ -186,51 +213,54 @@ def sweep(
 
 
 def print_sweep(
-    grid: Grid, base: ConfigDict, path: str, files: Sequence[str], how: str
+    grid: Grid, base: ConfigDict, path: str, files: Sequence[str]
 ) -> None:
-  """Prints what is left of a grid, for others to run; writes nothing.
+  """Prints a line of shell for each run that is left; writes nothing.
 
   Args:
     grid: of the sweep.
     base: the config that all runs start from.
     path: the workdir.
     files: of the evaluations, FILE[:argument] each.
-    how: one of PRINTS.
 
   Raises:
     UserError: for bad input.
   """
   protocols = check_protocols(files)
   points = sweep_grid.points(grid, base)
-  sweep_folder.check(path, grid, points)
+  sweep_folder.require_same_sweep(path, grid, points)
   check_points(points, None)
-  if how == 'jobset' and not path.startswith(sweep_scripts.MOUNT):
-    raise UserError(
-        f'--workdir={path} is lost with the pods of a JobSet. Allowed with '
-        f'--print=jobset: a folder below {sweep_scripts.MOUNT}.'
-    )
-  python = {
-      'commands': sys.executable, 'slurm': '.venv/bin/python',
-      'jobset': 'python',
-  }[how]
-  left = [job.commands() for job in make_jobs(points, protocols, path, python)]
-  lines = [sweep_scripts.line(list(c.values())) for c in left if c]
-  if not lines:
-    console.say(f'all {len(points)} runs are complete')
-  elif how == 'commands':
+  left = [job.commands() for job in make_jobs(points, protocols, path)]
+  lines = [shell_line(commands.values()) for commands in left if commands]
+  if lines:
     print('\n'.join(lines))
   else:
-    make = {'slurm': sweep_scripts.slurm, 'jobset': sweep_scripts.jobset}[how]
-    print(make(lines), end='')
+    console.say(f'all {len(points)} runs are complete')
 
 
 def main(
     grid: Grid, base: ConfigDict, path: str, files: Sequence[str],
     how: str | None,
 ) -> dict[str, Any] | None:
-  """Carries the grid out, or prints it."""
+  """Carries the grid out, or prints it.
+
+  Args:
+    grid: of the sweep.
+    base: the config that all runs start from.
+    path: the workdir.
+    files: of the evaluations, FILE[:argument] each.
+    how: PRINT; None = the runs are carried out.
+
+  Returns:
+    What `sweep` returns, or None after printing.
+
+  Raises:
+    UserError: for bad input, and as `sweep` does.
+    Preempted: as `sweep` does.
+  """
   # Accelerators are for the runs: checks must not take their memory.
   jax.config.update('jax_platforms', 'cpu')
-  if how:
-    return print_sweep(grid, base, path, files, how)
-  return sweep(grid, base, path, files)
+  if how is None:
+    return sweep(grid, base, path, files)
+  check_print(how)
+  return print_sweep(grid, base, path, files)
