@@ -12,44 +12,45 @@ step     images a second, use of the device, memory and compile time of the
 A table goes to stderr; the last line on stdout is one JSON object.
 """
 
-from absl import flags
-from ml_collections import config_flags
-
 from mocov3_jax.benchmarks import host, step
 from mocov3_jax.config import command_line
 
-if __name__ == '__main__':
-  CONFIG = config_flags.DEFINE_config_file(
-      'config', help_string='Recipe, such as configs/folder.py:/my/photos.'
+
+def define(flags: command_line.Flags) -> dict[str, command_line.Action]:
+  """Defines the flags; returns what they ask for, by the word given."""
+  config = flags.config('Recipe, such as configs/folder.py:/my/photos.')
+  images = flags.integer(
+      'images', 640, 'input: images to read at each turn.', at_least=1
   )
-  IMAGES = flags.DEFINE_integer(
-      'images', 640, 'input: images to read at each turn.', lower_bound=1
-  )
-  ROUNDS = flags.DEFINE_integer(
-      'rounds', 5, 'Turns of each contender.', lower_bound=1
-  )
-  STEPS = flags.DEFINE_integer(
-      'steps', 10, 'step: steps in a turn.', lower_bound=1
-  )
-  AGAINST = flags.DEFINE_string(
+  rounds = flags.integer('rounds', 5, 'Turns of each contender.', at_least=1)
+  steps = flags.integer('steps', 10, 'step: steps in a turn.', at_least=1)
+  against = flags.string(
       'against', 'compiled',
       'step: PyTorch as it is compared with, "compiled" by torch.compile, '
       '"eager", or "none".',
   )
-  PROFILE = flags.DEFINE_string(
+  profile = flags.string(
       'profile', None, 'step: folder for a profile of our step.'
   )
-  SUITE = flags.DEFINE_bool(
+  suite = flags.switch(
       'suite', False, 'step: ViT-S, ViT-B, ViT-L and ResNet-50 instead.'
   )
-  flags.mark_flag_as_required('config')
-  command_line.run({
+  return {
       'input': lambda: host.benchmark_input(
-          CONFIG.value, IMAGES.value, ROUNDS.value
+          config.value, images.value, rounds.value
       ),
-      'augment': lambda: host.benchmark_augment(CONFIG.value, ROUNDS.value),
+      'augment': lambda: host.benchmark_augment(config.value, rounds.value),
       'step': lambda: step.main(
-          CONFIG.value, AGAINST.value, ROUNDS.value, STEPS.value,
-          PROFILE.value, SUITE.value,
+          config.value, against.value, rounds.value, steps.value,
+          profile.value, suite.value,
       ),
-  })
+  }
+
+
+def main(argv: list[str]) -> int:
+  """Runs the command; returns its exit code."""
+  return command_line.run(__doc__, define, argv)
+
+
+if __name__ == '__main__':
+  command_line.execute(main)

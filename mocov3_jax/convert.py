@@ -14,30 +14,36 @@ Prints every tensor that it writes: its name in A, its name in B, its shape. The
 last line on stdout is one JSON object.
 """
 
-from absl import flags
-from ml_collections import config_flags
-
 from mocov3_jax.config import command_line
-from mocov3_jax.weights import convert
+from mocov3_jax.weights.convert import convert
 
-if __name__ == '__main__':
-  FROM = flags.DEFINE_string('from', None, 'Source.', required=True)
-  TO = flags.DEFINE_string('to', None, 'Target; must not exist.', required=True)
-  ENCODER = flags.DEFINE_string(
+
+def define(flags: command_line.Flags) -> command_line.Action:
+  """Defines the flags; returns what they ask for."""
+  source = flags.string('from', None, 'Source.', required=True)
+  target = flags.string('to', None, 'Target; must not exist.', required=True)
+  encoder = flags.string(
       'encoder', 'query', 'Which encoder a backbone alone is: query, momentum.'
   )
-  CONFIG = config_flags.DEFINE_config_file(
-      'config', help_string='Recipe of the run, for files of PyTorch.'
+  config = flags.config(
+      'Recipe of the run, for files of PyTorch.', required=False
   )
-  NUM_HEADS = flags.DEFINE_integer(
+  num_heads = flags.integer(
       'num_heads', 0, 'Attention heads; 0 = as the file or the paper says.'
   )
-  IGNORE = flags.DEFINE_list(
-      'ignore', [], 'Tensors to leave out; a final * matches the rest.'
+  ignore = flags.names(
+      'ignore', 'Tensors to leave out; a final * matches the rest.'
   )
-  command_line.run(
-      lambda: convert.convert(
-          FROM.value, TO.value, ENCODER.value, CONFIG.value, NUM_HEADS.value,
-          tuple(IGNORE.value),
-      )
+  return lambda: convert(
+      source.value, target.value, encoder.value, config.value, num_heads.value,
+      tuple(ignore.value),
   )
+
+
+def main(argv: list[str]) -> int:
+  """Runs the command; returns its exit code."""
+  return command_line.run(__doc__, define, argv)
+
+
+if __name__ == '__main__':
+  command_line.execute(main)

@@ -9,18 +9,23 @@ workdir has the same. A linear probe or a fine-tuning that was stopped goes on
 with the same line.
 """
 
-from absl import flags
-from ml_collections import config_flags
-
 from mocov3_jax import protocols
 from mocov3_jax.config import command_line
 
-if __name__ == '__main__':
-  CONFIG = config_flags.DEFINE_config_file(
-      'config', help_string='Protocol, such as configs/eval_knn.py.'
-  )
-  WORKDIR = flags.DEFINE_string(
+
+def define(flags: command_line.Flags) -> command_line.Action:
+  """Defines the flags; returns what they ask for."""
+  config = flags.config('Protocol, such as configs/eval_knn.py.')
+  workdir = flags.string(
       'workdir', None, 'Folder of the evaluation.', required=True
   )
-  flags.mark_flag_as_required('config')
-  command_line.run(lambda: protocols.evaluate(CONFIG.value, WORKDIR.value))
+  return lambda: protocols.evaluate(config.value, workdir.value)
+
+
+def main(argv: list[str]) -> int:
+  """Runs the command; returns its exit code."""
+  return command_line.run(__doc__, define, argv)
+
+
+if __name__ == '__main__':
+  command_line.execute(main)

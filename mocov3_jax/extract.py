@@ -10,31 +10,40 @@ checkpoints/<step>. FILE.npz holds, for each image that could be read,
 The last line on stdout is one JSON object.
 """
 
-from absl import flags
-
 from mocov3_jax.config import command_line
-from mocov3_jax.evals import extract
+from mocov3_jax.evals.extract import extract
 
-if __name__ == '__main__':
-  CHECKPOINT = flags.DEFINE_string(
+
+def define(flags: command_line.Flags) -> command_line.Action:
+  """Defines the flags; returns what they ask for."""
+  checkpoint = flags.string(
       'checkpoint', None, 'Workdir of a run, or a checkpoint.', required=True
   )
-  SOURCE = flags.DEFINE_string(
+  source = flags.string(
       'source', '', 'digits, folder:PATH, tfds:NAME; default: the run\'s own.'
   )
-  OUT = flags.DEFINE_string('out', None, 'The .npz file.', required=True)
-  LAYER = flags.DEFINE_string('layer', 'backbone', 'backbone or projector.')
-  ENCODER = flags.DEFINE_string('encoder', 'query', 'query or momentum.')
-  LABELS = flags.DEFINE_string(
+  out = flags.string('out', None, 'The .npz file.', required=True)
+  layer = flags.string('layer', 'backbone', 'backbone or projector.')
+  encoder = flags.string('encoder', 'query', 'query or momentum.')
+  labels = flags.string(
       'labels', '', 'auto, none, or a CSV file; default: the run\'s, or auto '
-      'of another --source.'
+      'of another --source.',
   )
-  BATCH_SIZE = flags.DEFINE_integer('batch_size', 256, 'Images at a time.')
-  THREADS = flags.DEFINE_integer('threads', 0, 'That read; 0 = one a core.')
-  command_line.run(
-      lambda: extract.extract(
-          CHECKPOINT.value, SOURCE.value, OUT.value, layer=LAYER.value,
-          encoder=ENCODER.value, labels=LABELS.value,
-          batch_size=BATCH_SIZE.value, threads=THREADS.value,
-      )
+  batch_size = flags.integer('batch_size', 256, 'Images at a time.')
+  threads = flags.integer(
+      'threads', 0, 'Threads that read images; 0 = one per core.'
   )
+  return lambda: extract(
+      checkpoint.value, source.value, out.value, layer=layer.value,
+      encoder=encoder.value, labels=labels.value, batch_size=batch_size.value,
+      threads=threads.value,
+  )
+
+
+def main(argv: list[str]) -> int:
+  """Runs the command; returns its exit code."""
+  return command_line.run(__doc__, define, argv)
+
+
+if __name__ == '__main__':
+  command_line.execute(main)

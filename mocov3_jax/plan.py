@@ -9,28 +9,29 @@ the compiler: pip install -r requirements-tpu-plan.txt. Takes minutes.
 A table goes to stderr; the last line on stdout is one JSON object.
 """
 
-from absl import flags
-from ml_collections import config_flags
-
 from mocov3_jax.config import command_line
-from mocov3_jax.config import training as config_lib
-from mocov3_jax.planning import plan
+from mocov3_jax.config.training import IMAGENET_IMAGES
+from mocov3_jax.planning.plan import plan
 
-if __name__ == '__main__':
-  CONFIG = config_flags.DEFINE_config_file(
-      'config', help_string='Recipe, such as configs/imagenet/vit_b16.py.'
-  )
-  TOPOLOGY = flags.DEFINE_string(
+
+def define(flags: command_line.Flags) -> command_line.Action:
+  """Defines the flags; returns what they ask for."""
+  config = flags.config('Recipe, such as configs/imagenet/vit_b16.py.')
+  topology = flags.string(
       'topology', None, 'Chip and shape, such as v5e:16x16.', required=True
   )
-  IMAGES = flags.DEFINE_integer(
-      'images', config_lib.IMAGENET_IMAGES, 'In the training set.'
+  images = flags.integer('images', IMAGENET_IMAGES, 'In the training set.')
+  price = flags.number('price', 0.0, 'Of a chip for an hour.')
+  propose = flags.switch('propose', True, 'Try what fits, if it does not.')
+  return lambda: plan(
+      config.value, topology.value, images.value, price.value, propose.value
   )
-  PRICE = flags.DEFINE_float('price', 0.0, 'Of a chip for an hour.')
-  PROPOSE = flags.DEFINE_bool('propose', True, 'Try what fits, if it does not.')
-  flags.mark_flag_as_required('config')
-  command_line.run(
-      lambda: plan.plan(
-          CONFIG.value, TOPOLOGY.value, IMAGES.value, PRICE.value, PROPOSE.value
-      )
-  )
+
+
+def main(argv: list[str]) -> int:
+  """Runs the command; returns its exit code."""
+  return command_line.run(__doc__, define, argv)
+
+
+if __name__ == '__main__':
+  command_line.execute(main)

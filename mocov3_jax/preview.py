@@ -6,20 +6,24 @@ A row an example: the original with the first crop (red) and the second
 and the draws, of the run's first step.
 """
 
-from absl import flags
-from ml_collections import config_flags
-
 from mocov3_jax.config import command_line
 from mocov3_jax.pictures import views
-from mocov3_jax.pictures.views import ROWS
+
+
+def define(flags: command_line.Flags) -> command_line.Action:
+  """Defines the flags; returns what they ask for."""
+  config = flags.config('Recipe, such as configs/digits.py.')
+  out = flags.string('out', None, 'PNG to write.', required=True)
+  count = flags.integer(
+      'count', None, f'Examples to draw; {views.ROWS} if there are so many.'
+  )
+  return lambda: views.preview(config.value, out.value, count.value)
+
+
+def main(argv: list[str]) -> int:
+  """Runs the command; returns its exit code."""
+  return command_line.run(__doc__, define, argv)
+
 
 if __name__ == '__main__':
-  CONFIG = config_flags.DEFINE_config_file(
-      'config', help_string='Recipe, such as configs/digits.py.'
-  )
-  OUT = flags.DEFINE_string('out', None, 'PNG to write.', required=True)
-  COUNT = flags.DEFINE_integer(
-      'count', None, f'Examples to draw; {ROWS} if there are so many.'
-  )
-  flags.mark_flag_as_required('config')
-  command_line.run(lambda: views.preview(CONFIG.value, OUT.value, COUNT.value))
+  command_line.execute(main)

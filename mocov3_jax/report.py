@@ -11,23 +11,26 @@ or --format=html|png|csv says which. A report that is there is replaced. The
 last line on stdout is one JSON object.
 """
 
-from absl import flags
-
 from mocov3_jax.base import console
 from mocov3_jax.config import command_line
-from mocov3_jax.reports import report
+from mocov3_jax.reports.report import report
 
-if __name__ == '__main__':
-  OUT = flags.DEFINE_string(
-      'out', None, 'The file; its folder exists.', required=True
-  )
-  FORMAT = flags.DEFINE_string(
+
+def define(flags: command_line.Flags) -> command_line.Action:
+  """Defines the flags; returns what they ask for, given the runs."""
+  out = flags.string('out', None, 'The file; its folder exists.', required=True)
+  format_ = flags.string(
       'format', '', 'html, png or csv; default: as --out ends.'
   )
-  command_line.run(
-      lambda words: report.report(
-          words, OUT.value, FORMAT.value,
-          note=console.say,
-      ),
-      words=True,
+  return lambda runs: report(
+      runs, out.value, format_.value, note=console.say
   )
+
+
+def main(argv: list[str]) -> int:
+  """Runs the command; returns its exit code."""
+  return command_line.run(__doc__, define, argv, words=True)
+
+
+if __name__ == '__main__':
+  command_line.execute(main)

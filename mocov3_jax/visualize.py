@@ -12,42 +12,53 @@ DIR is the workdir of a run (its newest checkpoint) or one of its folders
 checkpoints/<step>. The last line on stdout is one JSON object.
 """
 
-from absl import flags
-
 from mocov3_jax.config import command_line
-from mocov3_jax.pictures import draw, showing
+from mocov3_jax.pictures import draw
+from mocov3_jax.pictures.showing import Options
 
-if __name__ == '__main__':
-  CHECKPOINT = flags.DEFINE_string(
+
+def define(flags: command_line.Flags) -> dict[str, command_line.Action]:
+  """Defines the flags; returns what they ask for, by the word given."""
+  checkpoint = flags.string(
       'checkpoint', None, 'Workdir of a run, or a checkpoint.', required=True
   )
-  OUT = flags.DEFINE_string('out', None, 'The PNG file.', required=True)
-  SOURCE = flags.DEFINE_string(
+  out = flags.string('out', None, 'The PNG file.', required=True)
+  source = flags.string(
       'source', '', 'digits, folder:PATH, tfds:NAME; default: the run\'s own.'
   )
-  LABELS = flags.DEFINE_string(
+  labels = flags.string(
       'labels', '', 'auto, none, or a CSV file; default: the run\'s, or auto '
-      'of another --source.'
+      'of another --source.',
   )
-  ENCODER = flags.DEFINE_string('encoder', 'query', 'query or momentum.')
-  IMAGES = flags.DEFINE_integer(
+  encoder = flags.string('encoder', 'query', 'query or momentum.')
+  images = flags.integer(
       'images', None,
       'To draw; default: attention 6, neighbours 8, embedding 2000.',
   )
-  K = flags.DEFINE_integer('k', 5, 'neighbours: of each image.')
-  METHOD = flags.DEFINE_string('method', 'pca', 'embedding: pca, tsne, umap.')
-  BATCH_SIZE = flags.DEFINE_integer('batch_size', 256, 'Images at a time.')
-  THREADS = flags.DEFINE_integer('threads', 0, 'That read; 0 = one a core.')
+  k = flags.integer('k', 5, 'neighbours: of each image.')
+  method = flags.string('method', 'pca', 'embedding: pca, tsne, umap.')
+  batch_size = flags.integer('batch_size', 256, 'Images at a time.')
+  threads = flags.integer(
+      'threads', 0, 'Threads that read images; 0 = one per core.'
+  )
 
-  def options() -> showing.Options:
-    """The flags that all commands share."""
-    return showing.Options(
-        CHECKPOINT.value, OUT.value, SOURCE.value, LABELS.value,
-        ENCODER.value, IMAGES.value, BATCH_SIZE.value, THREADS.value,
+  def options() -> Options:
+    return Options(
+        checkpoint.value, out.value, source.value, labels.value,
+        encoder.value, images.value, batch_size.value, threads.value,
     )
 
-  command_line.run({
+  return {
       'attention': lambda: draw.attention(options()),
-      'neighbours': lambda: draw.neighbours(options(), K.value),
-      'embedding': lambda: draw.embedding(options(), METHOD.value),
-  })
+      'neighbours': lambda: draw.neighbours(options(), k.value),
+      'embedding': lambda: draw.embedding(options(), method.value),
+  }
+
+
+def main(argv: list[str]) -> int:
+  """Runs the command; returns its exit code."""
+  return command_line.run(__doc__, define, argv)
+
+
+if __name__ == '__main__':
+  command_line.execute(main)

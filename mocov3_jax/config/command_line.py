@@ -10,6 +10,7 @@ import sys
 from typing import Any
 
 from absl import flags, logging
+from ml_collections import ConfigDict, config_flags
 
 from mocov3_jax.base import console, exits
 from mocov3_jax.base.errors import (
@@ -18,7 +19,7 @@ from mocov3_jax.base.errors import (
   is_out_of_memory,
   unknown,
 )
-from mocov3_jax.base.exits import BAD_INPUT, PREEMPTED, exit_at_once
+from mocov3_jax.base.exits import BAD_INPUT, INTERRUPTED, PREEMPTED
 from mocov3_jax.config import evaluation, knobs, training
 
 LESS_MEMORY = (
@@ -27,54 +28,183 @@ LESS_MEMORY = (
     'workdir; or with a smaller batch_size or objective.queue, in a new one.'
 )
 
-Main = Callable[..., dict[str, Any] | None]
+# What a command does once its flags are read: returns the results, or None in
+# all processes of a run but the first.
+Action = Callable[..., dict[str, Any] | None]
 
 
-def run(main: Main | dict[str, Main], words: bool = False) -> None:
-  """Runs a command and exits.
+class Flags:
+  """The flags of one command.
 
-  Prints the result of `main` as one JSON object on the last line of stdout.
-  Exit codes: 0 done; 1 another process of the run was lost; 2 bad input, or
-  out of memory (one message on stderr); 130 Ctrl-C where there is nothing to
-  save; 143 stopped by SIGTERM or Ctrl-C after a complete save. Anything else
-  is a bug, with a traceback.
+  Each method defines a flag and returns its holder, whose `value` is known
+  once the command line is parsed. Without a default a flag is None, and has to
+  be given if it is `required`.
+  """
+
+  def __init__(self, argv: list[str]):
+    """Begins without flags.
+
+    Args:
+      argv: the command line; it says which fields of a config are flags.
+    """
+    self._argv = argv
+    self._values = flags.FlagValues()
+
+  def string(
+      self, name: str, default: str | None, about: str, required: bool = False
+  ) -> flags.FlagHolder[str]:
+    """Defines --name=TEXT."""
+    return flags.DEFINE_string(
+        name, default, about, required=required, flag_values=self._values
+    )
+
+  def integer(
+      self, name: str, default: int | None, about: str,
+      at_least: int | None = None,
+  ) -> flags.FlagHolder[int]:
+    """Defines --name=NUMBER."""
+    return flags.DEFINE_integer(
+        name, default, about, lower_bound=at_least, flag_values=self._values
+    )
+
+  def number(
+      self, name: str, default: float, about: str
+  ) -> flags.FlagHolder[float]:
+    """Defines --name=NUMBER, which may have a fraction."""
+    return flags.DEFINE_float(name, default, about, flag_values=self._values)
+
+  def switch(
+      self, name: str, default: bool, about: str
+  ) -> flags.FlagHolder[bool]:
+    """Defines --name and --noname."""
+    return flags.DEFINE_bool(name, default, about, flag_values=self._values)
+
+  def names(self, name: str, about: str) -> flags.FlagHolder[list[str]]:
+    """Defines --name=TEXT,TEXT,...; none by default."""
+    return flags.DEFINE_list(name, [], about, flag_values=self._values)
+
+  def repeated(self, name: str, about: str) -> flags.FlagHolder[list[str]]:
+    """Defines --name=TEXT, which may be given several times."""
+    return flags.DEFINE_multi_string(
+        name, [], about, flag_values=self._values
+    )
+
+  def config(
+      self, about: str, required: bool = True
+  ) -> flags.FlagHolder[ConfigDict]:
+    """Defines --config=FILE[:argument] and --config.FIELD=VALUE."""
+    holder = config_flags.DEFINE_config_file(
+        'config', help_string=about, flag_values=self._values,
+        sys_argv=self._argv,
+    )
+    if required:
+      flags.mark_flag_as_required('config', self._values)
+    return holder
+
+  @property
+  def config_file(self) -> str:
+    """FILE[:argument], as --config was given."""
+    return self._values['config'].config_filename
+
+  @property
+  def overrides(self) -> dict[str, Any]:
+    """The fields of the config that the command line has set."""
+    return self._values['config'].override_values
+
+  def help(self) -> str:
+    """Returns all flags with what they are for."""
+    return self._values.get_help(include_special_flags=False)
+
+  def parse(self) -> list[str]:
+    """Parses the command line; whatever goes wrong is bad input.
+
+    Returns:
+      The words that are no flags.
+
+    Raises:
+      UserError: for an unknown flag or field, a wrong value, or a config file
+        that cannot be used.
+    """
+    _check_config_file(self._argv)
+    try:
+      return self._values(self._argv)[1:]
+    except flags.Error as e:
+      raise UserError(_flag_message(str(e), self._argv)) from e
+    except Exception as e:
+      raise UserError(_config_message(e, self._argv)) from e
+
+
+# Defines flags; returns the action, or actions by the word that chooses one of
+# them, `python -m mocov3_jax.benchmark input`.
+Define = Callable[[Flags], Action | dict[str, Action]]
+
+
+def run(
+    doc: str, define: Define, argv: list[str], words: bool = False
+) -> int:
+  """Runs a command.
+
+  Prints its results as one JSON object on the last line of stdout.
 
   Args:
-    main: the command, which reads its flags; or commands by the word that
-      chooses one of them, `python -m mocov3_jax.benchmark input`.
-    words: whether the command is given, as its one argument, the words that
-      are no flags.
+    doc: what --help shows above the flags.
+    define: the command.
+    argv: the command line, the program's name first.
+    words: whether the action is given, as its one argument, the words that are
+      no flags.
+
+  Returns:
+    The exit code: 0 done; 2 bad input, or out of memory (one message on
+    stderr); 130 Ctrl-C where there is nothing to save; 143 stopped by SIGTERM
+    or Ctrl-C after a complete save. (1 is that of a lost process, see
+    `parallel.processes`.) Anything else is a bug, and raised.
   """
   _quieten()
   try:
-    if {'--help', '-h', '--helpfull'} & set(sys.argv[1:]):
-      print(sys.modules['__main__'].__doc__)
-      print(flags.FLAGS.main_module_help())
-      return
-    given = _parse_flags(sys.argv)
-    if isinstance(main, dict):
-      main = main[_choose(given, main)]
+    command_flags = Flags(argv)
+    action = define(command_flags)
+    if {'--help', '-h', '--helpfull'} & set(argv[1:]):
+      print(doc)
+      print(command_flags.help())
+      return 0
+    given = command_flags.parse()
+    if isinstance(action, dict):
+      action = action[_choose(given, action)]
     elif given and not words:
       raise UserError(
           f'unexpected argument {given[0]!r}. Allowed: flags, as --name=value.'
       )
-    result = main(given) if words else main()
+    result = action(given) if words else action()
     if result is not None:  # One process of several speaks for all.
       print(json.dumps(result), flush=True)
+    return 0
   except UserError as e:
     console.say(f'error: {e}')
-    exits.leave(BAD_INPUT)
+    return BAD_INPUT
   except Preempted as e:
     console.say(str(e))
-    sys.exit(PREEMPTED)
+    return PREEMPTED
   except KeyboardInterrupt:
-    exit_at_once()
+    console.say('interrupted')
+    return INTERRUPTED
   except Exception as e:
     if not is_out_of_memory(e):
       raise
     what = (str(e).splitlines() or ['no memory'])[0][:200].rstrip('.')
     console.say(f'error: {what}. {LESS_MEMORY}')
-    exits.leave(BAD_INPUT)
+    return BAD_INPUT
+
+
+def execute(main: Callable[[list[str]], int]) -> None:
+  """Runs the command of this process, and exits with its code."""
+  code = main(sys.argv)
+  if code == INTERRUPTED:
+    # Past Python's own exit, which can crash while XLA compiles in a thread.
+    os._exit(code)
+  elif code == PREEMPTED:
+    sys.exit(code)  # The other processes of the run leave as well.
+  elif code:
+    exits.leave(code)
 
 
 def _quieten() -> None:
@@ -92,7 +222,7 @@ def _quieten() -> None:
   sys.unraisablehook = hook
 
 
-def _choose(words: list[str], allowed: dict[str, Main]) -> str:
+def _choose(words: list[str], allowed: dict[str, Action]) -> str:
   if len(words) != 1:
     raise UserError(
         f'{len(words)} words were given ({" ".join(words) or "none"}). '
@@ -101,22 +231,6 @@ def _choose(words: list[str], allowed: dict[str, Main]) -> str:
   if words[0] not in allowed:
     raise unknown('command', words[0], allowed)
   return words[0]
-
-
-def _parse_flags(argv: list[str]) -> list[str]:
-  """Parses flags and the config file; whatever goes wrong is bad input.
-
-  Returns:
-    The words that are no flags.
-  """
-  _check_config_file(argv)
-  try:
-    rest = flags.FLAGS(argv)
-  except flags.Error as e:
-    raise UserError(_flag_message(str(e), argv)) from e
-  except Exception as e:
-    raise UserError(_config_message(e, argv)) from e
-  return rest[1:]
 
 
 def _flag_message(text: str, argv: list[str]) -> str:
