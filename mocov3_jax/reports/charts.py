@@ -10,6 +10,7 @@ from mocov3_jax.reports.data import ReportedRun
 from mocov3_jax.reports.panels import Level, Line, Marks, Panel
 
 GREY = '#808080'  # Legible on white as on dark grey.
+CLEAR = 'rgba(0,0,0,0)'
 
 
 def chart(panel: Panel, runs: Sequence[ReportedRun]) -> dict[str, Any]:
@@ -105,7 +106,7 @@ def _layout(panel: Panel) -> go.Layout:
   return go.Layout(
       template={}, autosize=True, showlegend=False, hovermode='closest',
       margin={'l': 8, 'r': 12, 't': 32, 'b': 8},
-      paper_bgcolor='rgba(0,0,0,0)', plot_bgcolor='rgba(0,0,0,0)',
+      paper_bgcolor=CLEAR, plot_bgcolor=CLEAR, modebar={'bgcolor': CLEAR},
       xaxis=x, yaxis=y, meta={
           'steps': panel.over_steps, 'x': _short(panel.x_title),
           'y': panel.y_title, 'percent': panel.y_kind == 'share',
