@@ -55,10 +55,10 @@ class Marks:
   """Single points, each with a text of its own.
 
   Attributes:
-    runs, x, y, name, color: as of a Line.
+    runs, x, y, name, color: the same as in a Line.
     texts: what a tooltip says of each point.
     symbol: 'triangle-down', 'x', 'circle' or 'circle-open'.
-    faint: whether they stand behind a line, instead of out from it.
+    faint: whether they are small and half transparent.
   """
 
   runs: Sequence[int]
@@ -100,15 +100,15 @@ class Panel:
     about: what there is to see in it, for a reader of the page.
     y_title: the title of the vertical axis.
     items: what is drawn, in this order; nothing if nothing was logged.
-    caption: the title in the figure, which has no other text.
+    caption: the title in the figure; '' if the figure leaves the panel out.
     y_kind: 'number', 'share' (from 0 to 1, and told in percent) or 'multiple'
       (on a logarithmic axis).
     from_zero: whether the vertical axis begins at 0.
     x_title: 'step', or the field of the config that the panel is drawn over.
     x_log: whether the horizontal axis is logarithmic.
-    x_ticks: the only values with ticks; the back end chooses if there are none.
+    x_ticks: the values with ticks; if empty, the back end chooses them.
     one_run: whether it is to show the items of one run at a time.
-    legend: names and colours of items, where these do not tell runs apart.
+    legend: names and colours, if these stand for something else than runs.
   """
 
   heading: str
@@ -279,7 +279,7 @@ def sweep(report: Report, limit: int) -> Panel:
 
   Args:
     report: the runs.
-    limit: as of the other panels; a sweep has few points, and shows all.
+    limit: not needed here, since a sweep has a point a run.
   """
   field = data.varied(report)
   if field is None:
