@@ -20,13 +20,9 @@ import tiny
 
 from mocov3_jax.base.errors import UserError
 from mocov3_jax.config import training as config_lib
-from mocov3_jax.reports import data as report_data
+from mocov3_jax.reports import data, report, tables, thinning, verdict
 from mocov3_jax.reports import figure as report_figure
 from mocov3_jax.reports import page as report_page
-from mocov3_jax.reports import report
-from mocov3_jax.reports import tables as report_tables
-from mocov3_jax.reports import thinning as report_curves
-from mocov3_jax.reports import verdict as report_words
 from mocov3_jax.runs import history, workdir
 
 LIMIT = 5_000_000
@@ -40,7 +36,7 @@ def sweep(tmp_path_factory):
 
 @pytest.fixture(scope='module')
 def made(sweep):
-  return report_data.make(map(history.read, history.find([str(sweep)])))
+  return data.make(map(history.read, history.find([str(sweep)])))
 
 
 @pytest.fixture(scope='module')
@@ -52,7 +48,7 @@ def one(folder, **options):
   """The report of a single run of these rows."""
   lines = fake_runs.rows(**options)
   fake_runs.write(folder, lines, done='diverge_at' not in options)
-  return report_data.make(map(history.read, history.find([str(folder)])))
+  return data.make(map(history.read, history.find([str(folder)])))
 
 
 def charts(page):
@@ -74,16 +70,16 @@ def test_the_page_is_small_and_loads_nothing(page):
 
 def test_each_run_and_its_status_are_in_the_table(made, page):
   table = plain(page)
-  assert len(made.shown) == 12
-  for item, row in zip(made.shown, report_data.table(made), strict=True):
+  assert len(made.runs) == 12
+  for item, row in zip(made.runs, data.table(made), strict=True):
     line = re.search(rf'<tr><th[^>]*>(?:(?!</tr>).)*{item.name}.*', table)[0]
     assert row['status'] in line
-    assert report_words.percent(row['knn/top1']) in line
+    assert verdict.percent(row['knn/top1']) in line
   assert table.count('type="checkbox"') == 12
 
 
 def test_the_verdict_counts_what_was_planted(made):
-  text = report_words.verdict(made).replace('\u00a0', ' ')
+  text = verdict.verdict(made).replace('\u00a0', ' ')
   assert '12 runs: 11 done, 1 diverged (lr0.03_learned_1).' in text
   assert '4 of 12 have dips' in text
   assert '16 gradient spikes; 8 of 8 events' in text
@@ -115,7 +111,7 @@ def test_every_kind_of_chart_is_there_with_its_marks(page):
 
 
 def test_seeds_share_a_look_and_learned_ones_another_dash(made):
-  look = {item.name: (item.color, item.dash) for item in made.shown}
+  look = {item.name: (item.color, item.dash) for item in made.runs}
   assert look['lr0.01_learned_0'] == look['lr0.01_learned_1']
   assert look['lr0.01_learned_0'][0] == look['lr0.01_frozen_0'][0]
   assert look['lr0.01_learned_0'][1] != look['lr0.01_frozen_0'][1]
@@ -129,7 +125,7 @@ def test_names_are_shown_and_not_obeyed(tmp_path):
         tmp_path / name, lines, environment={'jax': ODD},
         **{'data.source': f'folder:{name}'},
     )
-  made = report_data.make(map(history.read, history.find([str(tmp_path)])))
+  made = data.make(map(history.read, history.find([str(tmp_path)])))
   page = report_page.page(made, '2026-01-01')
   assert ODD not in page and html.escape(ODD) in page
   assert charts(page)['knn']['data'][0]['name'] == ODD
@@ -140,7 +136,7 @@ def test_names_are_shown_and_not_obeyed(tmp_path):
 def test_names_that_are_no_text_are_shown_with_question_marks(tmp_path):
   folder = tmp_path / 'run\udce9\n模型'
   made = one(folder, steps=40)
-  assert made.shown[0].name == 'run??模型'
+  assert made.runs[0].name == 'run??模型'
   assert 'run??模型' in report_page.page(made, '')
   assert report_figure_size(report_figure.png(made))[0] == 1600
 
@@ -160,7 +156,7 @@ def test_json_cannot_end_its_script():
 def test_thinning_keeps_the_ends_and_extremes(values, limit):
   values = np.array(values)
   steps = np.arange(len(values)) * 3
-  x, y = report_curves.thin(steps, values, limit)
+  x, y = thinning.thin(steps, values, limit)
   assert len(x) == len(y) == len(values) or len(x) <= limit < len(values)
   assert x[0] == 0 and x[-1] == steps[-1]
   assert y.min() == values.min() and y.max() == values.max()
@@ -170,14 +166,14 @@ def test_thinning_keeps_the_ends_and_extremes(values, limit):
 def test_a_spike_in_a_hundred_thousand_steps_is_still_drawn():
   values = np.ones(100_000)
   values[77_777] = 9.0
-  x, y = report_curves.thin(np.arange(100_000), values, 40)
+  x, y = thinning.thin(np.arange(100_000), values, 40)
   assert len(x) <= 40 and y[x == 77_777] == [9.0]
 
 
 def test_gradients_are_relative_to_their_own_running_median():
   level = np.geomspace(1.0, 100.0, 5000)
   level[2500] *= 8
-  ratio = report_curves.relative(level)
+  ratio = thinning.relative(level)
   assert ratio[2500] == pytest.approx(8, rel=0.05)
   assert np.delete(ratio, 2500)[200:-200] == pytest.approx(1, rel=0.05)
 
@@ -186,7 +182,7 @@ def test_the_csv_has_the_facts_of_the_table(made):
   text = report.as_csv(made)
   assert '\r\n' in text
   read = list(csv.DictReader(io.StringIO(text, newline='')))
-  rows = report_data.table(made)
+  rows = data.table(made)
   assert list(read[0])[:4] == [
       'run', 'model.patch_embed', 'optimizer.lr_per_256', 'seed'
   ]
@@ -243,7 +239,7 @@ def test_the_figure_shows_what_the_page_shows_without_labels(tmp_path, made):
   without = one(tmp_path / 'a' / 'run', labels=False)
   assert panels(without)[:2] == ['effective rank of the features', 'loss']
   assert panels(made)[:2] == ['kNN accuracy', 'loss']
-  both = report_data.Report([made.shown[0], without.shown[0]], {}, [])
+  both = data.Report([made.runs[0], without.runs[0]], {}, [])
   assert panels(both)[:3] == [
       'kNN accuracy', 'effective rank of the features', 'loss'
   ]
@@ -266,7 +262,7 @@ def test_a_figure_of_runs_with_little_in_common_is_laid_out(
         **{'optimizer.lr_per_256': (n + 1) / 1000},
         **{field: (n + i) % 5 / 10 for i, field in enumerate(wide)},
     )
-  made = report_data.make(map(history.read, history.find([str(tmp_path)])))
+  made = data.make(map(history.read, history.find([str(tmp_path)])))
   assert report_figure_size(report_figure.png(made))[0] == 1600
   figure, axes = drawn(made)
   sweep = axes['last kNN accuracy, mean and sd']
@@ -282,7 +278,7 @@ def test_a_figure_of_runs_with_little_in_common_is_laid_out(
 
 def test_settings_are_called_by_their_runs_where_labels_are_too_long(made):
   frozen, learned = 'patch_embed frozen', 'patch_embed learned'
-  called = report_figure._settings
+  called = report_figure._setting_names
   assert called(made, len(learned)) == {frozen: frozen, learned: learned}
   # Each is of three rates by two seeds.
   assert called(made, 18) == {
@@ -299,10 +295,10 @@ def test_an_evaluation_that_another_replaced_is_counted(tmp_path):
   fake_runs.write(tmp_path / 'run', fake_runs.rows(40), evaluations=[
       ('knn', 0.5), ('linear', 0.9), ('linear', 0.8), ('linear', 0.8),
   ])
-  made = report_data.make(map(history.read, history.find([str(tmp_path)])))
-  table = report_tables.runs(made).replace('\u00a0', ' ')
+  made = data.make(map(history.read, history.find([str(tmp_path)])))
+  table = tables.runs(made).replace('\u00a0', ' ')
   assert '>80.0 % (newest of 2)<' in table and '>50.0 %<' in table
-  row, = report_data.table(made)
+  row, = data.table(made)
   assert row['eval_linear/top1'] == 0.8
 
 
@@ -312,13 +308,13 @@ def test_no_two_columns_of_the_settings_are_called_the_same(tmp_path):
         tmp_path / str(seed), fake_runs.rows(40), seed=seed,
         evaluations=[('knn', 0.5)],
     )
-  made = report_data.make(map(history.read, history.find([str(tmp_path)])))
+  made = data.make(map(history.read, history.find([str(tmp_path)])))
   heads = re.findall(
-      '<th scope="col"[^>]*>(.*?)</th>', report_tables.sweep(made)
+      '<th scope="col"[^>]*>(.*?)</th>', tables.sweep(made)
   )
   assert [h for h in heads if 'mean' in h] == ['knn, mean', 'eval_knn, mean']
-  assert '>eval_knn<' in report_tables.runs(made)
-  assert 'eval_knn/top1' in report_data.columns(made)
+  assert '>eval_knn<' in tables.runs(made)
+  assert 'eval_knn/top1' in data.columns(made)
 
 
 def test_the_figure_has_a_row_for_each_of_the_most_unstable_runs(made):
@@ -354,14 +350,14 @@ def test_a_run_that_diverged_is_drawn_up_to_there(tmp_path):
   made = one(tmp_path / 'run', diverge_at=305)
   loss = charts(report_page.page(made, ''))['loss']['data'][0]
   assert loss['x'][-1] == 304 and None not in loss['y']
-  assert 'The run diverged.' in report_words.verdict(made)
+  assert 'The run diverged.' in verdict.verdict(made)
   assert report_figure_size(report_figure.png(made))[0] == 1600
 
 
 def test_a_run_that_has_just_begun_has_a_report(tmp_path):
   folder = fake_runs.write(tmp_path / 'run', [], done=False)
   (folder / 'data.json').unlink()
-  made = report_data.make(map(history.read, history.find([str(folder)])))
+  made = data.make(map(history.read, history.find([str(folder)])))
   page = report_page.page(made, '')
   assert charts(page) == {} and 'stopped' in page
   assert report_figure_size(report_figure.png(made))[0] == 1600
@@ -378,7 +374,7 @@ def test_one_run_alone_needs_no_comparison(tmp_path):
   made = one(tmp_path / 'run', spike_at=(300,), dip_at=(310,))
   page = report_page.page(made, '')
   assert 'Settings' not in plain(page) and 'Fields that differ' not in page
-  text = report_words.verdict(made)
+  text = verdict.verdict(made)
   assert text.startswith('The run is done. Its last kNN accuracy is ')
   assert '1 dip in kNN accuracy' in text and '1 of 1 event' in text
 
@@ -390,20 +386,20 @@ def test_where_runs_ran_is_told_or_said_to_be_unknown(tmp_path, page):
 
 def test_heads_keep_the_group_where_the_name_alone_is_not_clear():
   fields = ['augment.view1.hue', 'augment.view2.hue', 'optimizer.name']
-  assert report_data.short(fields) == [*fields[:2], 'name']
+  assert data.short(fields) == [*fields[:2], 'name']
 
 
 def test_many_long_runs_still_make_a_small_page(tmp_path):
   layers = [f'block_{i}' for i in range(4)]
   made = one(tmp_path / 'run', steps=5000, layers=layers, spike_at=(2000,))
-  item = made.shown[0]
+  item = made.runs[0]
   # 100,000 steps, of few that are made.
   long = {
       name: (np.arange(20 * len(steps)), np.tile(values, 20))
       for name, (steps, values) in item.curves.items()
   }
   assert len(long['train/loss'][0]) == 100_000
-  many = report_data.Report(
+  many = data.Report(
       [
           dataclasses.replace(item, name=f'run_{n:020}', curves=long)
           for n in range(50)
@@ -476,12 +472,12 @@ def test_text_and_curves_stand_out_in_both_themes(theme):
   for name in 'text', 'soft', 'good', 'bad', 'busy', 'accent':
     for behind in 'page', 'head':
       assert contrast(known[name], known[behind]) >= 4.5, name
-  for color in report_data.COLORS:
+  for color in data.COLORS:
     assert contrast(color, known['page']) >= 3, color
 
 
 def test_a_table_scrolls_in_its_own_box(made):
-  assert report_tables.runs(made).count('class="scroll" tabindex="0"') == 1
+  assert tables.runs(made).count('class="scroll" tabindex="0"') == 1
 
 
 @pytest.mark.parametrize('lowest, drawn', [(0.83, False), (0.3, True)])
@@ -494,8 +490,8 @@ def test_a_level_that_would_flatten_the_curves_is_not_drawn(
   ]
   fake_runs.write(tmp_path / 'run', lines)
   found = history.find([str(tmp_path / 'run')])
-  made = report_data.make(map(history.read, found))
-  assert report_data.chances(made) == [0.1 if drawn else None]
+  made = data.make(map(history.read, found))
+  assert data.chances(made) == [0.1 if drawn else None]
 
 
 def test_a_run_that_ends_below_its_random_network_is_named(tmp_path):
@@ -505,9 +501,9 @@ def test_a_run_that_ends_below_its_random_network_is_named(tmp_path):
         for i, value in enumerate(np.linspace(0.72, last, 30))
     ]
     fake_runs.write(tmp_path / name, lines)
-  verdict = lambda *names: report_words.verdict(report_data.make(
+  said = lambda *names: verdict.verdict(data.make(
       map(history.read, history.find([str(tmp_path / n) for n in names]))
   ))
-  assert 'Below their random network: falls.' in verdict('falls', 'rises')
-  assert 'less than the random network' in verdict('falls')
-  assert 'random network' not in verdict('rises')
+  assert 'Below their random network: falls.' in said('falls', 'rises')
+  assert 'less than the random network' in said('falls')
+  assert 'random network' not in said('rises')

@@ -14,7 +14,7 @@ from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.ui import Select, WebDriverWait
 
-from mocov3_jax.reports import data as report_data
+from mocov3_jax.reports import data
 from mocov3_jax.reports import page as report_page
 from mocov3_jax.runs import history
 
@@ -45,7 +45,7 @@ def page(tmp_path_factory):
     fake_runs.write(sweep / name, lines, **{
         'optimizer.lr_per_256': 0.01, 'data.source': 'folder:/' + 90 * 'y',
     })
-  made = report_data.make(map(history.read, history.find([str(sweep)])))
+  made = data.make(map(history.read, history.find([str(sweep)])))
   path = root / 'report.html'
   path.write_text(report_page.page(made, '2026-01-01'))
   return path.as_uri()

@@ -1,4 +1,4 @@
-"""What a report says of runs: facts, curves, a verdict. Draws nothing."""
+"""What a report says of runs: their facts and curves. Draws nothing."""
 
 from collections.abc import Iterable, Sequence
 import dataclasses
@@ -10,7 +10,7 @@ import numpy as np
 
 from mocov3_jax.config.training import FREE_ON_RESUME
 from mocov3_jax.reports.thinning import Curve
-from mocov3_jax.runs import history as runs_lib
+from mocov3_jax.runs import history
 from mocov3_jax.runs import table as sweep_table
 from mocov3_jax.training import stability
 
@@ -18,7 +18,8 @@ KNN, RANK, RATE, MFU = (
     'knn/top1', 'features/effective_rank', 'train/images_per_second',
     'train/mfu',
 )
-# Told by their last value; those of the features where there are no labels.
+# Metrics that are told by their last value; those of the features are logged
+# where there are no labels.
 LAST_VALUES = (
     RANK, 'features/alignment', 'features/uniformity', 'train/loss',
     'train/loss_chance',
@@ -44,47 +45,48 @@ FACTS = (
 
 
 @dataclasses.dataclass(frozen=True)
-class Shown:
+class ReportedRun:
   """A run as a report shows it.
 
   Attributes:
-    name: short, and different for each run of the report.
-    run: as read, but of its rows the last alone.
+    name: a short name that no other run of the report has.
+    record: what was read of the run, but of its rows only the last.
     analysis: what was unstable in it.
-    color, dash: of its curves; of COLORS and DASHES.
+    color, dash: the look of its curves, of COLORS and DASHES.
     curves: the finite values of each metric.
   """
 
   name: str
-  run: runs_lib.Run
+  record: history.Run
   analysis: stability.Analysis
   color: str
   dash: str
   curves: dict[str, Curve]
 
   def curve(self, metric: str) -> Curve:
-    """Of a metric; empty if it was not logged."""
+    """Returns the curve of a metric; empty if it was not logged."""
     if metric in self.curves:
       return self.curves[metric]
     return np.empty(0, np.int64), np.empty(0)
 
   @property
   def steps_per_epoch(self) -> int | None:
-    """Where the run has recorded how many images it trains on."""
-    data = self.run.data
+    """The steps of an epoch; None if the run has not recorded its images."""
+    data = self.record.data
     if 'images' not in data:
       return None
-    return data['images'] // self.run.config['batch_size'] or None
+    return data['images'] // self.record.config['batch_size'] or None
 
   @property
   def chance(self) -> float | None:
-    """The accuracy of guessing, where the number of classes is known."""
-    classes = self.run.data['classes'] if 'classes' in self.run.data else 0
+    """The accuracy of guessing; None if the number of classes is not known."""
+    data = self.record.data
+    classes = data['classes'] if 'classes' in data else 0
     return 1 / classes if classes else None
 
   @property
   def layers(self) -> list[str]:
-    """Those whose gradients were logged; the patch projection first."""
+    """The layers with logged gradients, the patch projection first."""
     return sorted(
         self.analysis.spikes, key=lambda name: (name != FIRST, name == LAST)
     )
@@ -95,29 +97,30 @@ class Report:
   """Runs side by side.
 
   Attributes:
-    shown: the runs.
-    fields: of the config, in which they differ; and the values of each run.
-    grid: the fields that make a difference, without the seed.
+    runs: the runs.
+    fields: the fields of the config in which they differ, and the values of
+      each run.
+    grid: those of the fields that make a difference, without the seed.
   """
 
-  shown: list[Shown]
+  runs: list[ReportedRun]
   fields: dict[str, list[Any]]
   grid: list[str]
 
 
-def make(read: Iterable[runs_lib.Run]) -> Report:
+def make(read: Iterable[history.Run]) -> Report:
   """Analyses runs, names them, and gives them colours.
 
   Args:
-    read: the runs. Their rows, which are large as dicts, are let go one run
-      after another, but for the last row.
+    read: the runs, one after another. Their rows are large as dicts, so only
+      the last row of each is kept.
   """
   runs, found = [], []
   for run in read:
     found.append((stability.analyse(run.rows), stability.all_series(run.rows)))
     runs.append(dataclasses.replace(run, rows=run.rows[-1:]))
-  runs = runs_lib.aligned(runs)
-  fields = runs_lib.differing(runs)
+  runs = history.aligned(runs)
+  fields = history.differing(runs)
   grid = [
       field for field in fields
       if field != 'seed' and field not in FREE_ON_RESUME
@@ -126,7 +129,7 @@ def make(read: Iterable[runs_lib.Run]) -> Report:
   styles = _styles(runs, names, grid)
   return Report(
       [
-          Shown(name, run, analysis, *style, curves)
+          ReportedRun(name, run, analysis, *style, curves)
           for name, run, style, (analysis, curves) in zip(
               names, runs, styles, found, strict=True
           )
@@ -135,7 +138,7 @@ def make(read: Iterable[runs_lib.Run]) -> Report:
   )
 
 
-def _names(runs: Sequence[runs_lib.Run]) -> list[str]:
+def _names(runs: Sequence[history.Run]) -> list[str]:
   folders = [str(run.folder) for run in runs]
   above = os.path.commonpath([os.path.dirname(path) for path in folders])
   return [_printable(os.path.relpath(path, above)) for path in folders]
@@ -148,7 +151,7 @@ def _printable(name: str) -> str:
 
 
 def _styles(
-    runs: Sequence[runs_lib.Run], names: list[str], grid: list[str]
+    runs: Sequence[history.Run], names: list[str], grid: list[str]
 ) -> list[tuple[str, str]]:
   # Seeds of one setting look alike; how patches are embedded, on which
   # stability hangs ([P] s4.2), is told by the dash, as in the paper.
@@ -173,42 +176,42 @@ def _styles(
 
 
 def chances(report: Report) -> list[float | None]:
-  """The accuracy of guessing, of each run, if it is to be drawn.
+  """Returns the accuracy of guessing of each run, if it is to be drawn.
 
-  None where it is not known, or so far below the curves (digits: 10 % and 83 to
-  97 %) that they would be a flat line beside it.
+  It is None where it is not known, or so far below the curves (digits: 10 % and
+  83 to 97 %) that they would be flat lines beside it.
   """
-  values = [value for item in report.shown for value in item.curve(KNN)[1]]
+  values = [value for run in report.runs for value in run.curve(KNN)[1]]
   if not values:
-    return [None] * len(report.shown)
+    return [None] * len(report.runs)
   least = 2 * min(values) - max(values)
   return [
       chance if chance is not None and chance > least else None
-      for chance in (item.chance for item in report.shown)
+      for chance in (run.chance for run in report.runs)
   ]
 
 
 def layer_name(layer: str) -> str:
-  """In words."""
+  """Returns the name of a layer in words."""
   return LAYERS[layer] if layer in LAYERS else layer.replace('_', ' ')
 
 
-def facts(item: Shown, fields: Iterable[str] = ()) -> dict[str, Any]:
-  """What one line of the table says of a run; what is not known is left out.
+def facts(run: ReportedRun, fields: Iterable[str] = ()) -> dict[str, Any]:
+  """Returns what the table says of a run, without what is not known.
 
   Args:
-    item: the run.
-    fields: of the config, to be told as well.
+    run: the run.
+    fields: the fields of the config to tell as well.
   """
-  run, found = item.run, item.analysis
-  row: dict[str, Any] = {'run': item.name}
-  row |= {field: run.config[field] for field in fields}
+  record, found = run.record, run.analysis
+  row: dict[str, Any] = {'run': run.name}
+  row |= {field: record.config[field] for field in fields}
   row |= {
-      'status': run.status, 'collapsed': found.collapsed is not None,
+      'status': record.status, 'collapsed': found.collapsed is not None,
       'stuck': found.stuck is not None,
-      'step': run.rows[-1]['step'] if run.rows else 0,
+      'step': record.rows[-1]['step'] if record.rows else 0,
   }
-  steps, knn = item.curve(KNN)
+  steps, knn = run.curve(KNN)
   if len(knn):
     best = int(np.argmax(knn))
     row |= {
@@ -216,7 +219,7 @@ def facts(item: Shown, fields: Iterable[str] = ()) -> dict[str, Any]:
         'knn/top1_best': float(knn[best]), 'knn/best_step': int(steps[best]),
     }
   for metric in LAST_VALUES:
-    values = item.curve(metric)[1]
+    values = run.curve(metric)[1]
     if len(values):
       row[metric] = float(values[-1])
   row['dips'] = len(found.dips)
@@ -228,17 +231,17 @@ def facts(item: Shown, fields: Iterable[str] = ()) -> dict[str, Any]:
     if LAST in found.lead.lags:
       row['leader_steps'] = found.lead.lags[LAST]
   for metric in RATE, MFU:
-    values = item.curve(metric)[1]
+    values = run.curve(metric)[1]
     values = values[values > 0]  # The first step, which compiles, has 0.
-    if metric in run.result:
-      row[metric] = run.result[metric]
+    if metric in record.result:
+      row[metric] = record.result[metric]
     elif len(values):
       row[metric] = float(np.median(values))
-  return row | sweep_table.evaluated(run)
+  return row | sweep_table.evaluated(record)
 
 
 def columns(report: Report) -> list[str]:
-  """The names of all facts that any run has, in a fixed order."""
+  """Returns the names of all facts that any run has, in a fixed order."""
   known = dict.fromkeys(key for row in table(report) for key in row)
   order = ['run', *report.fields, *FACTS]
   return [name for name in order if name in known] + sorted(
@@ -247,12 +250,12 @@ def columns(report: Report) -> list[str]:
 
 
 def table(report: Report) -> list[dict[str, Any]]:
-  """A row of facts for each run."""
-  return [facts(item, report.fields) for item in report.shown]
+  """Returns a row of facts for each run."""
+  return [facts(run, report.fields) for run in report.runs]
 
 
 def counts(report: Report) -> dict[str, int]:
-  """How many runs, and how many events in them."""
+  """Counts the runs, and the events in them."""
   rows = table(report)
   return {
       'runs': len(rows),
@@ -263,9 +266,10 @@ def counts(report: Report) -> dict[str, int]:
 
 
 def varied(report: Report) -> str | None:
-  """The numeric field of the grid with most values; None if there is none.
+  """Returns the numeric field of the grid that has the most values.
 
-  Nor if several have as many: then no one axis shows the sweep.
+  Returns None if there is none, or if several have as many: then no one axis
+  shows the sweep.
   """
   sizes = {
       field: len(set(report.fields[field])) for field in report.grid
@@ -278,8 +282,23 @@ def varied(report: Report) -> str | None:
   return most[0] if len(most) == 1 else None
 
 
+def settings(report: Report) -> dict[str, list[int]]:
+  """Returns the settings that a sweep compares over its varied field.
+
+  Returns:
+    The label of each setting, by the other fields of the grid, and the numbers
+    of its runs.
+  """
+  field = varied(report)
+  others = [name for name in report.grid if name != field]
+  found: dict[str, list[int]] = {}
+  for number, run in enumerate(report.runs):
+    found.setdefault(label(run.record.config, others), []).append(number)
+  return found
+
+
 def short(fields: Sequence[str]) -> list[str]:
-  """Names of fields without their group, where that is clear."""
+  """Returns names of fields without their group, where that is clear."""
   last = [field.rsplit('.', 1)[-1] for field in fields]
   return [
       name if last.count(name) == 1 else field
@@ -288,7 +307,7 @@ def short(fields: Sequence[str]) -> list[str]:
 
 
 def label(row: dict[str, Any], fields: Sequence[str]) -> str:
-  """A point of the grid in words: 'patch_embed frozen, lr_per_256 0.03'."""
+  """Returns a point of the grid, as 'patch_embed frozen, lr_per_256 0.03'."""
   return ', '.join(
       f'{name} {sweep_table.show_value(row[field])}'
       for name, field in zip(short(fields), fields, strict=True)

@@ -1,19 +1,20 @@
-// Draws the charts of the report, and moves through them by keyboard.
+// What plotly.js does not do itself: runs that are hidden in all charts, epochs
+// for steps, a dark theme, a common zoom, and charts by keyboard and by ear.
 'use strict';
 
-const charts = JSON.parse(document.getElementById('charts').textContent);
-const plots = [...document.querySelectorAll('.plot')];
-const boxes = [...document.querySelectorAll('input[data-run]')];
-const oneRun = document.getElementById('one-run');
-const unit = document.getElementById('unit');
-const live = document.getElementById('live');
-const hidden = new Set();  // Numbers of the runs that are not shown.
-const steps = new Map();  // Steps of each curve, while epochs are drawn.
+const element = id => document.getElementById(id);
+const all = selector => [...document.querySelectorAll(selector)];
+const charts = JSON.parse(element('charts').textContent);
+const plots = all('.plot');
+const boxes = all('input[data-run]');  // In the order of the runs.
+const oneRun = element('one-run');
+const unit = element('unit');
+const live = element('live');
 
 // plotly.js is 4.8 MB; compressed, the page has room for the runs.
 async function loadPlotly() {
-  const text = document.getElementById('plotly').textContent;
-  const bytes = Uint8Array.from(atob(text), c => c.charCodeAt(0));
+  const bytes = Uint8Array.from(
+    atob(element('plotly').textContent), c => c.charCodeAt(0));
   const unzipped = new Blob([bytes]).stream().pipeThrough(
     new DecompressionStream('gzip'));
   const script = document.createElement('script');
@@ -26,53 +27,44 @@ async function loadPlotly() {
 // Whether a curve is to be seen: if one of its runs is, and, in a chart of one
 // run at a time, that run is the chosen one.
 function isShown(trace, layout) {
-  const runs = trace.meta.runs.filter(run => !hidden.has(run));
-  if (layout.meta.one && oneRun) return runs.includes(Number(oneRun.value));
+  const runs = trace.meta.runs.filter(run => boxes[run].checked);
+  if (layout.meta.one) return runs.includes(Number(oneRun.value));
   return runs.length > 0;
 }
 
-function showRuns() {
-  hidden.clear();
-  for (const box of boxes) {
-    const run = Number(box.dataset.run);
-    if (!box.checked) hidden.add(run);
-    for (const label of document.querySelectorAll(`label[for="${box.id}"]`)) {
-      label.classList.toggle('off', !box.checked);
-    }
+function showCurves() {
+  for (const plot of plots) {
+    plot.cursor = null;
+    Plotly.restyle(plot, {
+      visible: plot.data.map(trace => isShown(trace, plot.layout)),
+    });
   }
-  if (oneRun) {
-    for (const option of oneRun.options) {
-      option.disabled = hidden.has(Number(option.value));
-    }
-    // The chosen run was hidden: another takes its place.
-    if (oneRun.selectedOptions[0]?.disabled) {
-      const first = [...oneRun.options].find(option => !option.disabled);
-      if (first) oneRun.value = first.value;
-    }
-  }
-  plots.forEach(showCurves);
 }
 
-function showCurves(plot) {
-  if (!plot.data) return;
-  plot.cursor = null;
-  Plotly.restyle(plot, {
-    visible: plot.data.map(trace => isShown(trace, plot.layout)),
-  });
+function showRuns() {
+  for (const box of boxes) {
+    for (const label of box.labels) label.classList.toggle('off', !box.checked);
+  }
+  if (oneRun) {
+    const options = [...oneRun.options];
+    for (const option of options) {
+      option.disabled = !boxes[option.value].checked;
+    }
+    // The chosen run was hidden: another takes its place.
+    const next = options.find(option => !option.disabled);
+    if (oneRun.selectedOptions[0]?.disabled && next) oneRun.value = next.value;
+  }
+  showCurves();
 }
 
 function showUnit() {
   const epochs = unit.value === 'epoch';
   for (const plot of plots) {
-    if (!plot.data || !plot.layout.meta.steps) continue;
+    if (!plot.layout.meta.steps) continue;
     plot.layout.meta.x = unit.value;
-    const x = plot.data.map(trace => {
-      if (!steps.has(trace.uid)) steps.set(trace.uid, trace.x);
-      const own = steps.get(trace.uid);
-      return epochs ? own.map(step => step / trace.meta.epoch) : own;
-    });
-    Plotly.update(plot, {x, hovertemplate: plot.data.map(
-      trace => hoverText(trace, plot.layout))}, {
+    const x = plot.data.map(({meta}) => epochs
+      ? meta.steps.map(step => step / meta.epoch) : meta.steps);
+    Plotly.update(plot, {x}, {
       'xaxis.title.text': unit.value, 'xaxis.autorange': true,
     });
   }
@@ -80,7 +72,7 @@ function showUnit() {
 
 function showTheme(dark) {
   document.documentElement.dataset.theme = dark ? 'dark' : 'light';
-  const button = document.getElementById('theme');
+  const button = element('theme');
   button.setAttribute('aria-pressed', String(dark));
   button.textContent = dark ? 'Light' : 'Dark';
   button.setAttribute('aria-label', 'Dark theme');
@@ -89,48 +81,18 @@ function showTheme(dark) {
   }
 }
 
+// plotly has colours in its layout, not from the page's style sheet.
 function colors() {
   const style = getComputedStyle(document.documentElement);
-  const color = name => style.getPropertyValue(name).trim();
-  const found = {
-    'font.color': color('--text'), 'hoverlabel.bgcolor': color('--head'),
-    'hoverlabel.bordercolor': color('--soft'),
-    'hoverlabel.font.color': color('--text'),
-    'modebar.color': color('--soft'), 'modebar.activecolor': color('--accent'),
-    'modebar.bgcolor': 'rgba(0,0,0,0)',
+  const names = {
+    'font.color': '--text', 'hoverlabel.font.color': '--text',
+    'hoverlabel.bgcolor': '--head', 'hoverlabel.bordercolor': '--soft',
+    'modebar.color': '--soft', 'modebar.activecolor': '--accent',
+    'xaxis.gridcolor': '--grid', 'yaxis.gridcolor': '--grid',
+    'xaxis.linecolor': '--line', 'yaxis.linecolor': '--line',
   };
-  for (const axis of ['xaxis', 'yaxis']) {
-    found[`${axis}.gridcolor`] = color('--grid');
-    found[`${axis}.linecolor`] = color('--line');
-  }
-  return found;
-}
-
-// --- Words -----------------------------------------------------------------
-
-// plotly reads tags and %{...} in names of runs; they are to be shown as is.
-function literal(text) {
-  const codes = {'&': '&amp;', '<': '&lt;', '>': '&gt;', '%': '&#37;'};
-  return text.replace(/[&<>%]/g, character => codes[character]);
-}
-
-function hoverText(trace, layout) {
-  const {x, y, percent} = layout.meta;
-  const name = `<b>${literal(trace.name)}</b>`;
-  if (trace.mode === 'markers') return `${name}<br>%{text}<extra></extra>`;
-  const at = x === 'step' ? '%{x:,}' : '%{x:.4~g}';
-  const value = percent ? '%{y:.1%}' : '%{y:.4~g}';
-  return `${name}<br>${x} ${at}<br>${literal(y)} ${value}<extra></extra>`;
-}
-
-function spoken(trace, point, layout) {
-  const {x, y, percent} = layout.meta;
-  if (trace.mode === 'markers') return `${trace.name}: ${trace.text[point]}`;
-  const at = Number(trace.x[point].toPrecision(6));
-  const value = trace.y[point];
-  const said = percent
-    ? `${(100 * value).toFixed(1)} %` : String(Number(value.toPrecision(4)));
-  return `${trace.name}: ${x} ${at}, ${y} ${said}`;
+  return Object.fromEntries(Object.entries(names).map(
+    ([key, name]) => [key, style.getPropertyValue(name).trim()]));
 }
 
 // --- Keyboard --------------------------------------------------------------
@@ -138,26 +100,31 @@ function spoken(trace, point, layout) {
 function say(plot) {
   const {curve, point} = plot.cursor;
   Plotly.Fx.hover(plot, [{curveNumber: curve, pointNumber: point}]);
-  live.textContent = spoken(plot.data[curve], point, plot.layout);
+  const {name, mode, text, x, y} = plot.data[curve];
+  const {meta} = plot.layout;
+  const value = meta.percent ? `${(100 * y[point]).toFixed(1)} %`
+    : Number(y[point].toPrecision(4));
+  const said = mode === 'markers' ? text[point]
+    : `${meta.x} ${Number(x[point].toPrecision(6))}, ${meta.y} ${value}`;
+  live.textContent = `${name}: ${said}`;
 }
 
 // Zooms the horizontal axis, about the point that was reached.
 function zoom(plot, factor) {
-  const {range, type} = plot._fullLayout.xaxis;
-  let middle = (range[0] + range[1]) / 2;
+  const {range: [from, to], type} = plot.layout.xaxis;
+  let middle = (from + to) / 2;
   if (plot.cursor) {
     const x = plot.data[plot.cursor.curve].x[plot.cursor.point];
     middle = type === 'log' ? Math.log10(x) : x;
   }
-  const half = factor * (range[1] - range[0]) / 2;
+  const half = factor * (to - from) / 2;
   Plotly.relayout(plot, {'xaxis.range': [middle - half, middle + half]});
 }
 
 function onKey(event) {
   const plot = event.currentTarget;
   if (event.ctrlKey || event.metaKey || event.altKey) return;
-  const shown = plot.data.flatMap(
-    (trace, i) => trace.visible === true && trace.x.length ? [i] : []);
+  const shown = plot.data.flatMap((trace, i) => trace.visible ? [i] : []);
   const zooms = {'+': 0.5, '=': 0.5, '-': 2};
   const key = event.key;
   if (key === 'Escape') {
@@ -170,7 +137,9 @@ function onKey(event) {
   } else if (key === '0') {
     Plotly.relayout(plot, {'xaxis.autorange': true, 'yaxis.autorange': true});
   } else if (/^(Arrow|Home|End)/.test(key) && shown.length) {
-    move(plot, key, shown);
+    // The first key goes to the first point.
+    plot.cursor = plot.cursor ? moved(plot, key, shown)
+      : {curve: shown[0], point: 0};
     say(plot);
   } else {
     return;
@@ -178,29 +147,24 @@ function onKey(event) {
   event.preventDefault();
 }
 
-function move(plot, key, shown) {
-  if (!plot.cursor) {
-    plot.cursor = {curve: shown[0], point: 0};
-    return;  // The first key goes to the first point.
-  }
-  const before = plot.data[plot.cursor.curve];
+function moved(plot, key, shown) {
+  const {curve, point} = plot.cursor;
+  const {x} = plot.data[curve];
   const down = {ArrowDown: 1, ArrowUp: -1}[key];
-  if (down) {
-    const place = shown.indexOf(plot.cursor.curve) + down;
-    const curve = shown[(place + shown.length) % shown.length];
-    // To the point nearest in x, so that curves can be compared.
-    const x = before.x[plot.cursor.point];
-    const far = plot.data[curve].x.map(value => Math.abs(value - x));
-    const nearest = far.reduce((a, b, i) => (b < far[a] ? i : a), 0);
-    plot.cursor = {curve, point: nearest};
-    return;
+  if (!down) {
+    const last = x.length - 1;
+    const to = {
+      ArrowLeft: Math.max(0, point - 1), ArrowRight: Math.min(last, point + 1),
+      Home: 0, End: last,
+    };
+    return {curve, point: to[key]};
   }
-  const last = before.x.length - 1;
-  const to = {
-    ArrowLeft: plot.cursor.point - 1, ArrowRight: plot.cursor.point + 1,
-    Home: 0, End: last,
-  }[key];
-  plot.cursor.point = Math.max(0, Math.min(last, to));
+  const place = shown.indexOf(curve) + down;
+  const next = shown[(place + shown.length) % shown.length];
+  // To the point nearest in x, so that curves can be compared.
+  const far = plot.data[next].x.map(value => Math.abs(value - x[point]));
+  const nearest = far.reduce((a, b, i) => (b < far[a] ? i : a), 0);
+  return {curve: next, point: nearest};
 }
 
 // --- Drawing ---------------------------------------------------------------
@@ -209,33 +173,32 @@ let following = false;
 
 // A zoom along the steps is one in all charts: a spike of the gradient stands
 // above the dip that it caused.
-function follow(plot, change) {
-  if (following || !plot.layout.meta.steps) return;
-  const [from, to] = change['xaxis.range'] ??
-    [change['xaxis.range[0]'], change['xaxis.range[1]']];
-  const all = change['xaxis.autorange'];
-  if (from === undefined && !all) return;
-  const asked = all ? {'xaxis.autorange': true} : {'xaxis.range': [from, to]};
-  following = true;
+async function follow(plot, change) {
+  const zoomed = Object.keys(change).some(
+    key => /^xaxis\.(auto)?range/.test(key));
+  if (following || !zoomed || !plot.layout.meta.steps) return;
+  const {autorange, range} = plot.layout.xaxis;
   const others = plots.filter(
-    other => other !== plot && other.data && other.layout.meta.steps);
-  Promise.all(others.map(other => Plotly.relayout(other, asked))).finally(
-    () => { following = false; });
+    other => other !== plot && other.layout?.meta.steps);
+  following = true;
+  await Promise.all(others.map(other => Plotly.relayout(other, autorange
+    ? {'xaxis.autorange': true} : {'xaxis.range': [...range]})));
+  following = false;
 }
 
 async function draw(plot) {
   const {data, layout} = charts[plot.dataset.chart];
-  data.forEach((trace, i) => {
-    trace.uid = `${plot.id}-${i}`;
+  for (const trace of data) {
     trace.visible = isShown(trace, layout);
-    trace.hovertemplate = hoverText(trace, layout);
-  });
-  const family = getComputedStyle(document.body).fontFamily;
-  layout.font = {size: 13, family};
-  layout.hoverlabel = {font: {size: 13, family}};
+    trace.meta.steps = trace.x;
+  }
+  const {fontFamily: family} = getComputedStyle(document.body);
   // A finger that drags scrolls the page; a mouse zooms.
   const touch = matchMedia('(pointer: coarse)').matches;
-  layout.dragmode = touch ? false : 'zoom';
+  Object.assign(layout, {
+    font: {size: 13, family}, hoverlabel: {font: {size: 13, family}},
+    dragmode: touch ? false : 'zoom',
+  });
   await Plotly.newPlot(plot, data, layout, {
     responsive: true, displaylogo: false,
     modeBarButtons: [[
@@ -246,7 +209,7 @@ async function draw(plot) {
   await Plotly.relayout(plot, colors());
   plot.addEventListener('keydown', onKey);
   plot.addEventListener('focus', () => {
-    const count = plot.data.filter(trace => trace.visible === true).length;
+    const count = plot.data.filter(trace => trace.visible).length;
     live.textContent = `${count} ${count === 1 ? 'curve' : 'curves'}`;
   });
   plot.on('plotly_relayout', change => follow(plot, change));
@@ -256,25 +219,24 @@ async function start() {
   const dark = matchMedia('(prefers-color-scheme: dark)');
   showTheme(dark.matches);
   dark.addEventListener('change', event => showTheme(event.matches));
-  document.getElementById('theme').addEventListener('click', () =>
+  element('theme').addEventListener('click', () =>
     showTheme(document.documentElement.dataset.theme !== 'dark'));
-  const message = document.getElementById('message');
   if (!('DecompressionStream' in window)) {
-    message.textContent = 'This browser cannot unpack the charts ' +
+    element('message').textContent = 'This browser cannot unpack the charts ' +
       '(DecompressionStream). Newer ones can; the tables are all here.';
-    message.hidden = false;
+    element('message').hidden = false;
     return;
   }
   await loadPlotly();
   for (const plot of plots) await draw(plot);
   boxes.forEach(box => box.addEventListener('change', showRuns));
-  for (const button of document.querySelectorAll('button[data-all]')) {
+  for (const button of all('button[data-all]')) {
     button.addEventListener('click', () => {
       boxes.forEach(box => { box.checked = button.dataset.all === '1'; });
       showRuns();
     });
   }
-  oneRun?.addEventListener('change', () => plots.forEach(showCurves));
+  oneRun?.addEventListener('change', showCurves);
   unit?.addEventListener('change', showUnit);
   // A browser may remember what was chosen at an earlier visit.
   showRuns();

@@ -8,9 +8,7 @@ from typing import Any
 
 from mocov3_jax.base import files
 from mocov3_jax.base.errors import UserError, unknown
-from mocov3_jax.reports import data as data_lib
-from mocov3_jax.reports import figure as report_figure
-from mocov3_jax.reports import page as report_page
+from mocov3_jax.reports import data, figure, page
 from mocov3_jax.runs import history
 
 FORMATS = ('html', 'png', 'csv')
@@ -25,12 +23,12 @@ def report(
   Args:
     paths: workdirs, or folders of workdirs.
     out: the file.
-    format_: one of FORMATS; '' = as the suffix of `out` says.
-    date: to be shown; '' = today.
+    format_: one of FORMATS; '' means what the suffix of `out` says.
+    date: the date that a page shows; '' means today.
     note: is told what is being done.
 
   Returns:
-    What was written, flat.
+    What was written, as a flat dict.
 
   Raises:
     UserError: for bad input; nothing is written then.
@@ -50,12 +48,12 @@ def report(
     )
   found = history.find(paths)
   note(f'{len(found)} run(s); looking for dips and spikes')
-  made = data_lib.make(map(history.read, found))
+  made = data.make(map(history.read, found))
   note(f'writing {path}')
   date = date or datetime.date.today().isoformat()
   content = {
-      'html': lambda: report_page.page(made, date).encode(errors='replace'),
-      'png': lambda: report_figure.png(made),
+      'html': lambda: page.page(made, date).encode(errors='replace'),
+      'png': lambda: figure.png(made),
       'csv': lambda: as_csv(made).encode(errors='replace'),
   }[kind]()
   part = path.with_name(f'{path.name}.part')
@@ -64,7 +62,7 @@ def report(
     part.replace(path)
   except OSError as e:
     raise UserError(f'--out={out} cannot be written: {e.strerror}.') from e
-  return {'out': str(path), **data_lib.counts(made), 'bytes': len(content)}
+  return {'out': str(path), **data.counts(made), 'bytes': len(content)}
 
 
 def _format(suffix: str, out: str, given: str) -> str:
@@ -80,10 +78,10 @@ def _format(suffix: str, out: str, given: str) -> str:
   return suffix[1:].lower()
 
 
-def as_csv(made: data_lib.Report) -> str:
-  """The table of runs (RFC 4180); what is not known is left empty."""
+def as_csv(made: data.Report) -> str:
+  """Returns the table of runs (RFC 4180); what is not known is left empty."""
   file = io.StringIO(newline='')
-  writer = csv.DictWriter(file, data_lib.columns(made))
+  writer = csv.DictWriter(file, data.columns(made))
   writer.writeheader()
-  writer.writerows(data_lib.table(made))
+  writer.writerows(data.table(made))
   return file.getvalue()

@@ -5,9 +5,8 @@ from html import escape
 import json
 from typing import Any
 
-from mocov3_jax.reports import data as data_lib
-from mocov3_jax.reports import verdict
-from mocov3_jax.reports.data import Report, Shown
+from mocov3_jax.reports import data, verdict
+from mocov3_jax.reports.data import Report, ReportedRun
 from mocov3_jax.runs import table as sweep_table
 
 NONE = '–'
@@ -22,7 +21,7 @@ def _dips(row: dict[str, Any]) -> str:
 
 
 def _layer_and_lag(row: dict[str, Any]) -> str:
-  text = data_lib.layer_name(row['leader'])
+  text = data.layer_name(row['leader'])
   if 'leader_steps' not in row:
     return text
   return f'{text} (last block {row["leader_steps"]:+g} steps)'
@@ -40,20 +39,20 @@ COLUMNS: tuple[tuple[str, str, Callable[[dict[str, Any]], str], bool], ...] = (
         'best kNN', 'knn/top1_best',
         lambda r: verdict.percent(r['knn/top1_best']), True,
     ),
-    ('rank', data_lib.RANK, lambda r: f'{r[data_lib.RANK]:.1f}', True),
+    ('rank', data.RANK, lambda r: f'{r[data.RANK]:.1f}', True),
     ('dips (deepest)', 'dips', _dips, True),
     ('spikes', 'spikes', lambda r: f'{r["spikes"]:,}', True),
     ('spikes begin in', 'leader', _layer_and_lag, False),
-    ('img/s', data_lib.RATE, lambda r: f'{r[data_lib.RATE]:,.0f}', True),
-    ('MFU', data_lib.MFU, lambda r: verdict.percent(r[data_lib.MFU]), True),
+    ('img/s', data.RATE, lambda r: f'{r[data.RATE]:,.0f}', True),
+    ('MFU', data.MFU, lambda r: verdict.percent(r[data.MFU]), True),
 )
 
 
 def runs(report: Report) -> str:
-  """What became of each run, with the checkboxes that hide them."""
-  rows = data_lib.table(report)
+  """Returns what became of each run, with the checkboxes that hide them."""
+  rows = data.table(report)
   fields = list(report.fields)[:FIELDS_IN_TABLE]
-  results = [sweep_table.evaluations(item.run) for item in report.shown]
+  results = [sweep_table.evaluations(run.record) for run in report.runs]
   evaluations = dict.fromkeys(name for found in results for name in found)
   columns = [c for c in COLUMNS if any(c[1] in row for row in rows)]
   # The settings come last: the name of a sweep's run has them already.
@@ -61,10 +60,10 @@ def runs(report: Report) -> str:
   numeric = [n for n, c in enumerate(columns, 2) if c[3]]
   numeric += range(len(head), len(head) + len(evaluations))
   head += [_evaluation(name) for name in evaluations]
-  head += data_lib.short(fields)
+  head += data.short(fields)
   body = []
   for number, row in enumerate(rows):
-    cells = [_box(number, report.shown[number])]
+    cells = [_box(number, report.runs[number])]
     said = [row['status'], *(w for w in ('collapsed', 'stuck') if row[w])]
     cells.append(f'<span class="{row["status"]}">{", ".join(said)}</span>')
     cells += [escape(c[2](row)) if c[1] in row else NONE for c in columns]
@@ -95,22 +94,22 @@ def _newest(values: list[float]) -> str:
   return text if len(values) == 1 else f'{text} (newest of {len(values)})'
 
 
-def _box(number: int, item: Shown) -> str:
+def _box(number: int, run: ReportedRun) -> str:
   return (
       f'<label class="run" for="run-{number}"><input type="checkbox" checked '
-      f'id="run-{number}" data-run="{number}">{swatch(item)}</label>'
+      f'id="run-{number}" data-run="{number}">{swatch(run)}</label>'
   )
 
 
-def swatch(item: Shown) -> str:
-  """How the curves of a run are drawn, and its name."""
+def swatch(run: ReportedRun) -> str:
+  """Returns how the curves of a run are drawn, and its name."""
   # The names of a sweep's runs are long, and best broken between fields.
-  name = escape(item.name).replace(',', ',<wbr>')
-  return f'{stroke(item.color, item.dash)}<span>{name}</span>'
+  name = escape(run.name).replace(',', ',<wbr>')
+  return f'{stroke(run.color, run.dash)}<span>{name}</span>'
 
 
 def stroke(color: str, dash: str = '') -> str:
-  """A short piece of a curve."""
+  """Returns a short piece of a curve."""
   return (
       '<svg class="swatch" width="32" height="10" aria-hidden="true">'
       f'<line x1="0" y1="5" x2="32" y2="5" stroke="{color}" '
@@ -122,13 +121,13 @@ def table(
     name: str, head: Iterable[str], rows: Iterable[Sequence[str]],
     numeric: Iterable[int] = (), wrap: bool = False,
 ) -> str:
-  """A table in a box that scrolls.
+  """Returns a table in a box that scrolls.
 
   Args:
-    name: for those who cannot see it.
-    head: HTML of the heads.
-    rows: HTML of the cells; the first of a row is its head.
-    numeric: columns that are flushed right.
+    name: the name of the table, for those who cannot see it.
+    head: the HTML of the heads.
+    rows: the HTML of the cells; the first of a row is its head.
+    numeric: the columns that are flushed right.
     wrap: whether long cells are broken into lines.
   """
   right = set(numeric)
@@ -152,13 +151,13 @@ def table(
 
 
 def sweep(report: Report) -> str:
-  """The means over the seeds of each point of the grid; '' of a single run."""
-  if len(report.shown) == 1:
+  """Returns the means over the seeds of each setting; '' for a single run."""
+  if len(report.runs) == 1:
     return ''
-  rows = sweep_table.aggregate([i.run for i in report.shown], report.grid)
+  rows = sweep_table.aggregate([run.record for run in report.runs], report.grid)
   metrics = sweep_table.metrics_of(rows)
   counts = ['seeds', 'done', 'diverged']
-  head = [*data_lib.short(report.grid), *counts]
+  head = [*data.short(report.grid), *counts]
   for metric in metrics:
     head += [f'{_evaluation(metric)}, mean', 'sd']
   body = []
@@ -182,14 +181,14 @@ def sweep(report: Report) -> str:
 
 
 def configs(report: Report) -> str:
-  """The fields that differ, those that do not, and where the runs ran."""
+  """Returns the fields that differ, the others, and where the runs ran."""
   parts = ['<h2>Config and environment</h2>']
   if report.fields:
     parts += [
         '<h3>Fields that differ</h3>',
         table(
             'Fields that differ',
-            ['field', *(escape(item.name) for item in report.shown)],
+            ['field', *(escape(run.name) for run in report.runs)],
             [
                 [escape(field), *(_value(value) for value in values)]
                 for field, values in report.fields.items()
@@ -198,10 +197,10 @@ def configs(report: Report) -> str:
     ]
   common = [
       [escape(field), _value(value)]
-      for field, value in report.shown[0].run.config.items()
+      for field, value in report.runs[0].record.config.items()
       if field not in report.fields
   ]
-  of = 'all runs have' if len(report.shown) > 1 else 'the run has'
+  of = 'all runs have' if len(report.runs) > 1 else 'the run has'
   parts.append(
       f'<details><summary>Config that {of} ({len(common)} fields)</summary>'
       + table('Common config', ['field', 'value'], common, wrap=True)
@@ -217,9 +216,9 @@ def _value(value: Any) -> str:
 def _environments(report: Report) -> str:
   # Most often one for all.
   found: dict[str, list[str]] = {}
-  for item in report.shown:
-    key = json.dumps(item.run.environment, sort_keys=True)
-    found.setdefault(key, []).append(item.name)
+  for run in report.runs:
+    key = json.dumps(run.record.environment, sort_keys=True)
+    found.setdefault(key, []).append(run.name)
   kinds = [json.loads(key) for key in found]
   names = sorted({name for kind in kinds for name in kind})
   if not names:

@@ -1,4 +1,4 @@
-"""Curves of a run; thinned, smoothed, made relative."""
+"""Thins, smooths and rescales the curves of a run."""
 
 from collections.abc import Sequence
 
@@ -17,23 +17,23 @@ SMOOTH = 21
 
 
 def at(curve: Curve, steps: Sequence[int]) -> list[float]:
-  """The values of a curve at some of its steps."""
+  """Returns the values of a curve at some of its steps."""
   return curve[1][np.searchsorted(curve[0], np.asarray(steps, int))].tolist()
 
 
 def points_per_curve(count: int) -> int:
-  """How many points a curve may have if there are so many curves."""
+  """Returns how many points each of so many curves may have."""
   share = POINTS // max(1, count)
   return min(CURVE_POINTS, max(FEWEST_POINTS, share))
 
 
 def thin(steps: np.ndarray, values: np.ndarray, limit: int) -> Curve:
-  """Fewer points of a curve, without losing a spike or a dip.
+  """Returns fewer points of a curve, without losing a spike or a dip.
 
   Args:
     steps: [n].
     values: [n], finite.
-    limit: of points; at least 4.
+    limit: the most points to keep; at least 4.
 
   Returns:
     At most `limit` of the points, in order: the first, the last, and the
@@ -51,11 +51,11 @@ def thin(steps: np.ndarray, values: np.ndarray, limit: int) -> Curve:
 
 
 def relative(values: np.ndarray, window: int = events.WINDOW) -> np.ndarray:
-  """Values as multiples of the median around them, as [P] Fig. 4 has them.
+  """Returns values as multiples of the median around them, as in [P] Fig. 4.
 
   Args:
     values: [n], above 0.
-    window: values on each side that make the median.
+    window: how many values on each side make the median.
   """
   # A running median is smooth, so every quarter of a window will do.
   places, medians = _medians(values, window, max(1, window // 4))
@@ -63,9 +63,10 @@ def relative(values: np.ndarray, window: int = events.WINDOW) -> np.ndarray:
 
 
 def smoothed(steps: np.ndarray, values: np.ndarray) -> Curve:
-  """The median of values [n] and those around them, SMOOTH in all.
+  """Returns the running median of values [n], over SMOOTH of them.
 
-  Of at most about CURVE_POINTS of them: no peak is worth keeping here.
+  It is taken at no more than about CURVE_POINTS places: no peak is worth
+  keeping here.
   """
   if len(values) < SMOOTH:
     return steps, values
@@ -77,7 +78,7 @@ def smoothed(steps: np.ndarray, values: np.ndarray) -> Curve:
 def _medians(
     values: np.ndarray, window: int, every: int
 ) -> tuple[np.ndarray, np.ndarray]:
-  """Each `every`th place, and the median of so many values on each side."""
+  """Returns each `every`th place, and the median of a window around it."""
   # Mirrored, the first and last values have as many neighbours as others.
   padded = np.pad(values, window, mode='symmetric')
   around = np.lib.stride_tricks.sliding_window_view(padded, 2 * window + 1)

@@ -4,8 +4,8 @@ from collections import Counter
 from collections.abc import Sequence
 import statistics
 
-from mocov3_jax.reports import data as data_lib
-from mocov3_jax.reports.data import Report, Shown
+from mocov3_jax.reports import data
+from mocov3_jax.reports.data import Report, ReportedRun
 
 NAMED = 3  # Runs that are named; of more, the others are counted.
 # Told in this order; 'absent' cannot be.
@@ -21,7 +21,7 @@ ALONE = {
 
 
 def verdict(report: Report) -> str:
-  """One paragraph: how the runs ended, and what was unstable in them."""
+  """Returns one paragraph: how the runs ended, and what was unstable."""
   return ' '.join(filter(None, (
       _endings(report), _accuracy(report), _below_random(report),
       _dips(report), _spikes(report), _failures(report),
@@ -29,29 +29,29 @@ def verdict(report: Report) -> str:
 
 
 def _endings(report: Report) -> str:
-  shown = report.shown
-  if len(shown) == 1:
-    return ALONE[shown[0].run.status]
-  found = Counter(item.run.status for item in shown)
+  runs = report.runs
+  if len(runs) == 1:
+    return ALONE[runs[0].record.status]
+  found = Counter(run.record.status for run in runs)
   parts = [
       f'{found[status]} {text}' for status, text in STATUSES.items()
       if found[status]
   ]
-  broken = [item for item in shown if item.run.status == 'diverged']
+  broken = [run for run in runs if run.record.status == 'diverged']
   which = f' ({_names(broken)})' if broken else ''  # The last of the parts.
-  return f'{len(shown)} runs: {", ".join(parts)}{which}.'
+  return f'{len(runs)} runs: {", ".join(parts)}{which}.'
 
 
 def _accuracy(report: Report) -> str:
   rows = [
-      row for row in data_lib.table(report)
+      row for row in data.table(report)
       if 'knn/top1' in row and row['step']
   ]
   if not rows:
     return ''
   best = max(rows, key=lambda row: row['knn/top1'])
   last, first = percent(best['knn/top1']), percent(best['knn/top1_init'])
-  if len(report.shown) == 1:
+  if len(report.runs) == 1:
     return f'Its last kNN accuracy is {last}; at step 0 it was {first}.'
   return (
       f'The highest last kNN accuracy is {last}, of {best["run"]}; at step 0 '
@@ -61,45 +61,45 @@ def _accuracy(report: Report) -> str:
 
 def _below_random(report: Report) -> str:
   # That falls short of a dip, or never comes back from one, is no less bad.
-  rows = data_lib.table(report)
+  rows = data.table(report)
   below = [
-      item for item, row in zip(report.shown, rows, strict=True)
+      run for run, row in zip(report.runs, rows, strict=True)
       if 'knn/top1' in row and row['knn/top1'] < row['knn/top1_init']
   ]
   if not below:
     return ''
-  if len(report.shown) == 1:
+  if len(report.runs) == 1:
     return 'That is less than the random network had.'
   return f'Below their random network: {_names(below)}.'
 
 
 def _dips(report: Report) -> str:
-  shown = [item for item in report.shown if len(item.curve(data_lib.KNN)[0])]
-  if not shown:
+  runs = [run for run in report.runs if len(run.curve(data.KNN)[0])]
+  if not runs:
     return ''
-  dipped = [item for item in shown if item.analysis.dips]
+  dipped = [run for run in runs if run.analysis.dips]
   if not dipped:
     return 'Nowhere does the kNN accuracy dip.'
   worst, deepest = max(
-      ((item, dip) for item in dipped for dip in item.analysis.dips),
+      ((run, dip) for run in dipped for dip in run.analysis.dips),
       key=lambda pair: pair[1].depth,
   )
   where = f'{points(deepest.depth)} at step {deepest.low:,}'
-  if len(report.shown) == 1:
+  if len(report.runs) == 1:
     number = len(worst.analysis.dips)
     return f'{count(number, "dip")} in kNN accuracy, the deepest of {where}.'
   have = 'has' if len(dipped) == 1 else 'have'
   return (
-      f'{len(dipped)} of {len(shown)} {have} dips in kNN accuracy; the deepest '
+      f'{len(dipped)} of {len(runs)} {have} dips in kNN accuracy; the deepest '
       f'is of {where}, in {worst.name}.'
   )
 
 
 def _spikes(report: Report) -> str:
-  total = data_lib.counts(report)['spikes']
+  total = data.counts(report)['spikes']
   if not total:
     return 'No gradient spikes.'
-  leads = [item.analysis.lead for item in report.shown]
+  leads = [run.analysis.lead for run in report.runs]
   events = sum(lead.events for lead in leads)
   led: Counter[str] = Counter()
   for lead in leads:
@@ -114,28 +114,28 @@ def _spikes(report: Report) -> str:
     return f'{text}; of {where} over several layers, no layer begins most.'
   text += (
       f'; {first} of {where} over several layers begin in the '
-      f'{data_lib.layer_name(layer)}'
+      f'{data.layer_name(layer)}'
   )
-  lag = _median_lag(report.shown)
-  if layer == data_lib.FIRST and lag is not None:
+  lag = _median_lag(report.runs)
+  if layer == data.FIRST and lag is not None:
     text += f', {count(lag, "step")} before the last block (median)'
   return text + '.'
 
 
-def _median_lag(items: Sequence[Shown]) -> float | None:
+def _median_lag(runs: Sequence[ReportedRun]) -> float | None:
   """Steps by which the last block follows the patch projection, over runs."""
   lags = [
-      item.analysis.lead.lags[data_lib.LAST] for item in items
-      if item.analysis.lead.first == data_lib.FIRST
-      and data_lib.LAST in item.analysis.lead.lags
+      run.analysis.lead.lags[data.LAST] for run in runs
+      if run.analysis.lead.first == data.FIRST
+      and data.LAST in run.analysis.lead.lags
   ]
   return statistics.median(lags) if lags else None
 
 
 def _failures(report: Report) -> str:
   parts = []
-  collapsed = [i for i in report.shown if i.analysis.collapsed is not None]
-  stuck = [i for i in report.shown if i.analysis.stuck is not None]
+  collapsed = [run for run in report.runs if run.analysis.collapsed is not None]
+  stuck = [run for run in report.runs if run.analysis.stuck is not None]
   if collapsed:
     parts.append(f'Features have collapsed in {_names(collapsed)}.')
   if stuck:
@@ -143,9 +143,9 @@ def _failures(report: Report) -> str:
   return ' '.join(parts)
 
 
-def _names(items: Sequence[Shown]) -> str:
-  names = [item.name for item in items[:NAMED]]
-  more = len(items) - NAMED
+def _names(runs: Sequence[ReportedRun]) -> str:
+  names = [run.name for run in runs[:NAMED]]
+  more = len(runs) - NAMED
   return _listed(names + ([f'{more} more'] if more > 0 else []))
 
 
@@ -155,15 +155,15 @@ def _listed(parts: Sequence[str]) -> str:
 
 
 def count(number: float, noun: str) -> str:
-  """'1 spike', '2,000 spikes', '2.5 steps'."""
+  """Returns a number of things: '1 spike', '2,000 spikes', '2.5 steps'."""
   return f'{number:,g} {noun}{"" if number == 1 else "s"}'
 
 
 def percent(share: float) -> str:
-  """Of a share from 0 to 1."""
+  """Returns a share from 0 to 1 in percent."""
   return f'{100 * share:.1f}\u00a0%'  # Not to be broken at.
 
 
 def points(share: float) -> str:
-  """Of a difference of two shares."""
+  """Returns a difference of two shares in points."""
   return f'{100 * share:.1f} points'

@@ -1,0 +1,408 @@
+"""The panels of a report as plain data; `charts` and `figure` draw them.
+
+A panel is described once, here, so that the page and the figure cannot
+disagree about what they show.
+"""
+
+from collections.abc import Callable, Container, Sequence
+import dataclasses
+import itertools
+
+import numpy as np
+
+from mocov3_jax.reports import data, thinning, verdict
+from mocov3_jax.reports.data import Report
+from mocov3_jax.reports.thinning import Curve
+from mocov3_jax.runs import table
+from mocov3_jax.training import events
+
+LAYER_COLORS = {data.FIRST: '#0072b2', data.LAST: '#d55e00'}
+# Greys that are legible on white as on dark grey.
+OTHER_LAYERS = ('#8c8c8c', '#a3a3a3', '#757575')
+# An axis with more values than this has ticks where the back end puts them.
+MOST_TICKS = 12
+# The panels of what watches a run: with labels, and without.
+MONITORS = ('knn', 'rank')
+
+
+@dataclasses.dataclass(frozen=True)
+class Line:
+  """A curve.
+
+  Attributes:
+    runs: the numbers of the runs it tells of, as places in the report.
+    x, y: its points, [n] each.
+    name: what a tooltip calls it.
+    color: as '#rrggbb'.
+    dash: the lengths of line and gap, of data.DASHES; '' is solid.
+    width: in pixels of the page.
+    errors: half the length of each point's error bar, [n]; None for a line
+      without bars and without marked points.
+  """
+
+  runs: Sequence[int]
+  x: Sequence[float]
+  y: Sequence[float]
+  name: str
+  color: str
+  dash: str = ''
+  width: float = 1.8
+  errors: Sequence[float] | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Marks:
+  """Single points, each with a text of its own.
+
+  Attributes:
+    runs, x, y, name, color: the same as in a Line.
+    texts: what a tooltip says of each point.
+    symbol: 'triangle-down', 'x', 'circle' or 'circle-open'.
+    faint: whether they are small and half transparent.
+  """
+
+  runs: Sequence[int]
+  x: Sequence[float]
+  y: Sequence[float]
+  texts: Sequence[str]
+  name: str
+  color: str
+  symbol: str
+  faint: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Level:
+  """A level to compare curves with: what guessing would give.
+
+  Attributes:
+    runs: the numbers of the runs that have this level.
+    value: the level.
+    end: the last step of these runs.
+    name: what a tooltip calls it.
+  """
+
+  runs: Sequence[int]
+  value: float
+  end: int
+  name: str
+
+
+Item = Line | Marks | Level
+
+
+@dataclasses.dataclass(frozen=True)
+class Panel:
+  """A chart of a report, whichever back end draws it.
+
+  Attributes:
+    heading: the title on the page.
+    about: what there is to see in it, for a reader of the page.
+    y_title: the title of the vertical axis.
+    items: what is drawn, in this order; nothing if nothing was logged.
+    caption: the title in the figure; '' if the figure leaves the panel out.
+    y_kind: 'number', 'share' (from 0 to 1, and told in percent) or 'multiple'
+      (on a logarithmic axis).
+    from_zero: whether the vertical axis begins at 0.
+    x_title: 'step', or the field of the config that the panel is drawn over.
+    x_log: whether the horizontal axis is logarithmic.
+    x_ticks: the values with ticks; if empty, the back end chooses them.
+    one_run: whether it is to show the items of one run at a time.
+    legend: names and colours, if these stand for something else than runs.
+  """
+
+  heading: str
+  about: str
+  y_title: str
+  items: Sequence[Item]
+  caption: str = ''
+  y_kind: str = 'number'
+  from_zero: bool = False
+  x_title: str = 'step'
+  x_log: bool = False
+  x_ticks: Sequence[float] = ()
+  one_run: bool = False
+  legend: dict[str, str] = dataclasses.field(default_factory=dict)
+
+  @property
+  def over_steps(self) -> bool:
+    """Whether the horizontal axis shows the steps of the runs."""
+    return self.x_title == 'step'
+
+
+def knn(report: Report, limit: int) -> Panel:
+  """Returns the accuracy of the nearest neighbours, and its dips."""
+  items = _lines(report, limit, data.KNN)
+  for number, run in enumerate(report.runs):
+    dips = run.analysis.dips
+    lows = [dip.low for dip in dips]
+    items += _marks(
+        number, run.curve(data.KNN), lows, [_describe(dip) for dip in dips],
+        f'{run.name}: dips', run.color, 'triangle-down',
+    )
+  return Panel(
+      heading='kNN accuracy',
+      about='Share of held-out images that their nearest neighbours classify '
+      'right. Step 0 is the random network. A triangle marks the low of a dip.',
+      caption='kNN accuracy (triangles: dips)',
+      y_title='kNN accuracy', y_kind='share',
+      items=items + _levels(
+          report, data.KNN, data.chances(report),
+          lambda level: f'chance, {verdict.percent(level)}',
+      ),
+  )
+
+
+def _describe(dip: events.Dip) -> str:
+  width = (
+      'not made good' if dip.width is None else
+      f'made good {verdict.count(dip.width, "step")} after its start'
+  )
+  return f'dip of {verdict.points(dip.depth)} at step {dip.low:,}, {width}'
+
+
+def effective_rank(report: Report, limit: int) -> Panel:
+  """Returns the effective rank of the features."""
+  return Panel(
+      heading='Effective rank of the features',
+      about='What is watched without labels: over how many directions features '
+      'spread. Near 1, they have collapsed.',
+      caption='effective rank of the features', y_title='effective rank',
+      items=_lines(report, limit, data.RANK),
+  )
+
+
+def loss(report: Report, limit: int) -> Panel:
+  """Returns the loss, and what it is at chance."""
+  chances = [run.curve('train/loss_chance')[1] for run in report.runs]
+  return Panel(
+      heading='Loss',
+      about='Of each step. Dotted: a network that tells nothing apart.',
+      caption='loss', y_title='loss',
+      items=_lines(report, limit, 'train/loss', width=1.2) + _levels(
+          report, 'train/loss',
+          [float(those[-1]) if len(those) else None for those in chances],
+          lambda level: f'chance, {level:.2f}',
+      ),
+  )
+
+
+def spread(report: Report, limit: int) -> Panel:
+  """Returns the standard deviation of the features."""
+  return Panel(
+      heading='Spread of the features',
+      about='1 where features point everywhere alike, 0 where all are the same '
+      '(collapse).',
+      y_title='spread of features',
+      items=_lines(report, limit, 'train/feature_std', width=1.2),
+  )
+
+
+def gradients(
+    report: Report, limit: int, layers: Container[str] | None = None
+) -> Panel:
+  """Returns the gradients of each run's layers, and their spikes.
+
+  Args:
+    report: the runs.
+    limit: the most points of a curve.
+    layers: the names of those to show; None shows all.
+  """
+  items: list[Item] = []
+  for number, run in enumerate(report.runs):
+    greys = itertools.cycle(OTHER_LAYERS)
+    for layer in run.layers:
+      steps, values = run.curve(f'grad_max/{layer}')
+      steps, values = steps[values > 0], values[values > 0]
+      if not len(values) or layers is not None and layer not in layers:
+        continue  # A frozen layer has zeros alone.
+      name, main = data.layer_name(layer), layer in LAYER_COLORS
+      color = LAYER_COLORS[layer] if main else next(greys)
+      ratios = thinning.relative(values)
+      x, y = thinning.thin(steps, ratios, limit)
+      items.append(Line(
+          [number], x.tolist(), y.tolist(), name, color,
+          width=1.5 if main else 1.0,
+      ))
+      highest = sorted(run.analysis.spikes[layer], key=lambda s: -s.ratio)
+      spikes = sorted(highest[:limit // 2])
+      items += _marks(
+          number, (steps, ratios), [spike.step for spike in spikes], [
+              f'spike of {spike.ratio:.3g} times the median at step '
+              f'{spike.step:,}' for spike in spikes
+          ], f'{name}: spikes', color, 'x',
+      )
+  return Panel(
+      heading='Gradients by layer',
+      about='The largest gradient of a layer, as a multiple of its own running '
+      'median. A cross marks a spike. A frozen layer has no gradient, so no '
+      'curve.',
+      caption='gradient / running median (crosses: spikes)',
+      y_title='gradient / running median', y_kind='multiple', one_run=True,
+      items=items, legend={
+          data.LAYERS[layer]: color for layer, color in LAYER_COLORS.items()
+      } | {'other layers': OTHER_LAYERS[0]},
+  )
+
+
+def learning_rate(report: Report, limit: int) -> Panel:
+  """Returns the learning rate."""
+  return Panel(
+      heading='Learning rate', about='Of each step.', y_title='learning rate',
+      items=_lines(report, limit, 'train/lr'),
+  )
+
+
+def throughput(report: Report, limit: int) -> Panel:
+  """Returns the images per second."""
+  return Panel(
+      heading='Throughput',
+      about=f'Images a second, median of {thinning.SMOOTH} steps; evaluation '
+      'and saving left out.',
+      y_title='images per second', from_zero=True,
+      items=_lines(report, limit, data.RATE, change=_smoothed),
+  )
+
+
+def mfu(report: Report, limit: int) -> Panel:
+  """Returns the model FLOP utilisation."""
+  return Panel(
+      heading='Model FLOP utilisation',
+      about='Operations the model needs, as a share of what the chips can do.',
+      y_title='MFU', y_kind='share', from_zero=True,
+      items=_lines(report, limit, data.MFU, change=_smoothed),
+  )
+
+
+def sweep(report: Report, limit: int) -> Panel:
+  """Returns the last accuracy of each run over the field that varies most.
+
+  Args:
+    report: the runs.
+    limit: not needed here, since a sweep has a point a run.
+  """
+  field = data.varied(report)
+  if field is None:
+    return Panel('Accuracy', 'No one field varies most.', 'kNN accuracy', [])
+  values = sorted(set(report.fields[field]))
+  settings = data.settings(report)
+  colors = {
+      label: data.COLORS[place % len(data.COLORS)]
+      for place, label in enumerate(settings)
+  }
+  items: list[Item] = []
+  for label, numbers in settings.items():
+    for number in numbers:
+      items += _last(report, number, field, label, colors[label])
+    items += _mean(report, numbers, field, label, colors[label])
+  return Panel(
+      heading=f'Accuracy against {field}',
+      about='Points are runs, lines the mean over the seeds of one setting, '
+      'bars one standard deviation. Open points are not done, crosses '
+      'diverged; neither is in the mean.',
+      caption='last kNN accuracy, mean and sd',
+      y_title='last kNN accuracy', y_kind='share', x_title=field,
+      x_log=0 < 10 * values[0] < values[-1],
+      x_ticks=values if len(values) <= MOST_TICKS else (),
+      items=items, legend=colors if len(colors) > 1 else {},
+  )
+
+
+def _last(
+    report: Report, number: int, field: str, label: str, color: str
+) -> list[Item]:
+  """Returns a point for a run, so that a checkbox can hide it; or nothing."""
+  run = report.runs[number]
+  values = run.curve(data.KNN)[1]
+  if not len(values):
+    return []
+  symbols = {'diverged': 'x', 'done': 'circle'}
+  status, last = run.record.status, float(values[-1])
+  text = f'{label or "run"}, {status}: {verdict.percent(last)}'
+  return [Marks(
+      [number], [run.record.config[field]], [last], [text], run.name, color,
+      symbols[status] if status in symbols else 'circle-open', faint=True,
+  )]
+
+
+def _mean(
+    report: Report, numbers: list[int], field: str, label: str, color: str
+) -> list[Item]:
+  """Returns the means over the seeds as a line, if any run is done."""
+  metric, sd = f'{data.KNN}_mean', f'{data.KNN}_sd'
+  rows = table.aggregate(
+      [report.runs[number].record for number in numbers], report.grid
+  )
+  rows = [row for row in rows if metric in row]
+  rows.sort(key=lambda row: row[field])
+  if not rows:
+    return []
+  return [Line(
+      numbers, [row[field] for row in rows], [row[metric] for row in rows],
+      f'{label or "all runs"}: mean', color, width=2,
+      errors=[row[sd] or 0.0 for row in rows],
+  )]
+
+
+# In the order in which the page's data has them.
+BUILDERS: dict[str, Callable[[Report, int], Panel]] = {
+    'sweep': sweep, 'knn': knn, 'rank': effective_rank, 'loss': loss,
+    'spread': spread, 'gradients': gradients, 'lr': learning_rate,
+    'rate': throughput, 'mfu': mfu,
+}
+
+
+def _lines(
+    report: Report, limit: int, metric: str, width: float = 1.8,
+    change: Callable[[np.ndarray, np.ndarray], Curve] = lambda *curve: curve,
+) -> list[Item]:
+  """Returns a line for each run that has logged a metric.
+
+  Args:
+    report: the runs.
+    limit: the most points of a line.
+    metric: the metric.
+    width: the width of the lines.
+    change: what becomes of a curve before it is thinned.
+  """
+  lines: list[Item] = []
+  for number, run in enumerate(report.runs):
+    steps, values = change(*run.curve(metric))
+    if len(values):
+      x, y = thinning.thin(steps, values, limit)
+      lines.append(Line(
+          [number], x.tolist(), y.tolist(), run.name, run.color, run.dash, width
+      ))
+  return lines
+
+
+def _smoothed(steps: np.ndarray, values: np.ndarray) -> Curve:
+  # The first step, which compiles, is logged as 0.
+  return thinning.smoothed(steps[values > 0], values[values > 0])
+
+
+def _marks(
+    number: int, curve: Curve, steps: list[int], texts: list[str], name: str,
+    color: str, symbol: str,
+) -> list[Item]:
+  """Returns marks at some steps of a run's curve, or nothing without steps."""
+  if not steps:
+    return []
+  values = thinning.at(curve, steps)
+  return [Marks([number], steps, values, texts, name, color, symbol)]
+
+
+def _levels(
+    report: Report, metric: str, levels: Sequence[float | None],
+    say: Callable[[float], str],
+) -> list[Item]:
+  """Returns each level that some runs with a curve of the metric have."""
+  found: dict[float, list[int]] = {}
+  for number, (run, level) in enumerate(zip(report.runs, levels, strict=True)):
+    if level is not None and len(run.curve(metric)[0]):
+      found.setdefault(level, []).append(number)
+  end = lambda number: int(report.runs[number].curve(metric)[0][-1])
+  return [
+      Level(numbers, level, max(map(end, numbers)), say(level))
+      for level, numbers in sorted(found.items())
+  ]
