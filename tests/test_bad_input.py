@@ -1,8 +1,6 @@
 """Bad input: exit code 2, one message, no traceback, nothing written."""
 
-import concurrent.futures
 import json
-import pathlib
 import sys
 
 import pytest
@@ -261,25 +259,19 @@ CASES = {
 }
 
 
-@pytest.fixture(scope='module')
-def outcomes(tmp_path_factory):
-  """Runs all cases, two at a time; {name: (result, workdir)}."""
-  root = tmp_path_factory.mktemp('bad_input')
-
-  def run(name):
-    command, arguments, _ = CASES[name]
-    folder = root / name.replace(' ', '_')
-    if command in ('train', 'evaluate', 'sweep'):
-      arguments = [f'--workdir={folder}', *arguments]
-    return tiny.run(command, *arguments), folder
-
-  with concurrent.futures.ThreadPoolExecutor(2) as pool:
-    return dict(zip(CASES, pool.map(run, CASES), strict=True))
+# One case of each command is a process of its own, as a user's would be.
+PROCESSES = {command: name for name, (command, *_) in reversed(CASES.items())}
 
 
-@pytest.mark.parametrize('name', CASES)
-def test_bad_input_gets_one_clear_message(outcomes, name):
-  (code, out, err), folder = outcomes[name]
+def outcome(how, name, folder):
+  """Runs a case by `tiny.call` or `tiny.run`."""
+  command, arguments, _ = CASES[name]
+  if command in ('train', 'evaluate', 'sweep'):
+    arguments = [f'--workdir={folder}', *arguments]
+  return how(command, *arguments)
+
+
+def check(name, folder, code, out, err):
   assert code == 2, err
   assert out == ''
   assert 'Traceback' not in err
@@ -289,16 +281,29 @@ def test_bad_input_gets_one_clear_message(outcomes, name):
   assert not folder.exists()
 
 
+@pytest.mark.parametrize('name', CASES)
+def test_bad_input_gets_one_clear_message(name, tmp_path):
+  folder = tmp_path / 'run'
+  check(name, folder, *outcome(tiny.call, name, folder))
+
+
+@pytest.mark.parametrize('command', PROCESSES)
+def test_a_process_says_the_same_and_exits_with_2(command, tmp_path):
+  name, folder = PROCESSES[command], tmp_path / 'run'
+  check(name, folder, *outcome(tiny.run, name, folder))
+
+
 def test_a_config_file_that_is_broken_is_named(tmp_path):
   path = tmp_path / 'mine.py'
   path.write_text('def get_config(:\n')
-  code, _, err = tiny.run('train', f'--config={path}', '--workdir=/nowhere/x')
+  code, _, err = tiny.call('train', f'--config={path}', '--workdir=/nowhere/x')
   assert code == 2 and 'mine.py' in err and 'Traceback' not in err
 
 
 def test_a_config_file_without_get_config_is_named(tmp_path):
   path = tmp_path / 'mine.py'
   path.write_text('x = 1\n')
+  # In one process, files are loaded over each other.
   code, _, err = tiny.run('train', f'--config={path}', '--workdir=/nowhere/x')
   assert code == 2 and 'get_config' in err and 'Traceback' not in err
 
@@ -312,7 +317,7 @@ def test_a_recipe_that_misspells_a_field_is_told_so(tmp_path):
       '  c.optimizer.lr_per_265 = 1.0\n'
       '  return c\n'
   )
-  code, _, err = tiny.run('train', f'--config={path}', '--workdir=/nowhere/x')
+  code, _, err = tiny.call('train', f'--config={path}', '--workdir=/nowhere/x')
   assert code == 2 and 'lr_per_265' in err and 'Traceback' not in err
 
 
@@ -334,7 +339,7 @@ def test_a_recipe_that_fails_is_told_why(tmp_path, body, word):
       f'  {body}\n'
       '  return c\n'
   )
-  code, _, err = tiny.run('train', f'--config={path}', '--workdir=/nowhere/x')
+  code, _, err = tiny.call('train', f'--config={path}', '--workdir=/nowhere/x')
   assert code == 2 and word in err and 'Traceback' not in err
   assert err.count('\n') == 1
 
@@ -388,7 +393,7 @@ def test_help_names_the_flags():
 
 def test_every_command_is_covered():
   commands = {
-      p.stem for p in (tiny.ROOT / 'mocov3_jax').glob('*.py')
-      if "__name__ == '__main__'" in pathlib.Path(p).read_text()
+      path.stem for path in (tiny.ROOT / 'mocov3_jax').glob('*.py')
+      if not path.name.startswith('__')
   }
   assert commands == {case[0] for case in CASES.values()}

@@ -1,11 +1,17 @@
 """A run so small that a step takes milliseconds."""
 
+import contextlib
+import io
 import json
 import os
 import pathlib
 import subprocess
 import sys
+import warnings
 
+from absl import logging
+
+from mocov3_jax import __main__
 from mocov3_jax.config import training as config_lib
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -59,6 +65,23 @@ def finish(process, timeout=300):
 def run(command, *arguments):
   """Runs a command to its end; returns (exit code, stdout, stderr)."""
   return finish(start(command, *arguments))
+
+
+def call(command, *arguments):
+  """Does what `run` does in this process, by the entry of the command line."""
+  out, err = io.StringIO(), io.StringIO()
+  before = sys.unraisablehook, logging.get_verbosity()
+  try:
+    with (
+        contextlib.redirect_stdout(out), contextlib.redirect_stderr(err),
+        contextlib.chdir(ROOT), warnings.catch_warnings(),
+    ):
+      warnings.simplefilter('ignore')  # As most are in a process of its own.
+      code = __main__.main(['mocov3_jax', command, *arguments])
+  finally:
+    sys.unraisablehook = before[0]
+    logging.set_verbosity(before[1])
+  return code, out.getvalue(), err.getvalue()
 
 
 def metrics(workdir):

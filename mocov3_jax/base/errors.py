@@ -18,7 +18,7 @@ class Preempted(Exception):
 
 
 def unknown(field: str, given: str, allowed: Iterable[str]) -> UserError:
-  """The error for a name outside a fixed set, suggesting the nearest one."""
+  """Returns the error for a name outside a fixed set, with the nearest one."""
   allowed = sorted(allowed)
   near = difflib.get_close_matches(given, allowed, n=1)
   hint = f' Did you mean {near[0]!r}?' if near else ''
@@ -28,7 +28,7 @@ def unknown(field: str, given: str, allowed: Iterable[str]) -> UserError:
 
 
 def is_out_of_memory(error: Exception) -> bool:
-  """Whether memory ran out, of the host or of a device."""
+  """Returns whether memory ran out, of the host or of a device."""
   return isinstance(error, MemoryError) or bool(
       re.search('RESOURCE_EXHAUSTED|[Oo]ut of memory', str(error))
   )

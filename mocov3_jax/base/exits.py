@@ -45,7 +45,7 @@ def catch_stop_signals() -> Iterator[Callable[[], bool]]:
 
 
 def leave(code: int) -> None:
-  """Exits; at once where others might never answer the farewell."""
+  """Exits, at once where other processes might never answer the farewell."""
   sys.stdout.flush()
   sys.stderr.flush()
   # Asked so, JAX need not start its devices to end a mistyped command.

@@ -52,15 +52,18 @@ def new_output(path: str, suffix: str, field: str = '--out') -> epath.Path:
 
 
 @contextlib.contextmanager
-def open_whole(path: epath.Path, field: str = '') -> Iterator[BinaryIO]:
+def open_whole(
+    path: epath.Path, field: str = '', parents: bool = False
+) -> Iterator[BinaryIO]:
   """Opens a file to be written whole: it appears once all is written.
 
   A file that was there is replaced then, and kept if something fails before.
 
   Args:
-    path: of the file. Its folder is made if `field` is given.
+    path: of the file.
     field: the flag that named the file; with it, errors of the file system
       become UserError.
+    parents: whether to make the folders that it lies in.
 
   Yields:
     A binary file.
@@ -71,7 +74,7 @@ def open_whole(path: epath.Path, field: str = '') -> Iterator[BinaryIO]:
   # Several processes may write one file at once, such as a listing.
   part = path.with_name(f'{path.name}.{os.getpid()}.part')
   try:
-    if field:
+    if parents:
       path.parent.mkdir(parents=True, exist_ok=True)
     with open(part, 'wb') as file:
       yield file

@@ -62,11 +62,11 @@ class JaxStep:
     self._state, self._values = self._step(self._state, self._batch)
 
   def wait(self) -> None:
-    """Until the devices have done what they were given."""
+    """Waits until the devices have done what they were given."""
     jax.block_until_ready((self._state, self._values))
 
   def memory(self) -> int | None:
-    """The most bytes ever in use on a device; None if that is not counted."""
+    """Returns the most bytes ever used on a device; None if not counted."""
     stats = jax.devices()[0].memory_stats()
     return stats['peak_bytes_in_use'] if stats else None
 
@@ -75,7 +75,7 @@ class JaxStep:
     return jax.profiler.trace(folder)
 
   def about(self) -> dict[str, Any]:
-    """Device, FLOPs of a step, peak and measured ceiling of all devices."""
+    """Returns device, FLOPs of a step, and peak and ceiling of all devices."""
     kind, count = jax.devices()[0].device_kind, self._mesh.size
     peak = chips.peak_flops(kind)
     return {
@@ -91,7 +91,7 @@ class JaxStep:
 
 
 def share_cores() -> bool:
-  """Whether the devices are those of a CPU: as fast together as one alone."""
+  """Returns whether the devices share the cores of one CPU."""
   return jax.default_backend() == 'cpu'
 
 

@@ -50,7 +50,7 @@ def _make(indices: list[int]) -> int:
 
 
 def two_views(data: bytes, config: ConfigDict, size: int) -> np.ndarray:
-  """Both views of an encoded image, float32 [2, 3, size, size], normalised.
+  """Returns both views of an image, float32 [2, 3, size, size], normalised.
 
   Args:
     data: encoded image.

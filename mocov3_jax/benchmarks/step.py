@@ -153,7 +153,7 @@ def show_step(result: dict[str, Any]) -> None:
 def benchmark_suite(
     config: ConfigDict, against: str, rounds: int, steps: int
 ) -> dict[str, Any]:
-  """`benchmark_step` for each of `SUITE`, with half the batch until it fits."""
+  """Runs `benchmark_step` for `SUITE`, halving each batch until it fits."""
   results = {}
   for name, changes in SUITE.items():
     changed = config.copy_and_resolve_references().unlock()
@@ -173,7 +173,7 @@ def main(
     config: ConfigDict, against: str, rounds: int, steps: int,
     profile: str | None, suite: bool,
 ) -> dict[str, Any]:
-  """The command.
+  """Runs the benchmark of one network, or of the suite.
 
   Raises:
     UserError: for bad input, or a batch that does not fit.

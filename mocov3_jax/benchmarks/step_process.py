@@ -126,7 +126,7 @@ def advance(step: Any, count: int) -> None:
 
 
 def peak_memory(step: Any) -> int | None:
-  """The most bytes in use: on the device, or of the process on a CPU."""
+  """Returns the most bytes used, on the device or by the process on a CPU."""
   on_device = step.memory()
   if on_device is not None:
     return on_device
@@ -143,5 +143,5 @@ def profile(step: Any, folder: str, count: int) -> None:
 
 
 def about(step: Any) -> dict[str, Any]:
-  """What `JaxStep.about` says of device and network."""
+  """Returns what `JaxStep.about` says of device and network."""
   return step.about()

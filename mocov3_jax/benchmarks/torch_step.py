@@ -19,7 +19,7 @@ from mocov3_jax.base.errors import UserError
 
 
 def head(sizes: list[int], out_affine: bool | None) -> nn.Sequential:
-  """Linear layers with BatchNorm and ReLU between them.
+  """Returns linear layers with BatchNorm and ReLU between them.
 
   Args:
     sizes: width of the input and of each layer's output.
@@ -74,7 +74,7 @@ class Encoder(nn.Module):
 def contrast(
     q: torch.Tensor, k: torch.Tensor, temperature: float
 ) -> torch.Tensor:
-  """2T * InfoNCE, in float32."""
+  """Returns 2T * InfoNCE, in float32."""
   q, k = (F.normalize(x.float(), dim=1) for x in (q, k))
   labels = torch.arange(len(q), device=q.device)
   return 2 * temperature * F.cross_entropy(q @ k.T / temperature, labels)
@@ -153,7 +153,7 @@ class TorchStep:
     )
 
   def loss(self, views: torch.Tensor) -> torch.Tensor:
-    """Of views [2, B, C, H, W]."""
+    """Returns the loss of views [2, B, C, H, W]."""
     with self._precision():
       with torch.no_grad():
         k1, k2 = self.momentum(views)
@@ -181,12 +181,12 @@ class TorchStep:
     return loss.detach()
 
   def wait(self) -> None:
-    """Until the device has done what it was given."""
+    """Waits until the device has done what it was given."""
     if self.device.type == 'cuda':
       torch.cuda.synchronize()
 
   def memory(self) -> int | None:
-    """The most bytes that tensors had on the device; None on a CPU."""
+    """Returns the most bytes of tensors on the device; None on a CPU."""
     if self.device.type == 'cuda':
       return torch.cuda.max_memory_allocated()
     return None

@@ -9,7 +9,7 @@ from mocov3_jax.data.sources import ArraySource, Splits
 
 
 def digits() -> Splits:
-  """scikit-learn's 1,797 handwritten digits, 8x8 gray, 10 classes.
+  """Opens scikit-learn's 1,797 handwritten digits, 8x8 gray, 10 classes.
 
   Every fifth image is held out (360, or 20 %), always the same ones.
   """

@@ -16,7 +16,7 @@ from mocov3_jax.data.decode import JPEG_FLAGS, Encoded, Unreadable
 TRIES = 10
 # Random numbers a box takes: areas and ratios of all tries, and its place.
 NUMBERS = 2 * TRIES + 2
-# Share of the shorter side that evaluation sees. [P] s5: 224 of 256 pixels.
+# Share of the shorter side that evaluation sees. Paper s5: 224 of 256 pixels.
 CENTRE = 0.875
 # A crop from a JPEG decoded this much larger than needed is within 2 of 255,
 # in the mean, of one from the whole image, on the most detailed photographs.
@@ -60,7 +60,7 @@ def random_box(
 
 
 def centre_box(height: int, width: int) -> Box:
-  """The square in the middle that evaluation sees."""
+  """Returns the square in the middle that evaluation sees."""
   side = max(1, round(CENTRE * min(height, width)))
   return Box((height - side) // 2, (width - side) // 2, side, side)
 

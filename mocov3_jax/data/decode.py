@@ -68,7 +68,7 @@ class Encoded:
 
   @property
   def is_plain_jpeg(self) -> bool:
-    """Whether OpenCV decodes it right: whole, and gray or RGB.
+    """Whether OpenCV decodes the image right: a whole JPEG, gray or RGB.
 
     OpenCV fills a truncated JPEG with gray in silence, so what does not end
     with the marker of its end is left to Pillow, which tells.

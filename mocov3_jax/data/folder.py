@@ -39,7 +39,7 @@ class FolderSource:
     return len(self.paths)
 
   def read(self, index: int) -> bytes:
-    """The file's bytes.
+    """Returns the file's bytes.
 
     Raises:
       Unreadable: if it cannot be read.
@@ -55,7 +55,7 @@ class FolderSource:
     return self.all_labels[indices]
 
   def name(self, index: int) -> str:
-    """The path of the file, relative to the root."""
+    """Returns the path of the file, relative to the root."""
     return os.fsdecode(self.paths[index])
 
 
@@ -167,7 +167,7 @@ def _split(paths: np.ndarray) -> tuple[np.ndarray, np.ndarray, int]:
 def _by_subfolder(
     train: np.ndarray, test: np.ndarray, start: int
 ) -> dict[bytes, str]:
-  """{path: the folder it is in}, if these folders can be classes."""
+  """Returns {path: its subfolder}, if these folders can be classes."""
   named = {}
   for image in train.tolist():
     name, slash, _ = image[start:].partition(b'/')
@@ -188,7 +188,7 @@ def _by_subfolder(
 def _read_csv(
     path: str, images: np.ndarray, labels: str
 ) -> dict[bytes, str]:
-  """{path: label} as the CSV file `labels` has them."""
+  """Returns {path: label} as the CSV file `labels` has them."""
   where = f'data.labels={labels!r}'
   try:
     text = absolute(labels, 'data.labels').read_text(encoding='utf-8-sig')

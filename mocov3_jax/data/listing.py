@@ -108,8 +108,7 @@ def _store(file: epath.Path, listing: Listing) -> None:
   buffer = io.BytesIO()
   np.savez_compressed(buffer, **listing._asdict())
   try:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with files.open_whole(file) as whole:
+    with files.open_whole(file, parents=True) as whole:
       whole.write(buffer.getvalue())
   except OSError:
     pass  # Only a convenience; the workdir itself tells what is wrong.

@@ -47,7 +47,7 @@ class Batch(NamedTuple):
 
 
 def epoch_order(seed: int, epoch: int, num_examples: int) -> np.ndarray:
-  """A permutation of range(num_examples), int64, pure in its arguments.
+  """Returns a permutation of range(num_examples), pure in the arguments, int64.
 
   Sorting raw Philox words instead of asking numpy for a permutation keeps the
   order fixed over numpy versions (only raw bit streams are guaranteed), and
@@ -60,7 +60,7 @@ def epoch_order(seed: int, epoch: int, num_examples: int) -> np.ndarray:
 def random_words(
     seed: int, place: int, stream: int, count: int
 ) -> np.ndarray:
-  """Raw random words, uint64 [count], pure in the arguments."""
+  """Returns raw random words, uint64 [count], pure in the arguments."""
   bits = np.random.Philox(
       key=np.array([seed, place], np.uint64),
       counter=np.array([0, 0, 0, stream], np.uint64),
@@ -71,7 +71,7 @@ def random_words(
 def draw_boxes(
     seed: int, place: int, height: int, width: int, views: Views
 ) -> list[crops.Box]:
-  """The crops of the views of the example at a place of the sequence.
+  """Draws the crops of the example at a place of the sequence, one per view.
 
   Args:
     seed: of the run.
@@ -148,7 +148,7 @@ class BatchReader:
 
   @property
   def shape(self) -> tuple[int, ...]:
-    """Of an example in a batch."""
+    """The shape of an example in a batch."""
     return self.source.shape or (len(self.views), self.size, self.size, 3)
 
   def read_into(self, out: np.ndarray, index: int, place: int) -> None:
@@ -216,7 +216,7 @@ def read_crops(
 
 
 def pixels(source: Source, data: bytes | np.ndarray) -> np.ndarray:
-  """What `source.read` gave as pixels, for a source of one size.
+  """Returns what `source.read` gave as pixels, for a source of one size.
 
   Raises:
     Unreadable: if it is damaged, or has another size.
@@ -252,7 +252,7 @@ def eval_batches(
     source: Source, positions: np.ndarray, batch_size: int, size: int,
     workers: Workers,
 ) -> Iterator[Batch]:
-  """All examples once, in order; the last batch repeats the last example.
+  """Yields all examples once, in order; the last batch repeats the last one.
 
   Args:
     source: the examples.

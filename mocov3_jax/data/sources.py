@@ -26,20 +26,20 @@ class Source(Protocol):
   num_classes: int
 
   def __len__(self) -> int:
-    """Number of images."""
+    """Returns the number of images."""
 
   def read(self, index: int) -> bytes | np.ndarray:
-    """An encoded image, or its pixels as uint8 [H, W, C].
+    """Returns an encoded image, or its pixels as uint8 [H, W, C].
 
     Raises:
       decode.Unreadable: if it cannot be read.
     """
 
   def labels(self, indices: Sequence[int]) -> np.ndarray:
-    """int32 [len(indices)]; -1 where there is none."""
+    """Returns the labels, int32 [len(indices)]; -1 where there is none."""
 
   def name(self, index: int) -> str:
-    """What a person would look for: a path, or a split and a number."""
+    """Returns what a person would look for: a path, or a split and a number."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,22 +60,22 @@ class ArraySource:
 
   @property
   def shape(self) -> tuple[int, int, int]:
-    """Of each image."""
+    """The shape (H, W, C) of each image."""
     return self.images.shape[1:]
 
   def __len__(self) -> int:
     return len(self.images)
 
   def read(self, index: int) -> np.ndarray:
-    """The pixels, uint8 [H, W, C]."""
+    """Returns the pixels, uint8 [H, W, C]."""
     return self.images[index]
 
   def labels(self, indices: Sequence[int]) -> np.ndarray:
-    """Labels of these images."""
+    """Returns the labels of these images."""
     return self.all_labels[indices]
 
   def name(self, index: int) -> str:
-    """Title and number."""
+    """Returns title and number."""
     return f'{self.title}[{index}]'
 
 
@@ -88,27 +88,27 @@ class Subset:
 
   @property
   def shape(self) -> tuple[int, int, int] | None:
-    """As the whole."""
+    """The shape of the images, as that of the whole source."""
     return self.source.shape
 
   @property
   def num_classes(self) -> int:
-    """As the whole."""
+    """The number of labels, as that of the whole source."""
     return self.source.num_classes
 
   def __len__(self) -> int:
     return len(self.indices)
 
   def read(self, index: int) -> bytes | np.ndarray:
-    """As the whole."""
+    """Reads an image of the whole source."""
     return self.source.read(self.indices[index])
 
   def labels(self, indices: Sequence[int]) -> np.ndarray:
-    """As the whole."""
+    """Returns the labels of these images."""
     return self.source.labels(self.indices[indices])
 
   def name(self, index: int) -> str:
-    """As the whole."""
+    """Returns the name that the image has in the whole source."""
     return self.source.name(self.indices[index])
 
 
@@ -129,7 +129,7 @@ class Splits:
   note: str = ''
 
   def fingerprint(self) -> dict[str, int | str]:
-    """What must stay the same for a run to be continued on this data."""
+    """Returns what must stay the same for a run to be continued."""
     digest = hashlib.sha256()
     for index in range(len(self.train)):
       digest.update(self.train.name(index).encode(errors='surrogateescape'))
@@ -141,7 +141,7 @@ class Splits:
 
 
 def channels(source: Source) -> int:
-  """Of the images as the model sees them."""
+  """Returns the channels of the images as the model sees them."""
   return source.shape[-1] if source.shape else 3
 
 
@@ -160,14 +160,14 @@ def check_channels(splits: Splits, spec: str, wanted: int) -> None:
 
 
 def evenly(source: Source, count: int) -> Source:
-  """At most `count` images, evenly spaced over the source; all if 0."""
+  """Returns at most `count` images, evenly spaced over the source; 0 = all."""
   if not 0 < count < len(source):
     return source
   return Subset(source, np.arange(count) * len(source) // count)
 
 
 def labelled(source: Source) -> tuple[Source, np.ndarray]:
-  """The images that have a label, and these labels, int32."""
+  """Returns the images that have a label, and these labels, int32."""
   labels = source.labels(np.arange(len(source)))
   known = np.flatnonzero(labels >= 0)
   if len(known) == len(source):
@@ -195,7 +195,7 @@ def hold_out(
 
 
 def _spread(labels: np.ndarray) -> np.ndarray:
-  """The first of every ten places whose class keeps another image."""
+  """Returns the first of every ten places whose class keeps another image."""
   left = np.bincount(labels)
   chosen = []
   for start in range(0, len(labels), HOLD_OUT):

@@ -78,7 +78,7 @@ class TfdsSource:
     return len(self._records)
 
   def read(self, index: int) -> bytes:
-    """The image as it was encoded.
+    """Returns the image as it was encoded.
 
     Raises:
       Unreadable: if the record is damaged.
@@ -109,7 +109,7 @@ class TfdsSource:
     return self._labels[indices]
 
   def name(self, index: int) -> str:
-    """Set, split and number."""
+    """Returns set, split and number."""
     return f'{self._title}[{index}]'
 
 
@@ -156,7 +156,7 @@ def load(path: str) -> Splits:
 def _labelled_test(
     builder: Any, split: str
 ) -> tuple[TfdsSource, str] | tuple[None, None]:
-  """A split to test on and its name, if one has labels."""
+  """Returns a split to test on and its name, if one has labels."""
   used = set(re.split(r'\W+', split))  # What is trained on already.
   for name in TEST_SPLITS:
     if name not in builder.info.splits or used & {name, 'all'}:

@@ -9,7 +9,7 @@ import numpy as np
 
 
 def cores() -> int:
-  """How many CPU cores this process may use."""
+  """Returns how many CPU cores this process may use."""
   if hasattr(os, 'sched_getaffinity'):  # Not on macOS.
     return len(os.sched_getaffinity(0))
   return os.cpu_count() or 1

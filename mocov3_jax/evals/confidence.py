@@ -7,7 +7,7 @@ Z = 1.959963984540054
 
 
 def interval(share: float, count: int) -> tuple[float, float]:
-  """The 95 % interval of a share of `count` images (Wilson 1927).
+  """Returns the 95 % interval of a share of `count` images (Wilson 1927).
 
   It covers the choice of the images alone; another seed may differ by more.
   """

@@ -63,7 +63,7 @@ def extract(
     if images is not None:
       rows.append(_rows(forward, params, batch_stats, split, images))
   table = {key: np.concatenate([r[key] for r in rows]) for key in rows[0]}
-  with files.open_whole(path, '--out') as file:
+  with files.open_whole(path, '--out', parents=True) as file:
     np.savez(file, **table)
   total = len(splits.train) + (len(splits.test) if splits.test else 0)
   return {

@@ -26,7 +26,7 @@ Extract = Callable[[PyTree, PyTree, Source], tuple[jax.Array, np.ndarray]]
 
 
 def readable(source: Source, unreadable: np.ndarray) -> np.ndarray:
-  """The places of the images that could be read, int64 [n].
+  """Returns the places of the images that could be read, int64 [n].
 
   Args:
     source: the images.
@@ -47,7 +47,7 @@ def readable(source: Source, unreadable: np.ndarray) -> np.ndarray:
 def width(
     model: Network, variables: PyTree, image_shape: tuple[int, int, int]
 ) -> int:
-  """How many numbers the features of an image are."""
+  """Returns how many numbers the features of an image are."""
   forward = functools.partial(model.apply, train=False, method='features')
   images = jnp.zeros((1, *image_shape))
   return jax.eval_shape(forward, variables, images).shape[-1]

@@ -19,7 +19,7 @@ PyTree = Any
 
 
 def alignment(first: jax.Array, second: jax.Array) -> jax.Array:
-  """Mean squared distance of two views' features [N, D] on the unit sphere.
+  """Returns the mean squared distance of two views' unit features [N, D].
 
   From 0, the views of an image alike, to 4.
   """
@@ -27,7 +27,7 @@ def alignment(first: jax.Array, second: jax.Array) -> jax.Array:
 
 
 def uniformity(features: jax.Array) -> jax.Array:
-  """log of the mean of exp(-2 distance^2) over pairs of different rows [N, D].
+  """Returns log(mean(exp(-2 distance^2))) over pairs of different rows [N, D].
 
   0 if all are alike (or there is one row only); the lower, the more evenly they
   cover the unit sphere.
@@ -41,7 +41,7 @@ def uniformity(features: jax.Array) -> jax.Array:
 
 
 def effective_rank(features: jax.Array) -> jax.Array:
-  """exp of the entropy of the singular values' shares, of [N, D].
+  """Returns exp of the entropy of the singular values' shares, of [N, D].
 
   From 1, all rows on one line (or zero), to min(N, D).
   """

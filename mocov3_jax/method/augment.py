@@ -23,7 +23,7 @@ Views = Sequence[ConfigDict]
 
 
 def both_views(augment: ConfigDict) -> Views:
-  """The two views of pre-training, of `config.augment`."""
+  """Returns the tables of the two views of pre-training."""
   return augment.view1, augment.view2
 
 
@@ -137,7 +137,7 @@ def apply(
 def colour(
     image: jax.Array, drawn: AugmentParams, view: ConfigDict
 ) -> jax.Array:
-  """All of `apply` after the crop, [S, S, C] to [S, S, C]."""
+  """Does all of `apply` after the crop, [S, S, C] to [S, S, C]."""
   if view.jitter_prob:
     jittered = image_ops.jitter(image, drawn.order, drawn.factors)
     image = jnp.where(drawn.jitter, jittered, image)
@@ -153,7 +153,7 @@ def colour(
 
 
 def whole_images(images: jax.Array, data: ConfigDict) -> jax.Array:
-  """What evaluation sees: uint8 [B, H, W, C], resized whole, normalised."""
+  """Returns what evaluation sees of uint8 [B, H, W, C]: resized, normalised."""
   height, width = images.shape[1:3]
   if (height, width) == (data.image_size, data.image_size):
     return image_ops.normalise(image_ops.to_float(images), data)

@@ -51,11 +51,11 @@ def build_method(
 
 
 def image_shape(data: ConfigDict) -> tuple[int, int, int]:
-  """Of a view, (S, S, C)."""
+  """Returns the shape of a view, (S, S, C)."""
   return data.image_size, data.image_size, len(data.mean)
 
 
 def run_keys(seed: int) -> tuple[jax.Array, jax.Array]:
-  """The keys of a run's initialisation and of its augmentation."""
+  """Returns the keys of a run's initialisation and of its augmentation."""
   init_key, augment_key = jax.random.split(jax.random.key(seed))
   return init_key, augment_key

@@ -17,7 +17,7 @@ BLUR_REACH = 8
 def resize_matrix(
     in_size: int, out_size: int, start: jax.Array, length: jax.Array
 ) -> jax.Array:
-  """Linear resampling of pixels [start, start + length) to `out_size` pixels.
+  """Returns linear resampling of [start, start + length) as a matrix.
 
   A triangle filter, widened where it shrinks the image (antialiasing), that
   sees nothing outside of the crop: the semantics of PIL's `resize(BILINEAR)`.
@@ -55,7 +55,7 @@ def resample(
 
 
 def gray(image: jax.Array) -> jax.Array:
-  """[H, W, C] to [H, W, 1]: ITU-R 601 luma of RGB, or the one channel."""
+  """Maps [H, W, C] to [H, W, 1]: ITU-R 601 luma of RGB, or the one channel."""
   if image.shape[-1] == 1:
     return image
   luma = jnp.asarray((0.299, 0.587, 0.114), image.dtype)
@@ -63,7 +63,7 @@ def gray(image: jax.Array) -> jax.Array:
 
 
 def blend(image: jax.Array, op: jax.Array, factor: jax.Array) -> jax.Array:
-  """Brightness, contrast or saturation: all three blend with a gray image.
+  """Changes brightness, contrast or saturation, each a blend with a gray image.
 
   Args:
     image: [H, W, C] in [0, 1].
@@ -104,7 +104,7 @@ def shift_hue(image: jax.Array, shift: jax.Array) -> jax.Array:
 def jitter(
     image: jax.Array, order: jax.Array, factors: jax.Array
 ) -> jax.Array:
-  """torchvision's ColorJitter: four adjustments in the given order.
+  """Applies torchvision's ColorJitter: four adjustments in the given order.
 
   Hue is computed once, between the blends before and those after it, since
   under `vmap` every branch of a choice is computed.
@@ -128,7 +128,7 @@ def jitter(
 
 
 def blur_matrix(size: int, sigma: jax.Array) -> jax.Array:
-  """Gaussian blur of `size` pixels as a matrix; edge pixels repeat outwards.
+  """Returns Gaussian blur of `size` pixels as a matrix; edges repeat outwards.
 
   Args:
     size: pixels along the axis.
@@ -163,7 +163,7 @@ def solarize(image: jax.Array) -> jax.Array:
 
 
 def to_float(images: jax.Array) -> jax.Array:
-  """uint8 pixels to float32 in [0, 1]."""
+  """Maps uint8 pixels to float32 in [0, 1]."""
   return images.astype(jnp.float32) / 255
 
 

@@ -34,7 +34,7 @@ def contrast(
     queries: jax.Array, keys: jax.Array, temperature: float,
     past_keys: PastKeys = (),
 ) -> tuple[jax.Array, jax.Array]:
-  """InfoNCE of each query against all keys ([P] Algorithm 1, `ctr`).
+  """Returns InfoNCE of each query against all keys (paper, Algorithm 1: `ctr`).
 
   Args:
     queries: [N, D], any length.
@@ -62,7 +62,7 @@ def moco_v3(
     online: Embeddings, target: Embeddings, past_keys: PastKeys = (), *,
     temperature: float, symmetric: bool = True,
 ) -> tuple[jax.Array, Metrics]:
-  """ctr(q1, k2) + ctr(q2, k1), with each view predicting the other's key.
+  """Returns ctr(q1, k2) + ctr(q2, k1): each view predicts the other's key.
 
   Not symmetric, 2 ctr(q1, k2): of the same size, and of half the pairs. Past
   keys are negatives beside those of the batch (the dictionary of MoCo v1 and
@@ -85,7 +85,7 @@ def moco_v3(
 def remember(
     past_keys: PastKeys, target: Embeddings, *, symmetric: bool
 ) -> PastKeys:
-  """The newest keys before the older ones, as many as there were.
+  """Puts the newest keys before the older ones, as many as there were.
 
   Args:
     past_keys: [K, D], of length 1; zeros where there is none yet. Or ().
@@ -106,7 +106,7 @@ def simclr(
     online: Embeddings, target: None, past_keys: PastKeys = (), *,
     temperature: float,
 ) -> tuple[jax.Array, Metrics]:
-  """NT-Xent: each of the 2N views finds its partner among the 2N - 1 others.
+  """Returns NT-Xent: each of 2N views finds its partner among 2N - 1 others.
 
   Chen et al. 2020 (arXiv 2002.05709), equation 1. All views are queries and
   keys, with gradients to both; there is no target network.
@@ -128,7 +128,7 @@ def simclr(
 def byol(
     online: Embeddings, target: Embeddings, past_keys: PastKeys = ()
 ) -> tuple[jax.Array, Metrics]:
-  """(2 - 2 cos(q1, z2)) + (2 - 2 cos(q2, z1)); no negatives.
+  """Returns (2 - 2 cos(q1, z2)) + (2 - 2 cos(q2, z1)); there are no negatives.
 
   Grill et al. 2020 (arXiv 2006.07733), equation 2. Both 0 where all images
   are one, so a low loss is no success: see 'train/feature_std'.
@@ -169,7 +169,7 @@ def swav(
     online: Embeddings, target: None, past_keys: PastKeys = (), *,
     temperature: float, epsilon: float, iterations: int,
 ) -> tuple[jax.Array, Metrics]:
-  """Each view predicts the other's code, its share of each prototype.
+  """Returns how badly each view predicts the other's code, over prototypes.
 
   Caron et al. 2020 (arXiv 2006.09882), equations 1 to 3, with two crops. The
   network's predictions are the cosines with the prototypes. Codes get no
@@ -194,7 +194,7 @@ def swav(
 
 
 def feature_std(features: jax.Array) -> jax.Array:
-  """Spread of L2-normalised features: 1 if isotropic, 0 if collapsed.
+  """Returns the spread of unit features: 1 if isotropic, 0 if collapsed.
 
   The standard deviation of each channel over the batch, averaged over the
   channels and multiplied by sqrt(D) (Chen & He 2021, arXiv 2011.10566, s4.1).

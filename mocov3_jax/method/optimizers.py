@@ -37,13 +37,13 @@ def warmup_cosine(
 
 
 def constant_momentum(start: float, total_steps: int) -> Schedule:
-  """The target's momentum, the same at every step ([P] s6.2)."""
+  """Returns a constant momentum of the target (paper s6.2)."""
   del total_steps
   return lambda step: jnp.full_like(step, start, dtype=float)
 
 
 def cosine_momentum(start: float, total_steps: int) -> Schedule:
-  """The target's momentum, from `start` by half a cosine to 1 ([P] App. A)."""
+  """Returns half a cosine from `start` to 1 for the target (paper App. A)."""
 
   def schedule(step):
     step = jnp.asarray(step, float)
@@ -70,7 +70,7 @@ def build_momentum(objective: ConfigDict, total_steps: int) -> Schedule:
 def cosine_by_epochs(
     peak: float, steps_per_epoch: int, total_steps: int
 ) -> Schedule:
-  """Half a cosine from `peak` to 0, the same throughout an epoch.
+  """Returns half a cosine from `peak` to 0, constant throughout an epoch.
 
   The linear probe of the paper's PyTorch release.
   """
@@ -107,7 +107,7 @@ def _decay_mask(c: ConfigDict) -> Callable[[PyTree], PyTree] | None:
 def adamw(
     c: ConfigDict, learning_rate: Schedule
 ) -> optax.GradientTransformation:
-  """AdamW with decoupled decay of every trainable tensor, as PyTorch's."""
+  """Returns AdamW; it decays every trainable tensor, as PyTorch's does."""
   return optax.chain(
       optax.scale_by_adam(c.b1, c.b2, c.eps),
       optax.add_decayed_weights(c.weight_decay, _decay_mask(c)),
@@ -118,7 +118,7 @@ def adamw(
 def lars(
     c: ConfigDict, learning_rate: Schedule
 ) -> optax.GradientTransformation:
-  """LARS (You et al. 2017) as MoCo v3 uses it for ResNets.
+  """Returns LARS (You et al. 2017) as MoCo v3 uses it for ResNets.
 
   Not `optax.lars`, which scales by the learning rate before the momentum
   buffer: the two differ once the rate changes. Decay and trust ratio apply to
@@ -138,7 +138,7 @@ def lars(
 def lamb(
     c: ConfigDict, learning_rate: Schedule
 ) -> optax.GradientTransformation:
-  """LAMB (You et al. 2020, arXiv 1904.00962), which [P] s4.1 studies too.
+  """Returns LAMB (You et al. 2020, arXiv 1904.00962), which paper s4.1 studies.
 
   AdamW's update, scaled for each tensor to the norm of that tensor.
   """
@@ -172,7 +172,7 @@ def build(
     freeze_patch_embed: keep the patch projection out of the update. The
       gradient stops there anyway, but weight decay would still move it.
     clip_patch_embed: scale its gradient down to at most a norm of
-      `c.patch_embed_clip` ([P] s4.2).
+      `c.patch_embed_clip` (paper s4.2).
 
   Raises:
     UserError: for a name that is not in the table.

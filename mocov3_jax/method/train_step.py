@@ -99,19 +99,19 @@ def abstract_state(
 
 
 def encoder(tree: PyTree) -> PyTree:
-  """The part of the parameters or statistics that the target shares."""
+  """Returns the part of parameters or statistics that the target shares."""
   return {name: sub for name, sub in tree.items() if name != 'predictor'}
 
 
 def statistics(variables: PyTree) -> PyTree:
-  """The running statistics; none in a network without BatchNorm."""
+  """Returns the running statistics; {} in a network without BatchNorm."""
   return variables['batch_stats'] if 'batch_stats' in variables else {}
 
 
 def encode_target(
     method: Method, params: PyTree, batch_stats: PyTree, views: jax.Array
 ) -> tuple[Embeddings | None, PyTree]:
-  """The target's embeddings and new statistics, of its own batches.
+  """Returns the target's embeddings, and statistics of its own batches.
 
   Of an objective without a target network: None. Its parameters are averaged
   all the same, and can be evaluated.
@@ -126,7 +126,7 @@ def encode_target(
 
 
 def ema(target: PyTree, params: PyTree, momentum: jax.Array) -> PyTree:
-  """m * target + (1 - m) * params, written so that equal stays equal."""
+  """Returns m * target + (1 - m) * params, such that equal stays equal."""
   return jax.tree.map(
       lambda t, p: t + (1 - momentum).astype(t.dtype) * (p - t), target, params
   )
@@ -135,7 +135,7 @@ def ema(target: PyTree, params: PyTree, momentum: jax.Array) -> PyTree:
 def train_step(
     method: Method, key: jax.Array, state: TrainState, images: jax.Array
 ) -> tuple[TrainState, dict[str, jax.Array], jax.Array]:
-  """One step of [P] Algorithm 1, in its order.
+  """Takes one step of the paper's Algorithm 1, in its order.
 
   Args:
     method: the parts.
@@ -185,7 +185,7 @@ def step_metrics(
     method: Method, step: jax.Array, loss: jax.Array, grads: PyTree,
     features: jax.Array,
 ) -> dict[str, jax.Array]:
-  """What a study of stability needs to see at every step ([P] s4)."""
+  """Returns what a study of stability needs to see at every step (paper s4)."""
   backbone = method.model.backbone
   layers = {
       'patch_embed': grads['backbone'][backbone.first_layer],
@@ -208,6 +208,6 @@ def step_metrics(
 
 
 def max_abs(tree: PyTree) -> jax.Array:
-  """The largest absolute value in a tree, a scalar ([P] Fig. 4)."""
+  """Returns the largest absolute value in a tree, a scalar (paper, Fig. 4)."""
   leaves = [jnp.max(jnp.abs(x)) for x in jax.tree.leaves(tree)]
   return jnp.max(jnp.stack(leaves))

@@ -16,7 +16,7 @@ from mocov3_jax.parallel.microbatch import ONE_BATCH, MicroBatches
 
 Backbone = ViT | ResNet
 
-# Blocks, width, attention heads. [P] tables 2 and 3: ViT-S has 12 heads where
+# Blocks, width, attention heads. paper tables 2 and 3: ViT-S has 12 heads where
 # DeiT's has 6. ViT-Ti is DeiT's (Touvron et al. 2021).
 VITS = {
     'vit_ti': (12, 192, 3),
@@ -71,7 +71,7 @@ class Network(nn.Module):
     return encoded.replace(predictions=predictions)
 
   def encode(self, views: jax.Array, train: bool) -> Embeddings:
-    """The same without the predictor: all that the target network does."""
+    """Does the same without the predictor: all that the target network does."""
     features = self.trunk(views, train)
     return Embeddings(features, _per_view(self.projector, features, train))
 
@@ -104,7 +104,7 @@ class Network(nn.Module):
 
 
 def _per_view(part: nn.Module, x: jax.Array, train: bool) -> jax.Array:
-  # One call a view: BatchNorm must not mix the views ([P] App. A, option ii).
+  # One call a view: BatchNorm must not mix the views (paper App. A, option ii).
   views = [part(x[:, v], train) for v in range(x.shape[1])]
   return _at_least_float32(jnp.stack(views, axis=1))
 

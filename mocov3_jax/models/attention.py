@@ -1,5 +1,10 @@
-"""Multi-head attention, sparing with memory."""
+"""Multi-head self-attention: its implementations side by side, in one table.
 
+An implementation is a function of (qkv, queries), as `attend` describes. Which
+one runs is chosen by name; all compute the same, up to rounding.
+"""
+
+from collections.abc import Callable
 import functools
 import math
 
@@ -11,21 +16,30 @@ from mocov3_jax.models.layers import xavier
 from mocov3_jax.models.recompute import recompute_barrier, recomputed
 
 
+def attend(
+    qkv: jax.Array, queries: int, implementation: str = 'reference'
+) -> jax.Array:
+  """Returns scaled dot-product attention, the softmax in float32 or wider.
+
+  Args:
+    qkv: queries, keys and values [B, T, 3, heads, head_dim].
+    queries: how many of the T tokens ask, from the first on.
+    implementation: one of ATTENTION.
+
+  Returns:
+    [B, queries, heads, head_dim], of the dtype of `qkv`.
+  """
+  return ATTENTION[implementation](qkv, queries)
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
-def attend(qkv: jax.Array, queries: int) -> jax.Array:
-  """Scaled dot-product attention, the softmax in float32 or wider.
+def reference(qkv: jax.Array, queries: int) -> jax.Array:
+  """Attends by matrix products, on any device and in any precision.
 
   For the backward pass it keeps its argument alone, and computes the weights
   again: one product more, for [B, heads, T, T] less in each block. (Rabe &
   Staats 2021, arXiv 2112.05682. `jax.nn.dot_product_attention` rounds the
   softmax to float32 even where the rest is float64.)
-
-  Args:
-    qkv: queries, keys and values [B, T, 3, heads, head_dim].
-    queries: how many of the T tokens ask, from the first on.
-
-  Returns:
-    [B, queries, heads, head_dim], of the dtype of `qkv`.
   """
   return _attend_forward(qkv, queries)[0]
 
@@ -58,7 +72,7 @@ def _attend_backward(queries, qkv, g):
   return (jnp.stack(parts, axis=2),)
 
 
-attend.defvjp(_attend_forward, _attend_backward)
+reference.defvjp(_attend_forward, _attend_backward)
 
 
 def _matrices(qkv, queries):
@@ -81,6 +95,11 @@ def _attention_weights(q, k):
 
 def _transposed(x):
   return jnp.swapaxes(x, -2, -1)
+
+
+ATTENTION: dict[str, Callable[[jax.Array, int], jax.Array]] = {
+    'reference': reference,
+}
 
 
 class Attention(nn.Module):

@@ -47,7 +47,7 @@ class Block(nn.Module):
 
   Attributes:
     num_heads, mlp_dim: attention heads, hidden width of the MLP.
-    mlp_norm: before the MLP, 'layer' or 'batch' (ViT-BN, [P] s6.3).
+    mlp_norm: before the MLP, 'layer' or 'batch' (ViT-BN, paper s6.3).
     drop_path: probability with which an image skips a branch in training
       (stochastic depth, Huang et al. 2016); draws from the rng 'drop_path'.
     dtype: of the arithmetic.

@@ -1,4 +1,4 @@
-"""The projection and prediction MLPs ([P] s5), and prototypes."""
+"""The projection and prediction MLPs (paper s5), and prototypes."""
 
 import flax.linen as nn
 import jax
@@ -13,7 +13,7 @@ class MlpHead(nn.Module):
   Without layers it is the identity.
 
   Each call normalises by the batch it is given, so the two views must come in
-  two calls ([P] App. A, option ii).
+  two calls (paper App. A, option ii).
 
   Attributes:
     num_layers: linear layers.

@@ -61,7 +61,7 @@ class BatchNorm(nn.Module):
 
   `flax.linen.BatchNorm` keeps the biased variance; PyTorch, and with it every
   published checkpoint, the unbiased one. Under `jax.jit` over a mesh the batch
-  is the global one, so this is synchronised BatchNorm ([P] App. A) without a
+  is the global one, so this is synchronised BatchNorm (paper App. A) without a
   collective in the code.
 
   Attributes:

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 @jax.custom_vjp
 def gelu_dense(x: jax.Array, kernel: jax.Array) -> jax.Array:
-  """The exact (erf) GELU and a product, keeping the arguments alone.
+  """Multiplies the exact (erf) GELU of x with a matrix, keeping both arguments.
 
   Args:
     x: [N, D].
@@ -59,7 +59,7 @@ def recompute_barrier(x: jax.Array, g: jax.Array) -> jax.Array:
 
 
 def recomputed(f: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
-  """`f`, marked for `is_recomputed`: it had been computed before."""
+  """Marks `f` for `is_recomputed`: its result had been computed before."""
 
   def _recomputed(*args):
     return f(*args)
@@ -68,7 +68,7 @@ def recomputed(f: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
 
 
 def is_recomputed(eqn: core.JaxprEqn) -> bool:
-  """Whether this is a call of a function that `recomputed` marked."""
+  """Returns whether this is a call of a function that `recomputed` marked."""
   return 'name' in eqn.params and eqn.params['name'] == '_recomputed'
 
 

@@ -1,4 +1,4 @@
-"""ResNets (He et al. 2016) as the paper's comparison uses them ([P] App. A)."""
+"""ResNets (He et al. 2016) as the paper (App. A) uses them for comparison."""
 
 import flax.linen as nn
 import jax

@@ -1,4 +1,4 @@
-"""The vision transformer of MoCo v3 (Dosovitskiy et al. 2021; [P] s5)."""
+"""The vision transformer of MoCo v3 (Dosovitskiy et al. 2021; paper s5)."""
 
 import flax.linen as nn
 import jax
@@ -16,7 +16,7 @@ PATCH_EMBEDS = (
 
 
 def sincos_positions(height: int, width: int, dim: int) -> np.ndarray:
-  """Fixed 2-D sine-cosine position embedding with a zero row for the class.
+  """Returns fixed 2-D sine-cosine positions, with a zero row for the class.
 
   The four quarters of the channels are sin(row), cos(row), sin(column),
   cos(column) at frequencies 10000^(-i / (dim / 4)). On square grids this is
@@ -46,14 +46,14 @@ class ViT(nn.Module):
     patch_size: side of a patch, pixels; divides both sides of the image.
     dim, depth, num_heads: width, blocks and attention heads.
     patch_embed: 'frozen' = a random linear projection, with the gradient
-      stopped right after it ([P] s4.2; the optimizer must leave it alone as
+      stopped right after it (paper s4.2; the optimizer must leave it alone as
       well); 'learned'; 'clipped' = learned, of a gradient that the optimizer
       must clip; 'batch_norm', 'weight_norm' = learned, with such a
-      normalisation ([P] s4.2 again); 'conv' = `ConvStem`, always learned.
-    positions: 'sincos' (fixed), 'learned' or 'none' ([P] s6.2).
+      normalisation (paper s4.2 again); 'conv' = `ConvStem`, always learned.
+    positions: 'sincos' (fixed), 'learned' or 'none' (paper s6.2).
     readout: 'cls' = class token after the final LayerNorm; 'norm_pool' = mean
       over the tokens after it; 'pool' = mean over the tokens, no final
-      LayerNorm ([P] s6.2). There is no class token in the last two.
+      LayerNorm (paper s6.2). There is no class token in the last two.
     mlp_norm, drop_path: of the blocks; the latter grows linearly from 0 in
       the first block to this in the last.
     remat: recompute each block in the backward pass instead of keeping its

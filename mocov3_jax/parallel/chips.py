@@ -60,5 +60,5 @@ PEAK_FLOPS = {
 
 
 def peak_flops(device_kind: str) -> float | None:
-  """The peak of `jax.Device.device_kind`; None if it is not in the table."""
+  """Returns the peak of a `jax.Device.device_kind`; None if it is not known."""
   return PEAK_FLOPS[device_kind] if device_kind in PEAK_FLOPS else None

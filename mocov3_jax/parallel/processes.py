@@ -76,7 +76,7 @@ def start(
 
 
 def environment_alone() -> dict[str, str]:
-  """The environment of a child that is a run of its own, also under Slurm."""
+  """Returns the environment of a child that is a run of its own."""
   return {k: v for k, v in os.environ.items() if k != SLURM_TASKS}
 
 
@@ -88,7 +88,7 @@ def _in_cluster() -> bool:
 
 
 def is_primary() -> bool:
-  """Whether this process speaks and writes for the run."""
+  """Returns whether this process speaks and writes for the run."""
   return jax.process_index() == 0
 
 

@@ -43,7 +43,7 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 
 
 def state_sharding(mesh: Mesh, state: PyTree) -> PyTree:
-  """The one rule for parameters, target, statistics and optimizer state.
+  """Returns where parameters, target, statistics and optimizer state lie.
 
   Each tensor is split over 'fsdp' along its largest axis that this divides;
   small ones, and those without such an axis, are whole everywhere.

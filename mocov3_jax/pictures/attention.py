@@ -42,7 +42,7 @@ def require_class_token(model: ConfigDict) -> None:
 def class_attention(
     vit: ViT, params: PyTree, batch_stats: PyTree, images: jax.Array
 ) -> jax.Array:
-  """Weights with which the class token attends to all tokens, last block.
+  """Returns the weights with which the last block's class token attends.
 
   Args:
     vit: with the readout 'cls'.

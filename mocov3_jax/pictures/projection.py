@@ -62,7 +62,7 @@ def plane(
 
 
 def import_umap() -> Any:
-  """The package umap-learn.
+  """Imports the package umap-learn.
 
   Raises:
     UserError: if it is not installed.

@@ -50,7 +50,7 @@ class Sheet:
       self, left: float, top: float, text: str, size: float = 8,
       align: str = 'left', color: str = TEXT,
   ) -> None:
-    """One line, its upper edge at `top`; taken literally."""
+    """Draws one line, its upper edge at `top`; taken literally."""
     self.figure.text(
         left / self.width, 1 - top / self.height, text, fontsize=size,
         ha=align, va='top', color=color, parse_math=False,
@@ -60,7 +60,7 @@ class Sheet:
       self, left: float, top: float, image: np.ndarray, frame: str = PLAIN,
       line: float = 0.5,
   ) -> None:
-    """An image uint8 [H, W, 1 or 3], fitted into a square of SIDE pixels."""
+    """Draws an image uint8 [H, W, 1 or 3], fitted into SIDE x SIDE pixels."""
     axes = self.axes(left, top, SIDE, SIDE)
     how = 'nearest' if _is_small(image) else 'antialiased'
     axes.imshow(rgb(image), interpolation=how)
@@ -74,14 +74,17 @@ class Sheet:
     Raises:
       UserError: if it cannot be written.
     """
-    with files.open_whole(path, field) as file, warnings.catch_warnings():
+    with (
+        files.open_whole(path, field, parents=True) as file,
+        warnings.catch_warnings(),
+    ):
       # Boxes stand for the letters of a script that the font lacks.
       warnings.filterwarnings('ignore', 'Glyph')
       self.figure.savefig(file, format='png', dpi=DPI)
 
 
 def rgb(image: np.ndarray) -> np.ndarray:
-  """An image uint8 [H, W, C] in three channels; gray unless C is 3."""
+  """Returns an image uint8 [H, W, C] in three channels; gray unless C is 3."""
   if image.shape[-1] == 3:
     return image
   gray = np.round(np.mean(image, axis=-1, keepdims=True)).astype(np.uint8)
@@ -89,14 +92,14 @@ def rgb(image: np.ndarray) -> np.ndarray:
 
 
 def printable(name: str) -> str:
-  """A name as one short line: no control characters, no lone surrogates."""
+  """Returns a name as one short line, without control characters."""
   name = name.encode(errors='replace').decode()
   name = ''.join(c if c.isprintable() else '?' for c in name)
   return name if len(name) <= SHOWN else f'{name[:SHOWN - 1]}…'
 
 
 def overlay(image: np.ndarray, weights: np.ndarray) -> np.ndarray:
-  """A map in colours over the image in gray.
+  """Draws a map in colours over the image in gray.
 
   Args:
     image: uint8 [H, W, C].
@@ -118,7 +121,7 @@ def overlay(image: np.ndarray, weights: np.ndarray) -> np.ndarray:
 def attention_sheet(
     images: Sequence[np.ndarray], maps: np.ndarray, lines: Sequence[str]
 ) -> Sheet:
-  """A row an image: it, a map a head, and their mean.
+  """Draws a row for each image: it, a map for each head, and their mean.
 
   Args:
     images: uint8 [H, W, C], what the network saw.
@@ -152,7 +155,7 @@ def neighbour_sheet(
     below: Sequence[Sequence[Sequence[str]]], same: np.ndarray | None,
     lines: Sequence[str],
 ) -> Sheet:
-  """A row a query: it, and its neighbours, the nearest first.
+  """Draws a row for each query: it, and its neighbours, the nearest first.
 
   Args:
     queries: Q images uint8 [H, W, C].

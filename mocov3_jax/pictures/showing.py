@@ -72,7 +72,7 @@ class Options:
 
   @property
   def path(self) -> epath.Path:
-    """Of the PNG, absolute."""
+    """The absolute path of the PNG."""
     return files.absolute(self.out, '--out')
 
 
@@ -103,14 +103,14 @@ class Shown:
 
   @property
   def source_name(self) -> str:
-    """Of the images, as a picture says it: of a folder, its own name."""
+    """What a picture calls the images; a folder has its own name."""
     if not self.opened.spec.startswith('folder:'):
       return sheets.printable(self.opened.spec)
     path = files.absolute(self.opened.spec.partition(':')[2])
     return sheets.printable(path.name)
 
   def title(self, what: str) -> str:
-    """The first line of a picture."""
+    """Returns the first line of a picture."""
     return (
         f'{what}: {self.run.config.model.name} after {self.run.step:,} steps, '
         f'{self.options.encoder} encoder'
@@ -130,7 +130,7 @@ class Shown:
     }
 
   def extract(self, source: Source) -> tuple[jax.Array, np.ndarray]:
-    """Features, and the places of what could be read, as `features.Extract`.
+    """Returns features and the places of what could be read.
 
     Raises:
       UserError: if nothing could.
@@ -145,7 +145,7 @@ class Shown:
     return self.opened.extractor(self.options.batch_size)
 
   def attend(self, source: Source) -> tuple[np.ndarray, np.ndarray]:
-    """Attention of the class token, as `attention.class_attention`.
+    """Returns the attention of the class token, as `class_attention`.
 
     Returns:
       float32 [n, heads, 1 + patches] and int64 [n], the places of the images
@@ -188,7 +188,7 @@ class Shown:
       yield batch._replace(images=images)
 
   def read(self, source: Source, indices: np.ndarray) -> list[np.ndarray]:
-    """Images as a picture shows them, uint8 [H, W, C].
+    """Returns images as a picture shows them, uint8 [H, W, C].
 
     What the network saw of them, but with as many pixels as there is room for:
     the central crop, or the whole image if all have one size.
@@ -201,7 +201,7 @@ class Shown:
     return [image for batch in batches for image in batch.images]
 
   def class_names(self) -> dict[int, str]:
-    """What the labels are called: their folders, or else their numbers."""
+    """Returns what the labels are called: their folders, or else numbers."""
     train = self.splits.train
     labels = train.labels(np.arange(len(train)))
     numbers = {n: str(n) for n in range(train.num_classes)}

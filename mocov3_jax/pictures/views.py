@@ -84,7 +84,7 @@ def _views(image, key, config):
 
 
 def _original(reader, batch, place, image, drawn):
-  """The whole image, and both boxes (top, left, height, width) in it."""
+  """Returns the whole image, and both boxes (top, left, height, width)."""
   source = reader.source
   if source.shape:
     return image, [[float(v) for v in d.box] for d in drawn]
@@ -138,7 +138,7 @@ def _paste_views(sheet, top, made, drawn, boxes, config):
 
 
 def _picture(image: np.ndarray) -> Image.Image:
-  """The image at a scale that makes its longer side SIDE pixels."""
+  """Returns the image scaled so that its longer side has SIDE pixels."""
   if image.shape[-1] == 1:
     image = np.repeat(image, 3, axis=-1)
   scale = SIDE / max(image.shape[:2])

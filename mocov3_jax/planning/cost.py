@@ -55,7 +55,7 @@ class Cost:
 
 
 def abstract_batch(config: ConfigDict) -> Batch:
-  """A batch of crops that the host made, without data."""
+  """Returns a batch of crops that the host made, without data."""
   return Batch(
       jax.ShapeDtypeStruct(
           (config.batch_size, 2, *image_shape(config.data)), jnp.uint8
@@ -139,7 +139,7 @@ def memory_needed(message: str) -> int | None:
 
 
 def seconds(cost: Cost, chips: topology.Slice) -> dict[str, float]:
-  """What a step takes at the least, by what limits it.
+  """Returns what a step takes at the least, by what limits it.
 
   Matrix products at the chip's peak, each collective as over a ring with all
   links of a chip in use: lower bounds. Memory traffic at its bandwidth: none,

@@ -84,7 +84,7 @@ def _computations(text: str) -> dict[str, list[str]]:
 
 
 def _times(computations: dict[str, list[str]]) -> dict[str, int]:
-  """How often each computation runs; loops by their bounds."""
+  """Returns how often each computation runs; loops by their bounds."""
   times = dict.fromkeys(computations, 0)
 
   def visit(name, count):
@@ -114,6 +114,6 @@ def _trips(line: str, condition: list[str]) -> int:
 
 
 def has_loops(text: str) -> bool:
-  """Whether a part of the program runs more than once."""
+  """Returns whether a part of the program runs more than once."""
   computations = _computations(text)
   return any(n > 1 for n in _times(computations).values())

@@ -71,7 +71,7 @@ def finetune(setup: Setup, path: str) -> dict[str, Any]:
 
 
 def build_model(setup: Setup) -> Classifier:
-  """The checkpoint's backbone, all of it learning, and a new classifier."""
+  """Returns the checkpoint's backbone, all of it learning, and a classifier."""
   training_config, c = setup.run.config, setup.config.finetune
   # How the blocks were looped over changes no parameter.
   model = training_config.model.copy_and_resolve_references().unlock()
@@ -91,7 +91,7 @@ def build_model(setup: Setup) -> Classifier:
 
 
 def build_method(setup: Setup, model: Classifier) -> Supervised:
-  """The parts of a step."""
+  """Returns the parts of a step."""
   config, c = setup.config, setup.config.finetune
   plan = make_plan(setup, c.lr_per_256)
   schedule = optimizers.warmup_cosine(
@@ -149,7 +149,7 @@ def layerwise_adamw(
     learning_rate: Schedule, weight_decay: float, depth: int,
     layer_decay: float,
 ) -> optax.GradientTransformation:
-  """AdamW as DeiT has it: only matrices decay; layer-wise rates.
+  """Returns AdamW as DeiT has it: only matrices decay; layer-wise rates.
 
   Args:
     learning_rate: of the head.
@@ -173,7 +173,7 @@ def layerwise_adamw(
 def init_state(
     setup: Setup, method: Supervised, key: jax.Array, variables: PyTree
 ) -> SupervisedState:
-  """A new classifier on the checkpoint's backbone, or on a random one.
+  """Puts a new classifier on the checkpoint's backbone, or on a random one.
 
   Args:
     setup: of the evaluation.

@@ -12,7 +12,7 @@ from mocov3_jax.protocols.setup import Setup
 
 
 def evaluate_knn(setup: Setup, path: str) -> dict[str, Any]:
-  """Weighted nearest neighbours, for all k and temperatures."""
+  """Classifies by weighted nearest neighbours, for all k and temperatures."""
   with setup_lib.claimed(setup, path):
     found = knn.table(
         setup.config.knn, setup.extract, setup.splits, setup.mesh,
@@ -23,7 +23,7 @@ def evaluate_knn(setup: Setup, path: str) -> dict[str, Any]:
 
 
 def evaluate_logistic(setup: Setup, path: str) -> dict[str, Any]:
-  """Logistic regression on the features of whole images."""
+  """Fits logistic regression on the features of whole images."""
   c = setup.config.logistic
   with setup_lib.claimed(setup, path):
     parts = []

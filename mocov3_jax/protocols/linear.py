@@ -34,7 +34,7 @@ def probe(setup: Setup, path: str) -> dict[str, Any]:
 
   Returns:
     'linear/top1', after the last epoch at the rate that is best then, on the
-    test images ([P] s5 sweeps likewise); 'linear/top1_best', the best of all
+    test images (paper s5 sweeps likewise); 'linear/top1_best', the best of all
     epochs and rates, which the PyTorch release reports; 'linear/by_rate', last
     and best of each rate; and the hash of the backbone, which is the same
     before and after.
@@ -78,7 +78,7 @@ def probe(setup: Setup, path: str) -> dict[str, Any]:
 
 
 def build(setup: Setup) -> linear_step.Probe:
-  """The parts of the probe."""
+  """Returns the parts of the probe."""
   config, run = setup.config, setup.run
   view = augment.build(
       (config.view,), run.config.data, models.DTYPES[run.config.model.dtype]

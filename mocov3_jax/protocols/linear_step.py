@@ -1,6 +1,6 @@
 """Linear classifiers on frozen features, a sweep of learning rates at once.
 
-[P] s5 and its PyTorch release: SGD with momentum, no decay, half a cosine by
+Paper s5 and its PyTorch release: SGD with momentum, no decay, half a cosine by
 epochs, random crops and flips; the backbone in evaluation mode. Probes are
 sensitive to the learning rate, and their features are the same: so one pass
 through the backbone serves a head for each rate.
@@ -57,7 +57,7 @@ class Probe:
 def build_optimizer(
     rates: tuple[float, ...], schedule: Schedule, momentum: float
 ) -> optax.GradientTransformation:
-  """SGD with heavy-ball momentum; head l learns at rates[l] * schedule."""
+  """Returns SGD with momentum; head l learns at rates[l] * schedule."""
 
   def each_its_rate(updates, params):
     del params
@@ -77,7 +77,7 @@ def build_optimizer(
 def init_state(
     probe: Probe, key: jax.Array, heads: int, width: int, num_classes: int
 ) -> ProbeState:
-  """Weights from N(0, 0.01), the same for all heads, and biases 0 ([R])."""
+  """Draws weights from N(0, 0.01), the same for all heads; biases are 0."""
   kernel = 0.01 * jax.random.normal(key, (1, width, num_classes))
   params = {
       'kernel': jnp.repeat(kernel, heads, axis=0),
@@ -93,7 +93,7 @@ def init_state(
 
 
 def logits(params: PyTree, features: jax.Array) -> jax.Array:
-  """Of all heads: features [B, D] -> [L, B, C]."""
+  """Maps features [B, D] to the logits of all heads, [L, B, C]."""
   products = jnp.einsum('bd,ldc->lbc', features, params['kernel'])
   return products + params['bias'][:, None]
 
@@ -114,7 +114,7 @@ def probe_step(
     probe: Probe, frozen: PyTree, key: jax.Array, state: ProbeState,
     images: jax.Array, labels: jax.Array,
 ) -> tuple[ProbeState, dict[str, jax.Array]]:
-  """One step of all heads.
+  """Takes one step of all heads.
 
   Args:
     probe: the parts.
@@ -163,7 +163,7 @@ def probe_step(
 def predict(
     probe: Probe, state: ProbeState, features: jax.Array
 ) -> jax.Array:
-  """The class that each head finds: features [n, D] -> int [L, n]."""
+  """Returns the class that each head finds: features [n, D] -> int [L, n]."""
   features, _ = apply_norm(probe, state.batch_stats, features, False)
   # A head after the other: the logits of all would be large.
   def one(head):

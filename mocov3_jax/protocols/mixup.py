@@ -1,6 +1,6 @@
 """Mixed examples with soft labels, for fine-tuning by the recipe of DeiT.
 
-[D] is Touvron et al. 2021 (arXiv 2012.12877), whose Table 9 combines all that
+DeiT is Touvron et al. 2021 (arXiv 2012.12877), whose Table 9 combines all that
 is here. Pure functions on the device. Images are float and normalised: what
 is erased is filled with noise of the mean and spread of such pixels.
 """
@@ -16,7 +16,7 @@ Box = tuple[jax.Array, jax.Array, jax.Array, jax.Array]
 
 # Of random erasing: tries of a box; its share of the image; height / width.
 # Zhong et al. 2020 (arXiv 1708.04896) has areas up to 0.4; 1/3 and the noise
-# are of the implementation that [D] used (timm's documentation).
+# are of the implementation that DeiT used (timm's documentation).
 TRIES = 10
 AREA = (0.02, 1 / 3)
 RATIO = (0.3, 1 / 0.3)
@@ -41,7 +41,7 @@ def smooth(
 
 
 def soft_cross_entropy(logits: jax.Array, targets: jax.Array) -> jax.Array:
-  """Cross-entropy to soft targets, a mean over the rows that have a target.
+  """Returns the mean cross-entropy of the rows that have a (soft) target.
 
   Args:
     logits: [B, C], any float.
@@ -135,10 +135,10 @@ def mix(
     images: jax.Array, targets: jax.Array, key: jax.Array,
     mixup_alpha: float, cutmix_alpha: float,
 ) -> tuple[jax.Array, jax.Array]:
-  """Mixes a batch with its reverse, by `mixup` or `cutmix`, as [D] does.
+  """Mixes a batch with its reverse, by `mixup` or `cutmix`, as DeiT does.
 
   One choice and one lambda ~ Beta(alpha, alpha) serve the whole batch. With
-  both alphas above 0, each of the two has probability 1/2. [D] has 0.8, 1.0.
+  both alphas above 0, each of the two has probability 1/2. DeiT has 0.8, 1.0.
 
   Args:
     images: [B, H, W, C], any float; the global batch.
@@ -210,7 +210,7 @@ def erase(images: jax.Array, keys: jax.Array, prob: float) -> jax.Array:
     images: [B, H, W, C], any float, normalised.
     keys: [B], one an example, on which alone depends what it gets.
     prob: of each image, a Python number; with 0 the images are returned as
-      they are. [D] has 0.25.
+      they are. DeiT has 0.25.
 
   Returns:
     The images, of the shape and dtype given.

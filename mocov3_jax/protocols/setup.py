@@ -80,7 +80,7 @@ def prepare(config: ConfigDict, path: str) -> Setup:
 
 
 def digest(tree: PyTree) -> str:
-  """SHA-256 of all arrays of a tree."""
+  """Returns the SHA-256 of all arrays of a tree."""
   found = hashlib.sha256()
   for leaf in jax.tree.leaves(jax.device_get(tree)):
     found.update(np.ascontiguousarray(leaf).tobytes())
@@ -88,7 +88,7 @@ def digest(tree: PyTree) -> str:
 
 
 def fingerprint(setup: Setup) -> dict[str, Any]:
-  """What must stay the same for an evaluation to be continued."""
+  """Returns what must stay the same for an evaluation to be continued."""
   splits = setup.splits
   return splits.fingerprint() | {
       'test_images': len(splits.test),
@@ -143,7 +143,7 @@ def labelled_splits(config: ConfigDict, opened: Opened) -> sources.Splits:
 def few_of_each(
     source: sources.Source, labels: np.ndarray, count: int, seed: int
 ) -> sources.Source:
-  """So many images of each class, chosen by the seed.
+  """Returns `count` images of each class, chosen by the seed.
 
   Raises:
     UserError: if a class has fewer.

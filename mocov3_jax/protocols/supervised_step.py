@@ -57,7 +57,7 @@ def supervised_step(
     method: Supervised, key: jax.Array, state: SupervisedState,
     images: jax.Array, labels: jax.Array,
 ) -> tuple[SupervisedState, dict[str, jax.Array]]:
-  """One step of fine-tuning.
+  """Takes one step of fine-tuning.
 
   Args:
     method: the parts.

@@ -154,7 +154,7 @@ def _styles(
     runs: Sequence[history.Run], names: list[str], grid: list[str]
 ) -> list[tuple[str, str]]:
   # Seeds of one setting look alike; how patches are embedded, on which
-  # stability hangs ([P] s4.2), is told by the dash, as in the paper.
+  # stability hangs (paper s4.2), is told by the dash, as in the paper.
   telling = [field for field in grid if field != PATCH] or grid
   keys = [
       json.dumps([run.config[field] for field in telling]) if telling else name

@@ -56,12 +56,8 @@ def report(
       'png': lambda: figure.png(made),
       'csv': lambda: as_csv(made).encode(errors='replace'),
   }[kind]()
-  part = path.with_name(f'{path.name}.part')
-  try:
-    part.write_bytes(content)
-    part.replace(path)
-  except OSError as e:
-    raise UserError(f'--out={out} cannot be written: {e.strerror}.') from e
+  with files.open_whole(path, '--out') as file:
+    file.write(content)
   return {'out': str(path), **data.counts(made), 'bytes': len(content)}
 
 

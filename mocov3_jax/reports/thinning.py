@@ -51,7 +51,7 @@ def thin(steps: np.ndarray, values: np.ndarray, limit: int) -> Curve:
 
 
 def relative(values: np.ndarray, window: int = events.WINDOW) -> np.ndarray:
-  """Returns values as multiples of the median around them, as in [P] Fig. 4.
+  """Returns values as multiples of the median around them, as in paper Fig. 4.
 
   Args:
     values: [n], above 0.

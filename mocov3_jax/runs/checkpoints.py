@@ -155,7 +155,7 @@ class Checkpoints:
     return self._manager.restore(step, args=args)[ITEM]
 
   def newest_before(self, step: int) -> int | None:
-    """The newest checkpoint before `step`; later ones are moved aside.
+    """Returns the newest checkpoint before `step`; later ones are moved aside.
 
     For a run whose state was found broken at `step`.
     """
@@ -194,7 +194,7 @@ def _all_arrive(where: str) -> None:
 
 
 def first_line(error: Exception) -> str:
-  """The kind of an error and the first line of its text, shortened."""
+  """Returns the kind of an error and the first line of its text, shortened."""
   lines = str(error).strip().splitlines() or ['']
   text = textwrap.shorten(lines[0], 160, placeholder=' ...')
   return f'{type(error).__name__}: {text}'

@@ -67,7 +67,7 @@ def read(folder: epath.Path, rows: bool = True) -> Run:
 
 
 def status(folder: epath.Path) -> str:
-  """What has become of the run in a folder.
+  """Returns what has become of the run in a folder.
 
   Returns:
     'absent' (not begun), 'running' (a process holds it), 'done', 'diverged'
@@ -84,7 +84,7 @@ def status(folder: epath.Path) -> str:
 
 
 def in_use(folder: epath.Path) -> bool:
-  """Whether a process has claimed the workdir (see `workdir.claimed`)."""
+  """Returns whether a process has claimed the workdir (`workdir.claimed`)."""
   path = folder / '.lock'
   if not path.exists():
     return False
@@ -131,7 +131,7 @@ def _folders(path: str, folder: epath.Path) -> Iterator[epath.Path]:
 
 
 def aligned(runs: Sequence[Run]) -> list[Run]:
-  """The same runs, with None for each field that only others have.
+  """Returns the same runs, with None for each field that only others have.
 
   Those of another version have other fields.
   """
@@ -142,7 +142,7 @@ def aligned(runs: Sequence[Run]) -> list[Run]:
 
 
 def differing(runs: Sequence[Run]) -> dict[str, list[Any]]:
-  """The fields of the config in which `aligned` runs differ, and the values."""
+  """Returns the fields in which `aligned` runs differ, with their values."""
   columns = {
       field: [run.config[field] for run in runs]
       for run in runs[:1] for field in run.config

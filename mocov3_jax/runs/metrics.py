@@ -32,7 +32,7 @@ def read_metrics(path: epath.Path) -> list[dict[str, Any]]:
 
 
 def read_last(path: epath.Path) -> dict[str, Any]:
-  """The last row of a metrics.jsonl alone; empty if there is none."""
+  """Reads the last row of a metrics.jsonl alone; empty if there is none."""
   if not path.exists():
     return {}
   with open(path, 'rb') as file:

@@ -63,18 +63,18 @@ def _row(members: list[runs_lib.Run]) -> Row:
 
 
 def measured(run: runs_lib.Run) -> dict[str, float]:
-  """The accuracies of a done run: its last kNN, and its evaluations."""
+  """Returns the accuracies of a done run: its last kNN, and its evaluations."""
   own = {MONITOR: run.result[MONITOR]} if MONITOR in run.result else {}
   return own | evaluated(run)
 
 
 def evaluated(run: runs_lib.Run) -> dict[str, float]:
-  """The newest of each of the `evaluations` of a run."""
+  """Returns the newest of each of the `evaluations` of a run."""
   return {name: values[-1] for name, values in evaluations(run).items()}
 
 
 def evaluations(run: runs_lib.Run) -> dict[str, list[float]]:
-  """The top-1 accuracies of each evaluation of a run's last step, as made.
+  """Returns the top-1 accuracies of each evaluation of a run's last step.
 
   Returns:
     {'eval_linear_small/top1': [...]}, by the folder of the evaluation where
@@ -99,7 +99,7 @@ def evaluations(run: runs_lib.Run) -> dict[str, list[float]]:
 
 
 def metrics_of(rows: Iterable[Row]) -> list[str]:
-  """The metrics of which any row has a mean, the monitor's first."""
+  """Returns the metrics of which any row has a mean, the monitor's first."""
   ending = '_mean'
   names = dict.fromkeys(
       key.removesuffix(ending) for row in rows for key in row
@@ -109,7 +109,7 @@ def metrics_of(rows: Iterable[Row]) -> list[str]:
 
 
 def as_text(rows: Sequence[Row], names: dict[str, str]) -> str:
-  """The rows of `aggregate` as an aligned table, accuracies in per cent.
+  """Returns the rows of `aggregate` as an aligned table, in per cent.
 
   Args:
     rows: of `aggregate`.
@@ -133,7 +133,7 @@ def as_text(rows: Sequence[Row], names: dict[str, str]) -> str:
 
 
 def show_value(value: Any) -> str:
-  """A value of the config, as one would type it: 0.0001, (0.3,0.5), frozen."""
+  """Returns a value as one would type it: 0.0001, (0.3,0.5), frozen."""
   if isinstance(value, (list, tuple)):
     comma = ',' if len(value) == 1 else ''
     return f'({",".join(map(show_value, value))}{comma})'

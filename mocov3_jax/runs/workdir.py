@@ -27,7 +27,7 @@ OUTPUTS = (
 
 
 def to_json(config: ConfigDict) -> dict[str, Any]:
-  """The config as nested dicts of JSON values (tuples become lists)."""
+  """Returns the config as nested dicts of JSON values (tuples become lists)."""
   return json.loads(json.dumps(config.to_dict()))
 
 

@@ -65,7 +65,7 @@ def require_same_sweep(
 
 
 def _base(described: dict[str, Any]) -> dict[str, Any]:
-  """What has to stay, for a sweep to be continued."""
+  """Returns what has to stay for a sweep to be continued."""
   return {
       'config': described['config'],
       'fields of the grid': sorted(described['axes']),

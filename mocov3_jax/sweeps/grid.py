@@ -171,7 +171,7 @@ def split(text: str, listed: str) -> list[str]:
 
 
 def _parse_value(field: str, text: str, base: ConfigDict) -> Any:
-  """What --config.FIELD=TEXT would set, by the very parser of the commands."""
+  """Returns what --config.FIELD=TEXT would set, by the commands' own parser."""
   argv = ['sweep', f'--config.{field}={text}']
   values = flags.FlagValues()
   try:
@@ -227,7 +227,7 @@ def _last_line(error: Exception) -> str:
 
 
 def short_name(field: str, fields: Sequence[str]) -> str:
-  """The shortest tail of a dotted name that no other field has."""
+  """Returns the shortest tail of a dotted name that no other field has."""
   parts = field.split('.')
   tails = ['.'.join(parts[-n:]) for n in range(1, len(parts) + 1)]
   return next(
@@ -238,7 +238,7 @@ def short_name(field: str, fields: Sequence[str]) -> str:
 
 
 def points(grid: Grid, base: ConfigDict) -> list[Point]:
-  """All runs of a grid; the seed changes fastest.
+  """Returns all runs of a grid; the seed changes fastest.
 
   Args:
     grid: of the sweep.
@@ -269,7 +269,7 @@ def _points(grid: Grid, base: ConfigDict) -> Iterator[Point]:
 
 
 def folder_name(words: Sequence[str]) -> str:
-  """A name for a folder, unique and the same for ever.
+  """Returns a name for a folder, unique and always the same.
 
   Args:
     words: 'lr_per_256=0.0001' each, in an order that stays.

@@ -56,7 +56,7 @@ class Job:
   evaluations: dict[epath.Path, list[str]]
 
   def commands(self) -> dict[epath.Path, list[str]]:
-    """Those that are left, as far as the folders tell, by their folder."""
+    """Returns the commands that are left, as far as the folders tell."""
     status = history.status(self.folder)
     if status == 'diverged':
       return {}

@@ -1,7 +1,7 @@
 """Events of a curve: spikes of gradients, dips of kNN, who spiked first.
 
-[P] s4. Sizes are relative to the curve's own noise, which is measured with
-medians, so that the event itself does not count as noise.
+See the paper's section 4. Sizes are relative to the curve's own noise, which
+is measured with medians, so that the event itself does not count as noise.
 """
 
 from collections.abc import Mapping, Sequence
@@ -11,24 +11,24 @@ from typing import NamedTuple
 
 import numpy as np
 
-# A spike is this many times the median around it: those of [P] Fig. 4 are 8
-# in the first layer and 4.5 in the last, read off the figure.
+# A spike is this many times the median around it: those of the paper's Fig. 4
+# are 8 in the first layer and 4.5 in the last, read off the figure.
 SPIKE_RATIO = 3.0
 # And this many standard deviations of the log. With the margin of `noise_bound`
 # fewer than one in a million values of normal noise come so far.
 SPIKE_SIGMAS = 5.0
 # Logged values on one side of a spike that make its median. Short against the
-# schedule, long against a spike (tens of steps in [P] Fig. 4).
+# schedule, long against a spike (tens of steps in paper Fig. 4).
 WINDOW = 100
 # With fewer values than this there is no saying what is normal.
 MIN_HISTORY = 20
 # Crossings so near each other are one spike: noise on its flank cuts it.
 SPIKE_GAP = 5
-# Steps from layer to layer: twice the 20 to 25 of [P] Fig. 4.
+# Steps from layer to layer: twice the 20 to 25 of the paper's Fig. 4.
 MAX_LAG = 50
 
 # kNN of some hundreds of images has a binomial standard error of 0.01 to 0.02,
-# and the dips of [P] Figs. 1 to 6 are of 0.03 to 0.25.
+# and the dips of the paper's Figs. 1 to 6 are of 0.03 to 0.25.
 DIP_DEPTH = 0.03
 # The highest of a hundred values is 2.5 deviations up, the lowest 2.5 down:
 # 5 are no fall at all, and the other 2 make it sure.
@@ -69,7 +69,7 @@ class Dip:
 
 @dataclasses.dataclass(frozen=True)
 class Lead:
-  """In which layer the spikes begin ([P] Fig. 4).
+  """In which layer the spikes begin (paper Fig. 4).
 
   Attributes:
     first: the layer that is first in most events; None if none is.
@@ -86,7 +86,7 @@ class Lead:
 
 
 def noise_bound(deviations: np.ndarray) -> float:
-  """Standard deviation of [n] numbers around 0: not more than this.
+  """Returns a bound of the standard deviation of [n] numbers around 0.
 
   1.4826 medians of the absolute value are one, of normal numbers; that is off
   by 1.16 / sqrt(n) of itself (one standard error), so two of these are added.
@@ -96,7 +96,7 @@ def noise_bound(deviations: np.ndarray) -> float:
 
 
 def excess(value: float, others: np.ndarray) -> float:
-  """How many times the median of `others` [n] it is, if a spike; else 0."""
+  """Returns how many times the median of `others` [n] a spike is; else 0."""
   # Most steps end here: the median is not asked for if it cannot be exceeded.
   if 2 * np.count_nonzero(others < value / SPIKE_RATIO) <= len(others):
     return 0.0
@@ -191,7 +191,7 @@ def _dip(
 def lead(
     by_layer: Mapping[str, Sequence[Spike]], max_lag: int = MAX_LAG
 ) -> Lead:
-  """Which layer spikes first, and how long the others take to follow.
+  """Returns which layer spikes first, and how long the others take.
 
   Args:
     by_layer: the spikes of each layer.

@@ -74,7 +74,7 @@ def network_cost(
 def kept_bytes(
     model: Network, variables: PyTree, views: jax.ShapeDtypeStruct
 ) -> int:
-  """What autodiff keeps of the forward pass for the backward one, bytes."""
+  """Returns the bytes that autodiff keeps of the forward pass."""
   def residuals(variables, views):
     def forward(params):
       online, _ = model.apply(

@@ -30,7 +30,7 @@ class Throughput:
 
   @property
   def average(self) -> float:
-    """Of all steps but the first, which compiles; 0 before the second."""
+    """Images per second over all steps but the first, which compiles, or 0."""
     return self._steps * self._images / self._seconds if self._steps else 0.0
 
   @contextlib.contextmanager

@@ -1,8 +1,8 @@
 """What went wrong in a run, from its metrics: afterwards, and as it happens.
 
-`analyse` reads the rows of a metrics.jsonl: the instabilities of [P] s4
-(`events`), and the ends of a run that has failed. `Watch` says the same while
-the run goes on.
+`analyse` reads the rows of a metrics.jsonl: the instabilities of the
+paper's section 4 (`events`), and the ends of a run that has failed. `Watch`
+says the same while the run goes on.
 """
 
 import collections
@@ -34,7 +34,7 @@ LASTING_ROWS = 20
 # run, a third.
 STUCK_STEPS = 1000
 
-# Steps from row to row, at most, to tell a lag of 20 ([P] Fig. 4).
+# Steps from row to row, at most, to tell a lag of 20 (paper Fig. 4).
 COARSEST = 5
 # Steps for which Watch does not repeat itself: one event spans fewer.
 SILENCE = 200
@@ -43,7 +43,7 @@ SILENCE = 200
 LIVE_DIP_SIGMAS = events.DIP_SIGMAS + 1
 
 CALMER = 'a lower optimizer.lr_per_256 or a longer schedule.warmup_epochs'
-# Of a ResNet or a stem of convolutions there is none to freeze ([P] s4.2).
+# Of a ResNet or a stem of convolutions there is none to freeze (paper s4.2).
 FREEZE = 'model.patch_embed=frozen (where that is a linear projection), '
 APART = (
     'BatchNorm in the heads, a predictor (BYOL), objective.momentum near 1, '
@@ -55,7 +55,7 @@ LEARN = 'another learning rate, a longer warm-up'
 def all_series(
     rows: Iterable[Mapping[str, float]]
 ) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-  """The steps (int64 [n]) and finite values (float64 [n]) of each metric."""
+  """Returns steps (int64 [n]) and finite values (float64 [n]) by metric."""
   found: dict[str, tuple[list[int], list[float]]] = {}
   for row in rows:
     for name, value in row.items():
@@ -70,7 +70,7 @@ def all_series(
 
 
 def series(rows: Rows, name: str) -> tuple[np.ndarray, np.ndarray]:
-  """That of one metric; empty if it was not logged."""
+  """Returns the steps and values of one metric; empty if it was not logged."""
   own = [
       {'step': row['step'], name: row[name]} for row in rows if name in row
   ]
@@ -78,7 +78,7 @@ def series(rows: Rows, name: str) -> tuple[np.ndarray, np.ndarray]:
 
 
 def is_collapsed(row: Mapping[str, float]) -> bool:
-  """Whether the features, or the embeddings, of all images are one.
+  """Returns whether the features, or the embeddings, of all images are one.
 
   The embeddings can be with features that are not: BYOL's heads do it alone.
   Its loss shows that. A contrastive loss is at chance then: see `is_stuck`.
@@ -93,7 +93,7 @@ def is_collapsed(row: Mapping[str, float]) -> bool:
 
 
 def is_stuck(row: Mapping[str, float]) -> bool:
-  """Whether the loss is that of a network which tells nothing apart.
+  """Returns whether the loss is that of a network which tells nothing apart.
 
   Above counts as well: embeddings that differ, but say nothing.
   """
@@ -101,14 +101,14 @@ def is_stuck(row: Mapping[str, float]) -> bool:
 
 
 def collapsed(rows: Rows) -> int | None:
-  """The step since which all images are one, up to the end; or None."""
+  """Returns the step since which all images are one, up to the end."""
   rows = [row for row in rows if 'train/feature_std' in row]
   bad = _last_run([is_collapsed(row) for row in rows])
   return rows[-bad]['step'] if bad >= LASTING_ROWS else None
 
 
 def stuck(rows: Rows) -> int | None:
-  """The step since which the loss is at chance, up to the end; or None.
+  """Returns the step since which, up to the end, the loss is at chance.
 
   Only if that lasts for STUCK_STEPS, or for a third of the run.
   """
@@ -122,12 +122,12 @@ def stuck(rows: Rows) -> int | None:
 
 
 def _last_run(bad: list[bool]) -> int:
-  """How many of the last are True, without a gap."""
+  """Returns how many of the last are True, without a gap."""
   return (bad[::-1] + [False]).index(False)
 
 
 def diverged(rows: Rows) -> int | None:
-  """The step at which a metric stopped being finite, or None."""
+  """Returns the step at which a metric stopped being finite, or None."""
   steps, _ = series(rows, 'train/diverged')
   return int(steps[0]) if len(steps) else None
 
@@ -271,7 +271,7 @@ class Watch:
     ))
 
   def _say(self, kind: str, step: int, text: str) -> list[str]:
-    """A list of the warning; empty if its kind has been heard just now."""
+    """Returns a list of the warning; empty if its kind was given just now."""
     last, held = self._spoken.setdefault(kind, (-math.inf, 0))
     if step - last < SILENCE:
       self._spoken[kind] = last, held + 1

@@ -174,7 +174,7 @@ def write_safetensors(
 ) -> None:
   """Writes a safetensors file, whole or not at all."""
   metadata = {'format': 'pt', DESCRIPTION: description}
-  with files.open_whole(path, '--to') as file:
+  with files.open_whole(path, '--to', parents=True) as file:
     # Its save_file leaves a file that nobody else can read.
     file.write(safetensors_numpy.save(dict(tensors), metadata))
 
@@ -196,7 +196,7 @@ def write_torch(
       return {key: convert(value) for key, value in x.items()}
     return torch.tensor(x) if isinstance(x, np.ndarray) else x
 
-  with files.open_whole(path, '--to') as file:
+  with files.open_whole(path, '--to', parents=True) as file:
     torch.save(convert(content) | {DESCRIPTION: description}, file)
 
 

@@ -18,7 +18,7 @@ def config_of(
     source: str, backbone: Tensors, num_heads: int, frozen: bool,
     rounding: float,
 ) -> ConfigDict:
-  """A config with the model that these tensors are of.
+  """Returns a config with the model that these tensors are of.
 
   What is in no weights comes from the paper and the arguments: images of 224
   pixels for a ResNet (32 with the stem for small images), ImageNet's

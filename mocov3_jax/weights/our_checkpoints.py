@@ -44,7 +44,7 @@ def read(path: str) -> Weights:
 
 
 def leaves(tree: Any) -> list[tuple[Path, np.ndarray]]:
-  """The leaves of any tree with the names on their way."""
+  """Returns the leaves of any tree with the names on their way."""
   found, _ = jax.tree_util.tree_flatten_with_path(tree)
   return [(_keys(path), leaf) for path, leaf in found]
 

@@ -52,7 +52,7 @@ class Place:
 
 
 def head_name(config: ConfigDict) -> str:
-  """What PyTorch calls the projector or classifier of this model."""
+  """Returns what PyTorch calls the projector or classifier of this model."""
   return 'fc' if config.model.name in models.RESNETS else 'head'
 
 
@@ -66,7 +66,7 @@ def _require_names(config: ConfigDict) -> None:
 
 
 def full_places(config: ConfigDict) -> dict[str, Place]:
-  """The state_dict of the release: two encoders and the predictor.
+  """Returns the release's state_dict: two encoders and the predictor.
 
   Raises:
     UserError: for a network that the release has no names for.
@@ -95,7 +95,7 @@ def full_places(config: ConfigDict) -> dict[str, Place]:
 def backbone_places(
     config: ConfigDict, encoder: str, classes: int = 0
 ) -> dict[str, Place]:
-  """The state_dict of a backbone, as in timm, with or without a classifier.
+  """Returns the state_dict of a backbone, as in timm.
 
   Args:
     config: of the run.
@@ -149,7 +149,7 @@ def constants(
 
 
 def position_table(config: ConfigDict) -> np.ndarray:
-  """The fixed positions, [1, T, D]."""
+  """Returns the fixed positions, [1, T, D]."""
   backbone = models.build_backbone(config.model, config.data.image_size)
   side = config.data.image_size // backbone.patch_size
   table = vit.sincos_positions(side, side, backbone.dim)
@@ -214,7 +214,7 @@ def from_torch(
 def is_table(
     array: np.ndarray, table: np.ndarray, rounding: float
 ) -> bool:
-  """Whether a position embedding is the fixed table, but for rounding."""
+  """Returns whether positions are the fixed table, up to rounding."""
   return array.shape == table.shape and np.allclose(
       array, table, atol=max(1e-5, rounding)
   )
@@ -230,7 +230,7 @@ def _listed(problem: str, names: list[str]) -> list[str]:
 def to_torch(
     weights: Weights, places: Mapping[str, Place]
 ) -> dict[str, np.ndarray]:
-  """The state_dict with these places, in PyTorch's order.
+  """Returns the state_dict with these places, in PyTorch's order.
 
   Raises:
     UserError: if the weights lack one of them.

@@ -186,7 +186,7 @@ def _inferred(
 def _assumed(
     source: str, config: ConfigDict, full: bool, num_heads: int
 ) -> tuple[str, ...]:
-  """What no tensor tells, in words."""
+  """Returns what no tensor tells, in words."""
   assumed = [
       f'normalisation: mean {config.data.mean}, std {config.data.std}',
       f'data.source: {config.data.source} (name another one to evaluate and '
@@ -273,7 +273,7 @@ def _release(
     source: Weights, tensors: Mapping[str, np.ndarray],
     places: Mapping[str, Place],
 ) -> tuple[dict[str, Any], dict[Path, str]]:
-  """The dict that the release saves, and the names of the moments in it."""
+  """Returns the dict that the release saves, and the moments' names in it."""
   model = source.config.model
   key = model.name, model.patch_embed == 'conv'
   optimizer, names = torch_optimizer.write(source, tensors, places)

@@ -33,7 +33,7 @@ _ORDER = (
 
 
 def torch_name(path: Path, head: str) -> str:
-  """The name of a tensor of one network.
+  """Returns the name of a tensor of one network.
 
   Args:
     path: in the tree of parameters or statistics, such as ('projector',
@@ -79,7 +79,7 @@ def in_order(names: Iterable[str]) -> list[str]:
 
 
 def to_torch_layout(array: np.ndarray, path: Path) -> np.ndarray:
-  """Linear weights to [out, in], convolutions to OIHW; others stay."""
+  """Maps linear weights to [out, in], convolutions to OIHW; others stay."""
   if path[-1] != 'kernel':
     return array
   axes = (3, 2, 0, 1) if array.ndim == 4 else (1, 0)
@@ -95,5 +95,5 @@ def to_our_layout(array: np.ndarray, path: Path) -> np.ndarray:
 
 
 def torch_shape(shape: tuple[int, ...], path: Path) -> tuple[int, ...]:
-  """The shape that `to_torch_layout` gives."""
+  """Returns the shape that `to_torch_layout` gives."""
   return to_torch_layout(np.broadcast_to(np.int8(0), shape), path).shape

@@ -16,7 +16,7 @@ MOMENTS = {'exp_avg': 'mu', 'exp_avg_sq': 'nu', 'mu': 'trace'}
 
 
 def parameter_order(names: Iterable[str]) -> list[str]:
-  """Those names of a state_dict that PyTorch's optimizers count."""
+  """Returns the names of a state_dict that PyTorch's optimizers count."""
   buffers = ('running_mean', 'running_var', COUNTER)
   return [n for n in torch_names.in_order(names) if not n.endswith(buffers)]
 
@@ -25,7 +25,7 @@ def read(
     source: str, state: Mapping[int, Mapping[str, Any]],
     order: list[str], places: Mapping[str, Place],
 ) -> dict[Path, np.ndarray]:
-  """The state of an optimizer in our layout, under 'mu', 'nu' or 'trace'.
+  """Returns the state of an optimizer in our layout, as 'mu', 'nu', 'trace'.
 
   Args:
     source: file name, for messages.
@@ -63,7 +63,7 @@ def write(
     source: Weights, tensors: Mapping[str, np.ndarray],
     places: Mapping[str, Place],
 ) -> tuple[dict[str, Any], dict[Path, str]]:
-  """The state of an optimizer as PyTorch saves it.
+  """Returns the state of an optimizer as PyTorch saves it.
 
   Args:
     source: whose moments it is; LAMB's have no counterpart in the release.
