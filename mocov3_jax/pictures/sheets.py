@@ -9,6 +9,7 @@ import warnings
 
 from etils import epath
 import matplotlib
+from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.cm import ScalarMappable
 from matplotlib.figure import Figure
@@ -39,8 +40,10 @@ class Sheet:
     self.figure = Figure((self.width / DPI, self.height / DPI), dpi=DPI)
     FigureCanvasAgg(self.figure)
 
-  def axes(self, left: float, top: float, width: float, height: float):
-    """Axes in a rectangle."""
+  def axes(
+      self, left: float, top: float, width: float, height: float
+  ) -> Axes:
+    """Returns axes in a rectangle."""
     return self.figure.add_axes((
         left / self.width, 1 - (top + height) / self.height,
         width / self.width, height / self.height,
@@ -58,15 +61,20 @@ class Sheet:
 
   def picture(
       self, left: float, top: float, image: np.ndarray, frame: str = PLAIN,
-      line: float = 0.5,
-  ) -> None:
-    """Draws an image uint8 [H, W, 1 or 3], fitted into SIDE x SIDE pixels."""
-    axes = self.axes(left, top, SIDE, SIDE)
+      line: float = 0.5, side: int = SIDE,
+  ) -> Axes:
+    """Draws an image uint8 [H, W, 1 or 3], fitted into a square of `side`.
+
+    Returns:
+      The axes, in pixels of the image, to draw more on it.
+    """
+    axes = self.axes(left, top, side, side)
     how = 'nearest' if _is_small(image) else 'antialiased'
     axes.imshow(rgb(image), interpolation=how)
     axes.set(xticks=[], yticks=[])
     for spine in axes.spines.values():
       spine.set(color=frame, linewidth=line)
+    return axes
 
   def save(self, path: epath.Path, field: str = '--out') -> None:
     """Writes the page as a PNG, whole or not at all.

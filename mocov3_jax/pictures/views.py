@@ -5,9 +5,9 @@ import functools
 from typing import Any
 
 import jax
+from matplotlib.patches import Rectangle
 from ml_collections import ConfigDict
 import numpy as np
-from PIL import Image, ImageDraw
 
 from mocov3_jax.base import files
 from mocov3_jax.base.errors import UserError
@@ -16,10 +16,12 @@ from mocov3_jax.data import pipeline
 from mocov3_jax.data.decode import Encoded
 from mocov3_jax.method import augment, image_ops
 from mocov3_jax.method.build import run_keys
+from mocov3_jax.pictures.sheets import Sheet
 from mocov3_jax.training import pretrain
 
-# Side of a picture, width of the text, gaps and height of the header, pixels.
-SIDE, TEXT, GAP, HEADER = 160, 170, 8, 16
+# Side of a picture, width of the text, gaps, height of the header and of a
+# line, pixels.
+SIDE, TEXT, GAP, HEADER, LINE = 160, 190, 8, 20, 17
 ROWS = 8
 COLORS = ('red', 'deepskyblue')
 # By the order in which image_ops numbers the adjustments.
@@ -58,19 +60,17 @@ def preview(
   _, key = run_keys(config.seed)
   keys = augment.example_keys(jax.random.fold_in(key, 0), count)
   row = jax.jit(functools.partial(_views, config=config))
-  width = 3 * SIDE + 2 * TEXT + 6 * GAP
-  sheet = Image.new(
-      'RGB', (width, count * (SIDE + GAP) + GAP + HEADER), 'white'
+  sheet = Sheet(
+      3 * SIDE + 2 * TEXT + 6 * GAP, count * (SIDE + GAP) + GAP + HEADER
   )
-  _paste_header(sheet)
+  _draw_header(sheet)
   for i, image in enumerate(batch.images):
     made, drawn = jax.device_get(row(image, keys[i]))
     original, boxes = _original(reader, batch, i, image, drawn)
     top = HEADER + GAP + i * (SIDE + GAP)
-    _paste_original(sheet, top, original, boxes)
-    _paste_views(sheet, top, made, drawn, boxes, config)
-  with files.open_whole(files.absolute(out, '--out'), '--out') as file:
-    sheet.save(file, format='PNG')
+    _draw_original(sheet, top, original, boxes)
+    _draw_views(sheet, top, made, drawn, boxes, config)
+  sheet.save(files.absolute(out, '--out'))
   return {'out': out, 'examples': count}
 
 
@@ -97,54 +97,37 @@ def _original(reader, batch, place, image, drawn):
   return encoded.pixels(), boxes
 
 
-def _paste_header(sheet):
-  pen = ImageDraw.Draw(sheet)
-  pen.text((GAP, 4), 'original and crops', fill='black')
+def _draw_header(sheet):
+  sheet.text(GAP, 2, 'original and crops', 9)
   for i, name in enumerate(('view 1', 'view 2')):
     left = SIDE + 2 * GAP + i * (SIDE + TEXT + 2 * GAP)
-    pen.text((left, 4), f'{name}, and what was drawn', fill='black')
+    sheet.text(left, 2, f'{name}, and what was drawn', 9)
 
 
-def _paste_original(sheet, top, image, boxes):
+def _draw_original(sheet, top, image, boxes):
   if image is None:
-    pen = ImageDraw.Draw(sheet)
-    pen.text((GAP, top), 'unreadable: replaced', fill='black')
+    sheet.text(GAP, top, 'unreadable: replaced', 9)
     return
-  scale = SIDE / max(image.shape[:2])
-  picture = _picture(image)
-  pen = ImageDraw.Draw(picture)
+  axes = sheet.picture(GAP, top, image, side=SIDE)
   for color, (y, x, h, w) in zip(COLORS, boxes, strict=True):
-    pen.rectangle(
-        (x * scale, y * scale, max(x * scale, (x + w) * scale - 1),
-         max(y * scale, (y + h) * scale - 1)),
-        outline=color, width=2,
-    )
-  sheet.paste(picture, (GAP, top))
+    # Pixel centres are whole numbers; the box is given by pixel edges.
+    axes.add_patch(Rectangle(
+        (x - 0.5, y - 0.5), w, h, fill=False, color=color, linewidth=1.5,
+        antialiased=False,
+    ))
 
 
-def _paste_views(sheet, top, made, drawn, boxes, config):
-  pen = ImageDraw.Draw(sheet)
+def _draw_views(sheet, top, made, drawn, boxes, config):
   left = SIDE + 2 * GAP
   views = (config.augment.view1, config.augment.view2)
   for color, view, pixels, d, box in zip(
       COLORS, views, made, drawn, boxes, strict=True
   ):
     bytes_ = np.round(255 * np.clip(pixels, 0, 1)).astype(np.uint8)
-    sheet.paste(_picture(bytes_), (left, top))
-    pen.rectangle((left, top, left + SIDE - 1, top + 2), fill=color)
-    text = '\n'.join(describe(d, box, view))
-    pen.multiline_text((left + SIDE + GAP, top), text, fill='black')
+    sheet.picture(left, top, bytes_, color, 1.5, SIDE)
+    for i, line in enumerate(describe(d, box, view)):
+      sheet.text(left + SIDE + GAP, top + i * LINE, line, 9)
     left += SIDE + TEXT + 2 * GAP
-
-
-def _picture(image: np.ndarray) -> Image.Image:
-  """Returns the image scaled so that its longer side has SIDE pixels."""
-  if image.shape[-1] == 1:
-    image = np.repeat(image, 3, axis=-1)
-  scale = SIDE / max(image.shape[:2])
-  height, width = (max(1, round(n * scale)) for n in image.shape[:2])
-  how = Image.Resampling.NEAREST if scale > 1 else Image.Resampling.BILINEAR
-  return Image.fromarray(image).resize((width, height), how)
 
 
 def describe(
