@@ -16,12 +16,11 @@ os.environ['XLA_FLAGS'] = '--xla_backend_optimization_level=1'
 
 @pytest.fixture(scope='session', autouse=True)
 def compilation_cache(tmp_path_factory):
-  """Lets the commands that tests start share their compiled programs.
-
-  Not the tests' own process, which has read its environment before.
-  """
+  """Lets all tests, and the commands they start, share compiled programs."""
+  folder = tmp_path_factory.getbasetemp().parent / 'compiled'
+  jax.config.update('jax_compilation_cache_dir', str(folder))
+  jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.2)
   with pytest.MonkeyPatch.context() as patch:
-    folder = tmp_path_factory.mktemp('compiled')
     patch.setenv('JAX_COMPILATION_CACHE_DIR', str(folder))
     patch.setenv('JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS', '0')
     yield
