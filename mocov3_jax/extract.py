@@ -20,7 +20,7 @@ def define(flags: command_line.Flags) -> command_line.Action:
       'checkpoint', None, 'Workdir of a run, or a checkpoint.', required=True
   )
   source = flags.string(
-      'source', '', 'digits, folder:PATH, tfds:NAME; default: the run\'s own.'
+      'source', '', 'As data.source of a recipe; default: the run\'s own.'
   )
   out = flags.string('out', None, 'The .npz file.', required=True)
   layer = flags.string('layer', 'backbone', 'backbone or projector.')

@@ -24,7 +24,7 @@ def define(flags: command_line.Flags) -> dict[str, command_line.Action]:
   )
   out = flags.string('out', None, 'The PNG file.', required=True)
   source = flags.string(
-      'source', '', 'digits, folder:PATH, tfds:NAME; default: the run\'s own.'
+      'source', '', 'As data.source of a recipe; default: the run\'s own.'
   )
   labels = flags.string(
       'labels', '', 'auto, none, or a CSV file; default: the run\'s, or auto '

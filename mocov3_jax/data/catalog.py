@@ -1,4 +1,7 @@
-"""The sources by name: `digits`, `folder:PATH`, `tfds:NAME[:SPLIT]`."""
+"""The kinds of sources, by name, in one table."""
+
+from collections.abc import Callable
+from typing import NamedTuple
 
 from etils import epath
 import numpy as np
@@ -28,29 +31,53 @@ def digits() -> Splits:
   return Splits(train, train, test)
 
 
+class Kind(NamedTuple):
+  """A kind of source.
+
+  Attributes:
+    form: how `config.data.source` names one.
+    load: (what follows the colon, `config.data.labels`, folder of listings) ->
+      the splits.
+    takes_labels: whether it can have labels other than its own.
+  """
+
+  form: str
+  load: Callable[[str, str, epath.Path | None], Splits]
+  takes_labels: bool = False
+
+
+SOURCES = {
+    'digits': Kind('digits', lambda path, labels, cache: digits()),
+    'folder': Kind('folder:PATH', folder.load, takes_labels=True),
+    'tfds': Kind(
+        'tfds:NAME[:SPLIT]', lambda path, labels, cache: tfds.load(path)
+    ),
+}
+
+
 def load(
     spec: str, labels: str = 'auto', cache: epath.Path | None = None
 ) -> Splits:
   """Opens the source that `config.data.source` names.
 
   Args:
-    spec: 'digits', 'folder:PATH' or 'tfds:NAME[:SPLIT]'.
+    spec: of a form in SOURCES.
     labels: `config.data.labels`.
     cache: where listings of image folders are kept; None = nowhere.
 
   Raises:
     UserError: for a name that is not in the table, or bad data.
   """
-  kind, _, path = spec.partition(':')
-  if kind == 'folder':
-    return folder.load(path, labels, cache)
-  if labels != 'auto':
+  name, colon, path = spec.partition(':')
+  # What has nothing after its name has no colon either.
+  if name not in SOURCES or bool(colon) != (':' in SOURCES[name].form):
+    raise unknown(
+        'data.source', spec, [kind.form for kind in SOURCES.values()]
+    )
+  kind = SOURCES[name]
+  if labels != 'auto' and not kind.takes_labels:
     raise UserError(
         f'data.labels={labels!r} is only for folder: sources, and data.source '
         f'is {spec!r}. Allowed: auto.'
     )
-  if kind == 'tfds':
-    return tfds.load(path)
-  if spec != 'digits':
-    raise unknown('data.source', spec, ['digits', 'folder:PATH', 'tfds:NAME'])
-  return digits()
+  return kind.load(path, labels, cache)

@@ -29,8 +29,7 @@ def extract(
 
   Args:
     checkpoint: a workdir or one checkpoints/<step>.
-    source: 'digits', 'folder:PATH' or 'tfds:NAME[:SPLIT]'; '' = what the run
-      was trained on.
+    source: as `config.data.source`; '' = what the run was trained on.
     out: the .npz file; must not exist.
     layer: 'backbone' or 'projector'.
     encoder: 'query' or 'momentum'.

@@ -5,7 +5,7 @@ The monitor of the paper's appendix A, which refers to Wu et al. 2018 (arXiv
 exp(similarity / 0.07).
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 import functools
 from typing import Any, NamedTuple
 
@@ -19,7 +19,7 @@ from mocov3_jax.base.errors import UserError
 from mocov3_jax.data import sources
 from mocov3_jax.data.sources import Source, Splits
 from mocov3_jax.evals import features as features_lib
-from mocov3_jax.evals.evaluator import EvalContext, Evaluator
+from mocov3_jax.evals.evaluator import EvalContext, Evaluator, State
 from mocov3_jax.evals.features import Extract
 from mocov3_jax.models.layers import unit
 from mocov3_jax.parallel import sharding
@@ -152,29 +152,49 @@ def monitor(context: EvalContext) -> Evaluator | None:
   Raises:
     UserError: if bank or test split has no label after all.
   """
-  config, splits = context.config, context.splits
+  knn, splits = context.config.knn, context.splits
   if splits.test is None:
     return None
+  read = reading(context)
+
+  def measure(state):
+    bank, queries = read(state)
+    (row,) = _classify(
+        queries, bank, splits.train.num_classes, (knn.k,), (knn.temperature,),
+        context.mesh,
+    )
+    return {'knn/top1': row['top1'], 'knn/k': row['k']}
+
+  return Evaluator(
+      measure, every=knn.every_steps, main='knn/top1',
+      words=lambda values: f'kNN {values["knn/top1"]:.1%}', best=True,
+  )
+
+
+def reading(
+    context: EvalContext
+) -> Callable[[State], tuple[LabelledFeatures, LabelledFeatures]]:
+  """Returns what computes features of bank and queries from a state.
+
+  Other evaluators of labelled images can use it as well.
+
+  Raises:
+    UserError: if bank or test split has no label after all.
+  """
+  config = context.config
   # No more at a time than in a pass of the training.
   batch_size = config.micro_batch * context.mesh.size or config.batch_size
   extract = features_lib.extractor(
       context.model, config.data, context.mesh, batch_size,
       context.reader.workers,
   )
-  bank, queries = bank_and_queries(config.knn, splits)
+  bank, queries = bank_and_queries(config.knn, context.splits)
 
-  def measure(state):
-    read = functools.partial(_read, extract, state.params, state.batch_stats)
-    (row,) = _classify(
-        read(queries), read(bank), splits.train.num_classes, (config.knn.k,),
-        (config.knn.temperature,), context.mesh,
-    )
-    return {'knn/top1': row['top1'], 'knn/k': row['k']}
+  def read(state):
+    of = functools.partial(_read, extract, state.params, state.batch_stats)
+    return of(bank), of(queries)
 
-  return Evaluator(
-      measure, every=config.knn.every_steps, main='knn/top1',
-      words=lambda values: f'kNN {values["knn/top1"]:.1%}', best=True,
-  )
+  return read
 
 
 def bank_and_queries(

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from mocov3_jax.base.errors import UserError, unknown
+from mocov3_jax.config.training import schema
 from mocov3_jax.models.heads import MlpHead, Prototypes
 from mocov3_jax.models.resnet import ResNet
 from mocov3_jax.models.vit import PATCH_EMBEDS, ViT
@@ -32,6 +33,8 @@ RESNETS = {
     'resnet50': ((3, 4, 6, 3), True),
     'resnet101': ((3, 4, 23, 3), True),
 }
+# Fields of ViT that are those of config.model; a ResNet has none of them.
+VIT_OPTIONS = ('positions', 'readout', 'mlp_norm', 'remat', 'scan')
 DTYPES = {'float32': jnp.float32, 'bfloat16': jnp.bfloat16}
 
 
@@ -187,13 +190,9 @@ def build_backbone(
       depth=model.depth or depth,
       num_heads=model.num_heads or num_heads,
       patch_embed=model.patch_embed,
-      positions=model.positions,
-      readout=model.readout,
-      mlp_norm=model.mlp_norm,
       drop_path=drop_path,
-      remat=model.remat,
-      scan=model.scan,
       dtype=DTYPES[model.dtype],
+      **{name: model[name] for name in VIT_OPTIONS},
   )
   _check_vit(vit, image_size)
   return vit
@@ -231,19 +230,12 @@ def _check_vit(vit: ViT, image_size: int) -> None:
 
 
 def _resnet(model: ConfigDict) -> ResNet:
-  for field, given, default in (
-      ('depth', model.depth, 0),
-      ('num_heads', model.num_heads, 0),
-      ('positions', model.positions, 'sincos'),
-      ('readout', model.readout, 'cls'),
-      ('mlp_norm', model.mlp_norm, 'layer'),
-      ('remat', model.remat, False),
-      ('scan', model.scan, False),
-  ):
-    if given != default:
+  knobs = schema()['model']
+  for field in ('depth', 'num_heads', *VIT_OPTIONS):
+    if model[field] != knobs[field].default:
       raise UserError(
-          f'model.{field}={given!r} is for ViTs, and model.name is '
-          f'{model.name!r}. Allowed: {default!r}, its default.'
+          f'model.{field}={model[field]!r} is for ViTs, and model.name is '
+          f'{model.name!r}. Allowed: {knobs[field].default!r}, its default.'
       )
   stage_sizes, bottleneck = RESNETS[model.name]
   return ResNet(

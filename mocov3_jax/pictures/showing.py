@@ -31,8 +31,7 @@ class Options:
   Attributes:
     checkpoint: a workdir or one checkpoints/<step>.
     out: the PNG; must not exist.
-    source: 'digits', 'folder:PATH' or 'tfds:NAME[:SPLIT]'; '' = what the run
-      was trained on.
+    source: as `config.data.source`; '' = what the run was trained on.
     labels: as `config.data.labels`; '' = those of the run, or 'auto' of
       another source.
     encoder: 'query' or 'momentum'.

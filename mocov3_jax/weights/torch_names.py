@@ -10,6 +10,7 @@ import re
 
 import numpy as np
 
+from mocov3_jax.base.errors import UserError
 from mocov3_jax.runs.network import Path
 
 # Of a network: the trees of its parameters and of its running statistics.
@@ -44,8 +45,16 @@ def torch_name(path: Path, head: str) -> str:
   Returns:
     The name within the encoder: 'head.0.weight'. The predictor's, which is
     beside the encoders, begins with 'predictor.'.
+
+  Raises:
+    UserError: for a tensor that PyTorch's networks do not have.
   """
   part, *modules, leaf = path
+  if leaf not in _LEAVES:
+    raise UserError(
+        f'{"/".join(path)} has no name in the checkpoints of PyTorch. Allowed: '
+        'a network without it.'
+    )
   first = {
       'backbone': [], 'projector': [head], 'classifier': [head],
       'predictor': ['predictor'],
