@@ -33,7 +33,9 @@ def catch_stop_signals() -> Iterator[Callable[[], bool]]:
     if number == signal.SIGINT:
       if noted:
         exit_at_once()
-      console.say('\nstopping after this step, then saving (again: at once)')
+      console.say_in_handler(
+          '\nstopping after this step, then saving (again: at once)'
+      )
     noted.append(number)
 
   before = {s: signal.signal(s, note) for s in (signal.SIGTERM, signal.SIGINT)}

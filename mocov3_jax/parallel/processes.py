@@ -23,6 +23,8 @@ LOST_PEER = 1
 SLURM_TASKS = 'SLURM_STEP_NUM_TASKS'
 # What the errors of communication say.
 LOST = '(?i)gloo|nccl|connection|peer|unavailable|deadline|coordination|abort'
+# Where compiled programs are kept, unless the environment says otherwise.
+COMPILED = pathlib.Path('~/.cache/mocov3_jax/compiled')
 
 
 def start(
@@ -161,16 +163,14 @@ def exit_on_lost_peer() -> Iterator[None]:
     )
     exits.leave(LOST_PEER)
 
-FOLDER = pathlib.Path('~/.cache/mocov3_jax/compiled')
-
 
 def enable_compilation_cache() -> None:
   """Keeps compiled programs on disk, for the next start of the same run.
 
-  In the folder that JAX_COMPILATION_CACHE_DIR names, or else in `FOLDER`. Not
+  In the folder that JAX_COMPILATION_CACHE_DIR names, or else in `COMPILED`. Not
   for CPUs unless it is named: their programs are quick to compile, and bound
   to the very processor. JAX_ENABLE_COMPILATION_CACHE=false turns it off.
   """
   if jax.config.jax_compilation_cache_dir or jax.default_backend() == 'cpu':
     return
-  jax.config.update('jax_compilation_cache_dir', str(FOLDER.expanduser()))
+  jax.config.update('jax_compilation_cache_dir', str(COMPILED.expanduser()))

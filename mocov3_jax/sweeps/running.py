@@ -150,8 +150,9 @@ class Children:
     self._noted.append(number)
     child = self._child
     if number == signal.SIGINT and not again:
-      # Not by print, which this may have interrupted.
-      os.write(2, b'\nstopping, once the run has saved (again: at once)\n')
+      console.say_in_handler(
+          '\nstopping, once the run has saved (again: at once)'
+      )
     if child is not None:
       child.send_signal(signal.SIGINT if again else signal.SIGTERM)
     elif again:
@@ -162,8 +163,7 @@ def _pass_on(stream) -> str:
   """Copies lines to stderr; returns the error among them, or the last."""
   last, error = '', []
   for line in stream:
-    sys.stderr.write(line)
-    sys.stderr.flush()
+    console.pass_on(line)
     if line.startswith('error: '):
       error = []
     if error or line.startswith('error: '):
