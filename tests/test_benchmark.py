@@ -45,7 +45,7 @@ def test_commands_start_without_what_they_may_not_need():
   code = (
       'import sys\n'
       'from mocov3_jax import evaluate, sweep, visualize\n'
-      'from mocov3_jax.tools import jax_step\n'
+      'from mocov3_jax.benchmarks import jax_step\n'
       'assert not {"torch", "tensorboardX", "sklearn"} & set(sys.modules)\n'
   )
   subprocess.run([sys.executable, '-c', code], cwd=tiny.ROOT, check=True)
@@ -140,12 +140,13 @@ def test_mfu_is_logged_where_the_peak_is_known(tmp_path, monkeypatch):
 
 def test_programs_for_a_cpu_are_kept_only_on_request(monkeypatch):
   before = jax.config.jax_compilation_cache_dir
-  processes.enable_compilation_cache()
-  assert jax.config.jax_compilation_cache_dir == before
-  monkeypatch.setattr(jax, 'default_backend', lambda: 'tpu')
   try:
+    jax.config.update('jax_compilation_cache_dir', None)
+    processes.enable_compilation_cache()
+    assert jax.config.jax_compilation_cache_dir is None
+    monkeypatch.setattr(jax, 'default_backend', lambda: 'tpu')
     processes.enable_compilation_cache()
     kept = jax.config.jax_compilation_cache_dir
   finally:
     jax.config.update('jax_compilation_cache_dir', before)
-  assert kept == (before or str(processes.FOLDER.expanduser()))
+  assert kept == str(processes.COMPILED.expanduser())

@@ -492,20 +492,29 @@ def test_a_complete_state_is_recognised(runs):
     assert our_checkpoints.train_state(partial) == (None, set())
 
 
-def test_a_run_whose_queue_is_missing_cannot_continue(runs, tmp_path, capsys):
+def test_a_run_whose_queue_is_missing_continues_with_an_empty_one(
+    runs, tmp_path
+):
   _, run = runs['vit']
-  config = small_config(**{'knn.queue_share': 0.2})
+  config = small_config(**{'knn.queue_share': 0.1})  # Two batches.
   found = our_checkpoints.read(str(run))
-  whole = state_dict.Weights(config, 4, found.flat, found.names)
-  written, complete = our_checkpoints.write(str(tmp_path / 'whole'), whole)
-  assert not complete and {path[0] for path in written} == set(FULL)
-  assert leaves(tmp_path / 'whole').keys() == written.keys()
+  whole = state_dict.Weights(config, 2, found.flat, found.names)
+  _, complete = our_checkpoints.write(str(tmp_path / 'whole'), whole)
+  assert complete
+  assert pretrain.pretrain(config, str(tmp_path / 'whole'))['step'] == 4
+  rows = [r for r in tiny.metrics(tmp_path / 'whole') if 'train/loss' in r]
+  assert [row['step'] for row in rows] == [2, 3]
+  assert [row['knn/queue_filled'] for row in rows] == [0.0, 0.5]
+
+
+def test_a_backbone_alone_cannot_continue(tmp_path, capsys):
   backbone_file(tmp_path / 'a.safetensors', lambda t: None)
   result = convert.convert(
-      str(tmp_path / 'a.safetensors'), str(tmp_path / 'run'), config=config
+      str(tmp_path / 'a.safetensors'), str(tmp_path / 'run'),
+      config=small_config(),
   )
   assert not result['can_continue']
-  assert 'knn.queue_share=0.2' in capsys.readouterr().err
+  assert 'train cannot continue' in capsys.readouterr().err
 
 
 def test_torch_is_asked_for_where_it_is_not_installed(

@@ -41,9 +41,9 @@ def run(tmp_path_factory):
   return workdir
 
 
-def evaluate(run, out, *arguments):
+def evaluate(run, out, *arguments, how=tiny.run):
   config, *rest = arguments  # A config comes before its fields.
-  return tiny.run(
+  return how(
       'evaluate', config, f'--config.checkpoint={run}', f'--workdir={out}',
       *rest,
   )
@@ -150,7 +150,7 @@ def test_an_evaluation_that_was_stopped_goes_on_exactly(
     ids=lambda x: x[-1] if isinstance(x, list) else '',
 )
 def test_what_cannot_be_is_refused(run, tmp_path, arguments, words):
-  code, out, err = evaluate(run, tmp_path / 'o', *arguments)
+  code, out, err = evaluate(run, tmp_path / 'o', *arguments, how=tiny.call)
   assert code == 2 and not out, err
   for word in words:
     assert word in err

@@ -201,13 +201,13 @@ def test_a_folder_without_labels_gets_other_monitors(tmp_path):
   folder = tmp_path / 'flat'
   photos.write_tiles(folder, tile=48, each=8, nested=False)
   workdir = tmp_path / 'run'
-  outcome = tiny.run('train', f'--workdir={workdir}', *flags(folder))
+  outcome = tiny.call('train', f'--workdir={workdir}', *flags(folder))
   final = result(outcome)
   assert outcome[2].count('no labels, hence no kNN') == 1
   for name in 'alignment', 'uniformity', 'effective_rank':
     assert f'features/{name}' in final
   assert 'knn/top1' not in final
-  code, _, err = tiny.run(
+  code, _, err = tiny.call(
       'evaluate', '--config=configs/eval_knn.py',
       f'--config.checkpoint={workdir}', f'--workdir={tmp_path / "eval"}',
   )
@@ -216,7 +216,7 @@ def test_a_folder_without_labels_gets_other_monitors(tmp_path):
   # It can be evaluated on other data, which has labels.
   other = tmp_path / 'other'
   photos.write_tiles(other, tile=48, each=12)
-  evaluated = result(tiny.run(
+  evaluated = result(tiny.call(
       'evaluate', '--config=configs/eval_knn.py',
       f'--config.checkpoint={workdir}', f'--workdir={tmp_path / "eval"}',
       f'--config.data.source=folder:{other}',
@@ -236,9 +236,9 @@ def test_evaluate_gives_the_last_value_of_the_monitor(straight, tmp_path):
 def test_a_folder_that_changed_is_not_continued(labelled, tmp_path):
   copy, workdir = tmp_path / 'copy', tmp_path / 'run'
   shutil.copytree(labelled, copy)
-  result(tiny.run('train', f'--workdir={workdir}', *flags(copy)))
+  result(tiny.call('train', f'--workdir={workdir}', *flags(copy)))
   next(copy.glob('china/*.jpg')).unlink()
-  code, _, err = tiny.run('train', f'--workdir={workdir}', *flags(copy))
+  code, _, err = tiny.call('train', f'--workdir={workdir}', *flags(copy))
   assert code == 2 and 'not what this run began with' in err
   assert "'images': 144" in err and "'images': 143" in err
 
@@ -248,7 +248,7 @@ def test_a_folder_of_files_that_are_no_images_exits_with_2(tmp_path):
   folder.mkdir()
   for i in range(40):
     (folder / f'{i}.jpg').write_text('junk')
-  code, out, err = tiny.run(
+  code, out, err = tiny.call(
       'train', f'--workdir={tmp_path / "run"}', *flags(folder)
   )
   assert code == 2 and out == '' and 'Traceback' not in err
@@ -260,10 +260,10 @@ def test_a_folder_that_vanished_exits_with_2(straight, labelled, tmp_path):
   shutil.copytree(labelled, copy)
   workdir = tmp_path / 'run'
   arguments = flags(copy, **{'schedule.steps': 5})
-  result(tiny.run('train', f'--workdir={workdir}', *arguments))
+  result(tiny.call('train', f'--workdir={workdir}', *arguments))
   before = sorted(p.name for p in (workdir / 'checkpoints').iterdir())
   shutil.rmtree(copy)
-  code, _, err = tiny.run('train', f'--workdir={workdir}', *arguments)
+  code, _, err = tiny.call('train', f'--workdir={workdir}', *arguments)
   assert code == 2 and 'there is no folder' in err
   assert sorted(p.name for p in (workdir / 'checkpoints').iterdir()) == before
 

@@ -104,7 +104,7 @@ def test_sizes_are_those_of_the_papers_table(name, millions, gmacs):
 
 def test_an_epoch_count_that_is_no_row_is_named():
   path = next(p for p in RECIPES if p.stem == 'resnet50')
-  code, _, err = tiny.run(
+  code, _, err = tiny.call(
       'train', f'--config={path}:90', '--workdir=/nonexistent'
   )
   assert code == 2

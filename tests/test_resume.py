@@ -159,7 +159,7 @@ def test_a_damaged_newest_checkpoint_falls_back(tmp_path, straight):
 def test_another_run_in_the_workdir_is_refused(straight, field, value):
   workdir, _ = straight
   before = sorted(p.name for p in workdir.rglob('*'))
-  code, out, err = tiny.run('train', *arguments(workdir, **{field: value}))
+  code, out, err = tiny.call('train', *arguments(workdir, **{field: value}))
   assert code == 2 and out == '' and 'Traceback' not in err
   assert field in err
   assert sorted(p.name for p in workdir.rglob('*')) == before
@@ -178,12 +178,12 @@ def test_monitoring_may_change_when_a_run_is_continued(tmp_path):
 
 def test_a_relative_workdir_works(tmp_path):
   name = os.path.relpath(tmp_path / 'run', tiny.ROOT)
-  code, _, err = tiny.run(
+  code, _, err = tiny.call(
       'train', *arguments(name, **{'schedule.steps': 22})
   )
   assert code == 0, err
   assert (tmp_path / 'run' / 'checkpoints' / '22').is_dir()
-  code, out, err = tiny.run(
+  code, out, err = tiny.call(
       'evaluate', '--config=configs/eval_knn.py',
       f'--config.checkpoint={name}/checkpoints/20',
       f'--workdir={name}_eval',
@@ -207,7 +207,7 @@ def test_evaluate_repeats_the_monitors_value(straight, tmp_path):
 
 def test_a_run_that_diverges_says_where_and_keeps_the_last_good(tmp_path):
   workdir = tmp_path / 'run'
-  code, out, err = tiny.run(
+  code, out, err = tiny.call(
       'train', *arguments(workdir, **{
           'optimizer.lr_per_256': 1e30, 'schedule.warmup_epochs': 0.5,
           'save.every_steps': 1, 'knn.every_steps': 0,

@@ -272,7 +272,7 @@ def test_names_are_shown_literally(tmp_path):
 
 
 def run(*arguments):
-  return tiny.run('visualize', *arguments)
+  return tiny.call('visualize', *arguments)
 
 
 def test_the_command_ends_with_one_line_of_json(digits, tmp_path):

@@ -30,9 +30,8 @@ def attention(options: showing.Options) -> dict[str, Any]:
       image folder, beside the file).
   """
   count = options.check(6, 1, MOST_ROWS)
-  shown = showing.open_shown(options)
+  shown = showing.open_shown(options, attention_lib.require_class_token)
   run = shown.run
-  attention_lib.require_class_token(run.config.model)
   held_out = shown.splits.test is not None
   source = sources.evenly(
       shown.splits.test if held_out else shown.splits.train, count

@@ -76,14 +76,21 @@ class Sheet:
       spine.set(color=frame, linewidth=line)
     return axes
 
-  def save(self, path: epath.Path, field: str = '--out') -> None:
+  def save(
+      self, path: epath.Path, field: str = '--out', parents: bool = True
+  ) -> None:
     """Writes the page as a PNG, whole or not at all.
+
+    Args:
+      path: of the PNG.
+      field: the flag that named it.
+      parents: whether to make the folders that it lies in.
 
     Raises:
       UserError: if it cannot be written.
     """
     with (
-        files.open_whole(path, field, parents=True) as file,
+        files.open_whole(path, field, parents) as file,
         warnings.catch_warnings(),
     ):
       # Boxes stand for the letters of a script that the font lacks.

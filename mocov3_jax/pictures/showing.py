@@ -1,12 +1,13 @@
 """A network and images of which something is shown: opened, read, named."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 import dataclasses
 import functools
 from typing import Any
 
 from etils import epath
 import jax
+from ml_collections import ConfigDict
 import numpy as np
 
 from mocov3_jax.base import files
@@ -221,8 +222,14 @@ class Shown:
     return numbers
 
 
-def open_shown(options: Options) -> Shown:
+def open_shown(
+    options: Options, require: Callable[[ConfigDict], None] = lambda model: None
+) -> Shown:
   """Opens the images and restores the network.
+
+  Args:
+    options: what is to be shown.
+    require: checks `config.model` of the run before it is restored.
 
   Raises:
     UserError: if that cannot be done, or they do not fit together.
@@ -231,6 +238,7 @@ def open_shown(options: Options) -> Shown:
       options.checkpoint, options.source, options.labels,
       listings=options.path.parent / '.listings', threads=options.threads,
   )
+  require(opened.run.config.model)
   params, batch_stats = network.restore(
       opened.run, opened.mesh, options.encoder
   )

@@ -70,7 +70,7 @@ def preview(
     top = HEADER + GAP + i * (SIDE + GAP)
     _draw_original(sheet, top, original, boxes)
     _draw_views(sheet, top, made, drawn, boxes, config)
-  sheet.save(files.absolute(out, '--out'))
+  sheet.save(files.absolute(out, '--out'), parents=False)
   return {'out': out, 'examples': count}
 
 
