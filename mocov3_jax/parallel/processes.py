@@ -60,10 +60,10 @@ def start(
   # Between CPUs; on accelerators it is not used.
   jax.config.update('jax_cpu_collectives_implementation', 'gloo')
   where = coordinator or 'the coordinator'
-  console.say(f'waiting for the other processes of this run at {where}')
   # Python would answer Ctrl-C only after the wait, which may take minutes.
   noted = signal.signal(signal.SIGINT, signal.SIG_DFL)
   try:
+    console.say(f'waiting for the other processes of this run at {where}')
     jax.distributed.initialize(
         coordinator, num_processes, process_id,
         heartbeat_timeout_seconds=HEARTBEAT,
