@@ -124,10 +124,7 @@ def _check_data(workdir: epath.Path, found: dict[str, Any]) -> None:
   if not path.exists():
     files.write_json(path, found)
     return
-  try:
-    before = json.loads(path.read_text())
-  except ValueError as e:
-    raise UserError(f'{path} is damaged: {e}.') from e
+  before = files.read_object(path)
   if before != found:
     raise UserError(
         f'the data is not what this run began with: {before} then, {found} '

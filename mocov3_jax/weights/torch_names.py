@@ -13,8 +13,6 @@ import numpy as np
 from mocov3_jax.base.errors import UserError
 from mocov3_jax.runs.network import Path
 
-# Of a network: the trees of its parameters and of its running statistics.
-COLLECTIONS = ('params', 'batch_stats')
 # Counts the batches that a BatchNorm has seen; we need no such counter.
 COUNTER = 'num_batches_tracked'
 
