@@ -5,7 +5,8 @@ DIR is the workdir of a run (its newest checkpoint) or one of its folders
 checkpoints/<step>. FILE.npz holds, for each image that could be read,
   features   float32 [N, D], the backbone's output (before the heads)
   names      [N], paths below the folder, or split and number
-  labels     int32 [N], -1 where there is none
+  labels     int32 [N], places in `classes`; -1 where there is none
+  classes    [C], their names
   splits     [N], 'train' or 'test', as `train` would split the source
 The last line on stdout is one JSON object.
 """

@@ -31,4 +31,6 @@ def compilation_cache(tmp_path_factory):
   with pytest.MonkeyPatch.context() as patch:
     patch.setenv('JAX_COMPILATION_CACHE_DIR', folder)
     patch.setenv('JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS', '0')
+    # Listings of folders are nothing to leave in the user's own cache.
+    patch.setenv('XDG_CACHE_HOME', str(tmp_path_factory.mktemp('cache')))
     yield

@@ -18,7 +18,7 @@ def changed(**overrides):
 
 
 def claim(path, c):
-  with workdir.claimed(str(path), c, config_lib.FREE_ON_RESUME):
+  with workdir.claimed(str(path), c, config_lib.schema()):
     pass
 
 
@@ -112,6 +112,96 @@ def test_differences_list_what_changes_the_computation():
   ]
 
 
+def older(**without):
+  """The config of a version that lacked some fields."""
+  saved = workdir.to_json(changed())
+  for field in without:
+    group, name = field.split('__')
+    del saved[group][name]
+  return saved
+
+
+def test_a_field_that_is_younger_than_a_config_has_its_default():
+  saved = older(model__scan=0, data__listing_cache=0)
+  found, absent = knobs.completed(saved, config_lib.schema())
+  assert absent == ['data.listing_cache', 'model.scan']
+  assert found == workdir.to_json(changed())
+
+
+def test_a_younger_field_may_say_that_its_default_changes_nothing():
+  schema = {'seed': knobs.Knob(0), 'cure': knobs.Knob('none', added=True)}
+  assert knobs.completed({'seed': 3}, schema) == (
+      {'seed': 3, 'cure': 'none'}, ['cure']
+  )
+  with pytest.raises(UserError, match='lacks fields: seed'):
+    knobs.completed({'cure': 'none'}, schema)
+
+
+@pytest.mark.parametrize('field', ['optimizer.b2', 'knn.k', 'model.name'])
+def test_a_config_without_what_steers_a_run_is_refused(field):
+  group, name = field.split('.')
+  with pytest.raises(UserError, match=f'lacks fields: {field}'):
+    knobs.completed(older(**{f'{group}__{name}': 0}), config_lib.schema())
+
+
+def test_a_field_of_a_later_version_is_refused():
+  saved = workdir.to_json(changed())
+  saved['model']['rotary'] = True
+  with pytest.raises(UserError, match='does not know: model.rotary'):
+    knobs.completed(saved, config_lib.schema())
+
+
+def test_a_run_of_an_earlier_version_is_continued(tmp_path, capsys):
+  path = tmp_path / 'run'
+  claim(path, changed())
+  (path / 'config.json').write_text(json.dumps(older(data__listing_cache=0)))
+  claim(path, changed())
+  assert 'earlier version: data.listing_cache' in capsys.readouterr().err
+  with pytest.raises(UserError, match='knn.k: 200 in the workdir, 5 now'):
+    claim(path, changed(**{'knn.k': 5}))
+
+
+def test_a_run_is_not_prolonged(tmp_path):
+  claim(tmp_path / 'run', changed())
+  with pytest.raises(UserError, match='cannot be prolonged: the learning rate'):
+    claim(tmp_path / 'run', changed(**{'schedule.epochs': 9.0}))
+
+
+def test_a_run_may_not_go_on_with_other_data(tmp_path):
+  data = {'images': 3, 'names_sha256': 'a' * 64, 'test_images': 2,
+          'labels_sha256': 'b' * 64}
+  def begin(data):
+    with workdir.claimed(
+        str(tmp_path), changed(), config_lib.schema(), data
+    ):
+      pass
+
+  begin(data)
+  begin(data)
+  for field, value in (
+      ('images', 4), ('names_sha256', 'c' * 64), ('test_images', 1),
+      ('labels_sha256', 'd' * 64),
+  ):
+    with pytest.raises(UserError, match=f'{field}: .* then, .* now'):
+      begin(data | {field: value})
+  with pytest.raises(UserError, match='test_images: 2 then, none now'):
+    begin({k: v for k, v in data.items() if not k.startswith('test')})
+
+
+def test_what_an_earlier_version_did_not_note_is_noted(tmp_path, capsys):
+  def begin(data):
+    with workdir.claimed(
+        str(tmp_path), changed(), config_lib.schema(), data
+    ):
+      pass
+
+  begin({'images': 3})
+  begin({'images': 3, 'test_images': 2, 'reading': 2})
+  assert 'exact crops' in capsys.readouterr().err.replace('\n', ' ')
+  with pytest.raises(UserError, match='test_images: 2 then, 1 now'):
+    begin({'images': 3, 'test_images': 1, 'reading': 2})
+
+
 def test_a_workdir_is_claimed_once_and_recognised(tmp_path):
   path = tmp_path / 'a' / 'run'
   claim(path, changed())
@@ -125,7 +215,7 @@ def test_a_workdir_is_claimed_once_and_recognised(tmp_path):
 
 
 def test_a_workdir_in_use_is_refused(tmp_path):
-  with workdir.claimed(str(tmp_path), changed()):
+  with workdir.claimed(str(tmp_path), changed(), config_lib.schema()):
     with pytest.raises(UserError, match='in use by another process'):
       claim(tmp_path, changed())
   claim(tmp_path, changed())
@@ -133,11 +223,11 @@ def test_a_workdir_in_use_is_refused(tmp_path):
 
 def test_only_errors_of_the_file_system_are_blamed_on_the_workdir(tmp_path):
   with pytest.raises(BrokenPipeError), workdir.claimed(
-      str(tmp_path), changed()
+      str(tmp_path), changed(), config_lib.schema()
   ):
     raise BrokenPipeError(errno.EPIPE, 'Broken pipe')
   with pytest.raises(UserError, match='cannot be written: No space left'):
-    with workdir.claimed(str(tmp_path), changed()):
+    with workdir.claimed(str(tmp_path), changed(), config_lib.schema()):
       raise OSError(errno.ENOSPC, 'No space left')
 
 

@@ -23,7 +23,7 @@ def numbered(n):
   """A source whose images tell their index."""
   images = np.arange(n).astype(np.uint8).reshape(n, 1, 1, 1)
   labels = np.arange(n, dtype=np.int32) % 10
-  return sources.ArraySource('numbers', images, labels, 10)
+  return sources.ArraySource('numbers', images, labels, tuple("0123456789"))
 
 
 def reader(source, positions, batch_size, seed=0, threads=1):
@@ -120,7 +120,8 @@ class Encoded:
   count: int
   broken: frozenset = frozenset()
   shape = None
-  num_classes = 0
+  classes = ()
+  labels_at_hand = True
 
   def __len__(self):
     return self.count

@@ -239,7 +239,7 @@ def labelled(train, test):
   def source(labels):
     return sources.ArraySource(
         'x', np.zeros((len(labels), 8, 8, 1), np.uint8),
-        np.asarray(labels, np.int32), 3,
+        np.asarray(labels, np.int32), ('ant', 'bee', 'cat'),
     )
   return sources.Splits(source(train), source(train), source(test))
 
@@ -250,7 +250,7 @@ def labelled(train, test):
         ([0, 1, 0], [-1, -1], 'no labelled test images'),
         ([-1], [0], 'no labelled training images'),
         ([1, 1], [1], 'a single class'),
-        ([0, 1], [2, 1], '1 classes .number 2'),
+        ([0, 1], [2, 1], '1 classes .cat.'),
     ],
 )
 def test_labels_that_do_not_do_are_named(train, test, words):
@@ -262,7 +262,7 @@ def test_labels_that_do_not_do_are_named(train, test, words):
 def test_few_of_each_class_are_the_seeds_choice():
   labels = np.repeat(np.arange(4, dtype=np.int32), 20)
   images = np.arange(80, dtype=np.uint8).reshape(80, 1, 1, 1)
-  source = sources.ArraySource('x', images, labels, 4)
+  source = sources.ArraySource('x', images, labels, tuple('abcd'))
   chosen = [
       setup_lib.few_of_each(source, labels, 5, seed).indices
       for seed in (0, 0, 1)

@@ -166,7 +166,9 @@ def test_one_pass_gives_every_k_and_temperature():
       'leave_one_out': False,
   })
   numbers = np.arange(700, dtype=np.int64).view(np.uint8).reshape(700, 1, 1, 8)
-  source = sources.ArraySource('x', numbers, labels.astype(np.int32), 7)
+  source = sources.ArraySource(
+      'x', numbers, labels.astype(np.int32), tuple('abcdefg')
+  )
   bank = sources.Subset(source, np.arange(500))
   test = sources.Subset(source, np.arange(500, 700))
 
@@ -219,7 +221,9 @@ def monitored(c, extract, splits):
 def test_the_monitor_says_what_the_table_says_of_images_that_can_be_read():
   features, labels = random_set(n=700)
   numbers = np.arange(700, dtype=np.int64).view(np.uint8).reshape(700, 1, 1, 8)
-  source = sources.ArraySource('x', numbers, labels.astype(np.int32), 7)
+  source = sources.ArraySource(
+      'x', numbers, labels.astype(np.int32), tuple('abcdefg')
+  )
   bank = sources.Subset(source, np.arange(500))
   test = sources.Subset(source, np.arange(500, 700))
 
@@ -249,7 +253,8 @@ def test_images_without_label_or_that_cannot_be_read_are_left_out():
   labels = np.repeat(np.arange(2, dtype=np.int32), 15)
   labels[::5] = -1
   source = sources.ArraySource(
-      'x', np.arange(30, dtype=np.uint8).reshape(30, 1, 1, 1), labels, 2
+      'x', np.arange(30, dtype=np.uint8).reshape(30, 1, 1, 1), labels,
+      ('a', 'b'),
   )
   asked = []
 

@@ -134,7 +134,8 @@ def small_trainer(folder, evaluate=lambda state: {'test/top1': 0.0}):
     return {'step': state['step'] + 1}, values
 
   return Trainer(
-      config=c, free=frozenset(), plan=config_lib.plan(c, 64), mesh=mesh,
+      config=c, schema=config_lib.schema(), plan=config_lib.plan(c, 64),
+      mesh=mesh,
       init=lambda: {'step': jnp.zeros((), jnp.int32)}, step=step,
       reader=pretrain.make_reader(c, source, sharding.local_positions(mesh, 8)),
       fingerprint={}, advice='', evaluators=[

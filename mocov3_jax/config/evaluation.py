@@ -48,7 +48,8 @@ def schema() -> Schema:
       'data': {
           # Where images come from; '' = the source the run was trained on.
           'source': Knob(''),
-          # As in training; read if `source` is given.
+          # As in training, of either source; 'auto' = with the run's own
+          # source, the labels of the run.
           'labels': Knob('auto'),
           # Labelled images of each class to learn from (chosen by `seed`); 0 =
           # all.
@@ -170,7 +171,3 @@ def _finetune() -> Schema:
       # DeiT.
       'ema': Knob(0.0, BELOW_ONE),
   }
-
-
-# Fields that may change when a run is continued.
-FREE_ON_RESUME = knobs.free_fields(schema())

@@ -5,7 +5,7 @@ import dataclasses
 import math
 from typing import Any, NamedTuple
 
-from flax.traverse_util import flatten_dict
+from flax.traverse_util import flatten_dict, unflatten_dict
 from ml_collections import ConfigDict
 
 from mocov3_jax.base.errors import UserError
@@ -34,11 +34,14 @@ class Knob:
     free: whether the field may change when a run is continued. Such a field
       steers what a run reports and keeps, or how it computes (up to
       rounding), but not what it computes.
+    added: whether the field is younger than the first version, and its default
+      is what versions without it did.
   """
 
   default: Any
   allowed: Range | None = None
   free: bool = False
+  added: bool = False
 
 
 # A tree of dicts with knobs as leaves.
@@ -115,11 +118,49 @@ def require_fields(config: ConfigDict, schema: Schema) -> None:
       ('lacks', known.keys() - given.keys()),
   ):
     if fields:
-      shown = sorted(fields)[:5] + ['...'] * (len(fields) > 5)
       raise UserError(
-          f'the config {verb} fields: {", ".join(shown)}. Allowed: a config '
-          'made for this command, with each of its fields.'
+          f'the config {verb} fields: {_some(sorted(fields))}. Allowed: a '
+          'config made for this command, with each of its fields.'
       )
+
+
+def completed(
+    saved: dict[str, Any], schema: Schema
+) -> tuple[dict[str, Any], list[str]]:
+  """Gives what the config of an earlier version lacks the defaults.
+
+  Args:
+    saved: a config as nested dicts of JSON values, as config.json holds it.
+    schema: of this version.
+
+  Returns:
+    The whole config, likewise, and the names of the fields that it lacked.
+
+  Raises:
+    UserError: for fields that this version does not know, and for lacking ones
+      whose defaults may not be what the run computed.
+  """
+  given, known = flatten(saved), flatten(schema)
+  absent = sorted(known.keys() - given.keys())
+  unknown = sorted(given.keys() - known.keys())
+  if unknown:
+    raise UserError(
+        f'the config has fields that this version does not know: '
+        f'{_some(unknown)}. Allowed: the config of this version or an earlier '
+        'one.'
+    )
+  lost = [f for f in absent if not (known[f].free or known[f].added)]
+  if lost:
+    raise UserError(
+        f'the config lacks fields: {_some(lost)}, which every version has had. '
+        'Allowed: the config as the run wrote it.'
+    )
+  found = given | {field: known[field].default for field in absent}
+  return unflatten_dict(found, sep='.'), absent
+
+
+def _some(fields: list[str]) -> str:
+  return ', '.join(fields[:5] + ['...'] * (len(fields) > 5))
 
 
 def differences(

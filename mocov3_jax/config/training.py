@@ -107,9 +107,13 @@ def _data() -> Schema:
       # 'tfds:NAME[:SPLIT]'.
       'source': Knob('digits'),
       # Labels of a folder, for the kNN monitor alone: 'auto' = the names of
-      # its subfolders, if it has such; 'none'; or the path of a CSV file with
-      # the columns path and label.
+      # its subfolders, if these can be classes; 'folders' = these names, also
+      # if images lie beside the subfolders or one is called like a split;
+      # 'none'; or the path of a CSV file with the columns path and label.
       'labels': Knob('auto'),
+      # Folder that keeps the listings of large folders of images; '' = the
+      # user's cache folder. A machine that does not last needs another one.
+      'listing_cache': Knob('', free=True),
       # Side of the square crop that the model sees, pixels. Paper s5: 224.
       'image_size': Knob(224, AT_LEAST_ONE),
       # Mean and standard deviation of each channel, of pixels in [0, 1]. The

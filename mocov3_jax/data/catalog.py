@@ -23,9 +23,10 @@ def digits() -> Splits:
   # 17 gray levels, 0 to 16, to the whole range of a byte.
   images = np.round(data.images * (255 / 16)).astype(np.uint8)[..., None]
   targets = data.target.astype(np.int32)
+  classes = tuple(str(digit) for digit in range(10))
   held_out = np.arange(len(images)) % 5 == 0
   train, test = (
-      ArraySource(f'digits {name}', images[chosen], targets[chosen], 10)
+      ArraySource(f'digits {name}', images[chosen], targets[chosen], classes)
       for name, chosen in (('train', ~held_out), ('test', held_out))
   )
   return Splits(train, train, test)
@@ -63,7 +64,8 @@ def load(
   Args:
     spec: of a form in SOURCES.
     labels: `config.data.labels`.
-    cache: where listings of image folders are kept; None = nowhere.
+    cache: where listings of image folders are kept, as
+      `listing.cache_folder` tells; None = nowhere.
 
   Raises:
     UserError: for a name that is not in the table, or bad data.

@@ -10,12 +10,11 @@ import numpy as np
 
 from mocov3_jax.base.errors import UserError
 from mocov3_jax.base.files import absolute
+from mocov3_jax.data import layout
 from mocov3_jax.data.decode import Unreadable
-from mocov3_jax.data.listing import SUFFIXES, cached_walk
+from mocov3_jax.data.layout import NAMED, listed
+from mocov3_jax.data.listing import SUFFIXES, Listing, cached_walk
 from mocov3_jax.data.sources import Source, Splits, Subset, hold_out
-
-# Names of the folders of the splits; the first that is there is tested on.
-TRAIN, TESTS = 'train', ('val', 'valid', 'validation', 'test')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,14 +25,15 @@ class FolderSource:
     root: of the tree.
     paths: bytes [N], relative to it.
     all_labels: int32 [N], -1 where there is none.
-    num_classes: how many labels there are; 0 without labels.
+    classes: their names; none without labels.
   """
 
   root: bytes
   paths: np.ndarray
   all_labels: np.ndarray
-  num_classes: int
+  classes: tuple[str, ...]
   shape = None
+  labels_at_hand = True
 
   def __len__(self) -> int:
     return len(self.paths)
@@ -62,56 +62,67 @@ class FolderSource:
 def load(path: str, labels: str, cache: epath.Path | None) -> Splits:
   """Opens a folder of images.
 
-  If its only folders are train/ and such as val/, those are the splits. Else
-  all of it is trained on, less every tenth labelled image (never the last of
-  a class).
+  If its only folders are train/ and such as val/ (`layout.TESTS`), those are
+  the splits. Else all of it is trained on, less every tenth labelled image
+  (never the last of a class).
 
   Args:
     path: of the folder.
-    labels: 'auto': the names of the subfolders, if there are at least two
-      with images, and none beside them. 'none'. Or the path of a CSV file
-      with the columns path (relative to the folder) and label; images that it
-      does not name have no label.
+    labels: 'auto': the names of the subfolders, if there are at least two with
+      images, and no images beside them. 'folders': the names of the
+      subfolders, also if images lie beside them, or if they are called as
+      splits are. 'none'. Or the path of a CSV file with the columns path
+      (relative to the folder) and label; images that it does not name have no
+      label.
     cache: where the listing is kept.
 
   Raises:
-    UserError: if there is no folder, or no image in it, or the CSV is wrong.
+    UserError: if there is no folder, or no image in it; folders look like
+      splits, but not in that layout; or the CSV is wrong.
   """
-  root = _root(path)
-  try:
-    listing = cached_walk(root, cache)
-  except OSError as e:
-    raise UserError(
-        f"data.source='folder:{path}' cannot be listed: {e.strerror} "
-        f'({os.fsdecode(e.filename)}).'
-    ) from e
-  if not len(listing.paths):
-    raise UserError(
-        f"data.source='folder:{path}' holds no image ({listing.symlinks} "
-        f'symlinks and {listing.others} other files). Allowed: files named '
-        f'{" ".join(s.decode() for s in SUFFIXES)}, at any depth.'
-    )
-  train, test, start = _split(listing.paths)
-  if labels == 'none':
-    names = {}
-  elif labels == 'auto':
-    names = _by_subfolder(train, test, start)
-  else:
+  root, where = _root(path), f'folder:{path}'
+  listing = _list(where, root, cache)
+  found = layout.find_splits(where, listing.paths, labels == 'folders')
+  names, remarks = {}, ()
+  if labels in ('auto', 'folders'):
+    names, remarks = layout.classes_by_folder(found, labels == 'folders')
+  elif labels != 'none':
     names = _read_csv(path, listing.paths, labels)
-  number = {name: i for i, name in enumerate(sorted(set(names.values())))}
+  classes = tuple(sorted(set(names.values())))
+  number = {name: i for i, name in enumerate(classes)}
   train, test = (
       FolderSource(
           root, paths,
           np.array([number[names[p]] if p in names else -1
                     for p in paths.tolist()], np.int32),
-          len(number),
+          classes,
       )
-      for paths in (train, test)
+      for paths in (found.train, found.test)
   )
-  skipped = (
-      f'; skipped {listing.symlinks} symlinks, {listing.others} other files'
-  )
-  return _splits(path, train, test, skipped)
+  remarks = (*remarks, *found.remarks)
+  if listing.others or listing.broken_links:
+    remarks += (
+        f'skipped {listing.others} other files and {listing.broken_links} '
+        'links that lead nowhere or back',
+    )
+  return _splits(where, train, test, remarks)
+
+
+def _list(where: str, root: bytes, cache: epath.Path | None) -> Listing:
+  try:
+    found = cached_walk(root, cache)
+  except OSError as e:
+    raise UserError(
+        f'data.source={where!r} cannot be listed: {e.strerror} '
+        f'({os.fsdecode(e.filename)}).'
+    ) from e
+  if not len(found.paths):
+    raise UserError(
+        f'data.source={where!r} holds no image ({found.others} other files, '
+        f'{found.broken_links} links that lead nowhere or back). Allowed: '
+        f'files named {" ".join(s.decode() for s in SUFFIXES)}, at any depth.'
+    )
+  return found
 
 
 def _root(path: str) -> bytes:
@@ -128,7 +139,8 @@ def _root(path: str) -> bytes:
 
 
 def _splits(
-    path: str, train: FolderSource, test: FolderSource, skipped: str
+    where: str, train: FolderSource, test: FolderSource,
+    remarks: tuple[str, ...],
 ) -> Splits:
   test_labelled = np.flatnonzero(test.all_labels >= 0)
   labelled = np.flatnonzero(train.all_labels >= 0)
@@ -139,50 +151,20 @@ def _splits(
     source, held = hold_out(train, labelled, train.all_labels[labelled])
     labelled = np.flatnonzero(source.labels(np.arange(len(source))) >= 0)
     how = ' (every tenth labelled one, held out)'
-  note = f'folder:{path}: {len(source)} images'
+  note = f'{where}: {len(source)} images'
   if not len(labelled) or not len(held):
-    lacking = 'labels to test on' if train.num_classes else 'labels'
-    return Splits(source, None, None, f'{note} without {lacking}{skipped}')
-  return Splits(
-      source, Subset(source, labelled), held,
-      f'{note} in {train.num_classes} classes, {len(held)} to test on{how}'
-      + skipped,
-  )
-
-
-def _split(paths: np.ndarray) -> tuple[np.ndarray, np.ndarray, int]:
-  """Paths to train on, to test on, and where classes begin in them, bytes."""
-  tops = [
-      os.fsdecode(path.partition(b'/')[0]) if b'/' in path else ''
-      for path in paths.tolist()
-  ]
-  # Images beside train/ (contact sheets and the like) belong to no split.
-  if TRAIN not in tops or not set(tops) <= {TRAIN, *TESTS, ''}:
-    return paths, paths[:0], 0
-  tests = [name for name in TESTS if name in tops] or [None]
-  tops = np.array(tops)
-  return paths[tops == TRAIN], paths[tops == tests[0]], len(TRAIN) + 1
-
-
-def _by_subfolder(
-    train: np.ndarray, test: np.ndarray, start: int
-) -> dict[bytes, str]:
-  """Returns {path: its subfolder}, if these folders can be classes."""
-  named = {}
-  for image in train.tolist():
-    name, slash, _ = image[start:].partition(b'/')
-    if not slash:
-      return {}  # An image beside the subfolders.
-    named[image] = os.fsdecode(name)
-  names = set(named.values())
-  if len(names) < 2:
-    return {}
-  # Test images outside of these classes stay without a label.
-  for image in test.tolist():
-    parts = os.fsdecode(image).split('/')
-    if len(parts) > 2 and parts[1] in names:
-      named[image] = parts[1]
-  return named
+    lacking = 'labels to test on' if train.classes else 'labels'
+    note = '; '.join([f'{note} without {lacking}', *remarks])
+    return Splits(source, None, None, note)
+  unlabelled = len(source) - len(labelled)
+  known = f'{len(train.classes)} classes ({listed(train.classes, NAMED)})'
+  note = '; '.join([
+      f'{note} in {known}'
+      + (f', {unlabelled} of them without a label' if unlabelled else '')
+      + f', {len(held)} to test on{how}',
+      *remarks,
+  ])
+  return Splits(source, Subset(source, labelled), held, note)
 
 
 def _read_csv(
@@ -191,14 +173,20 @@ def _read_csv(
   """Returns {path: label} as the CSV file `labels` has them."""
   where = f'data.labels={labels!r}'
   try:
-    text = absolute(labels, 'data.labels').read_text(encoding='utf-8-sig')
-    rows = csv.DictReader(io.StringIO(text))
+    # Not by epath, which takes an encoding and drops it. Excel begins a CSV
+    # file with a byte order mark.
+    file = open(
+        absolute(labels, 'data.labels'), encoding='utf-8-sig', newline=''
+    )
+    with file:
+      text = file.read()
+    rows = csv.DictReader(io.StringIO(text, newline=''))
     columns = rows.fieldnames or ['none']
     rows = list(rows) if {'path', 'label'} <= set(columns) else None
   except (OSError, ValueError, csv.Error) as e:
     raise UserError(
-        f'{where} cannot be read: {e}. Allowed: auto, none, or the path of a '
-        'CSV file with the columns path and label.'
+        f'{where} cannot be read: {e}. Allowed: auto, folders, none, or the '
+        'path of a CSV file with the columns path and label.'
     ) from e
   if rows is None:
     raise UserError(

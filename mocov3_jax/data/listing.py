@@ -1,5 +1,6 @@
 """Which images a tree of folders holds, remembered until it changes."""
 
+import collections
 import hashlib
 import io
 import os
@@ -12,6 +13,7 @@ from etils import epath
 import numpy as np
 
 from mocov3_jax.base import files
+from mocov3_jax.base.errors import UserError
 
 SUFFIXES = (
     b'.jpg', b'.jpeg', b'.jpe', b'.jfif', b'.png', b'.webp', b'.bmp', b'.gif'
@@ -19,6 +21,11 @@ SUFFIXES = (
 # A folder changed so many seconds ago may change again within the resolution
 # of its time stamp; its listing is not kept.
 SETTLED = 2.0
+# Of what is kept; another one is not read.
+FORMAT = b'2'
+# In how many ways links may lead to one folder: without a limit, folders full
+# of links to each other would be listed for ever.
+MOST_WAYS = 100
 # What numpy raises for a damaged archive.
 DAMAGED = (ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error)
 
@@ -29,57 +36,121 @@ class Listing(NamedTuple):
   Attributes:
     paths: bytes [N], of the images, relative to the root, sorted.
     folders: bytes [F], likewise, the root as b''.
-    times: int64 [F], modification times of the folders, ns.
-    symlinks, others: how many of each were skipped.
+    stamps: int64 [F, 2], when each folder and its entry last changed, ns.
+    reliable: whether a change of the tree will change these.
+    broken_links: how many links lead nowhere, or to a folder they lie in.
+    others: how many files are no images.
   """
 
   paths: np.ndarray
   folders: np.ndarray
-  times: np.ndarray
-  symlinks: int
+  stamps: np.ndarray
+  reliable: bool
+  broken_links: int
   others: int
 
 
+def cache_folder(chosen: str) -> epath.Path | None:
+  """Returns where listings are kept; None = nowhere.
+
+  Args:
+    chosen: `data.listing_cache`: a folder; '' = the user's cache folder
+      (XDG_CACHE_HOME, or else ~/.cache), if there is one.
+
+  Raises:
+    UserError: for what is no path of this machine.
+  """
+  if chosen:
+    return files.absolute(chosen, 'data.listing_cache')
+  cache = os.getenv('XDG_CACHE_HOME', '')
+  if not os.path.isabs(cache):
+    home = os.path.expanduser('~')
+    if not os.path.isabs(home):  # Nobody's home.
+      return None
+    cache = os.path.join(home, '.cache')
+  return epath.Path(cache) / 'mocov3_jax' / 'listings'
+
+
 def walk(root: bytes) -> Listing:
-  """Lists the images below `root`; a kind is told by the file's suffix."""
-  paths, folders, times = [], [], []
-  symlinks = others = 0
-  pending = [b'']
+  """Lists the images below `root`; a kind is told by the file's suffix.
+
+  Links are followed, but not to a folder that the link lies in.
+
+  Raises:
+    OSError: if a folder cannot be read.
+    UserError: if links lead to one folder in more than MOST_WAYS ways.
+  """
+  paths, folders, stamps, devices = [], [], [], set()
+  broken_links = others = 0
+  ways = collections.Counter()
+  pending = [(b'', ())]  # A folder, and those that it lies in.
   while pending:
-    folder = pending.pop()
+    folder, above = pending.pop()
     # Taken first: what changes from here on changes it once more.
-    times.append(os.stat(os.path.join(root, folder)).st_mtime_ns)
+    status = os.stat(os.path.join(root, folder))
+    identity = status.st_dev, status.st_ino
+    if identity in above:
+      broken_links += 1
+      continue
+    ways[identity] += 1
+    if ways[identity] > MOST_WAYS:
+      raise UserError(
+          f'links lead to the folder {os.fsdecode(os.path.join(root, folder))} '
+          f'in more than {MOST_WAYS} ways. Allowed: so many.'
+      )
+    stamps.append((status.st_mtime_ns, status.st_ctime_ns))
+    devices.add(status.st_dev)
     folders.append(folder)
     with os.scandir(os.path.join(root, folder)) as entries:
       for entry in entries:
         path = os.path.join(folder, entry.name)
-        if entry.is_symlink():
-          symlinks += 1
-        elif entry.name.startswith(b'.'):
+        if entry.name.startswith(b'.'):
           others += 1
+        elif entry.is_symlink() and not os.path.exists(entry.path):
+          broken_links += 1
         elif entry.is_dir():
-          pending.append(path)
+          pending.append((path, (*above, identity)))
         elif entry.is_file() and entry.name.lower().endswith(SUFFIXES):
           paths.append(path)
         else:
           others += 1
-  listing = np.sort(np.array(paths, np.bytes_))
+  stamps = np.array(stamps, np.int64)
+  reliable = stamps[:, 0].all() and not devices & _fuse_devices()
   return Listing(
-      listing, np.array(folders, np.bytes_), np.array(times, np.int64),
-      symlinks, others,
+      np.sort(np.array(paths, np.bytes_)), np.array(folders, np.bytes_),
+      stamps, bool(reliable), broken_links, others,
   )
+
+
+def _fuse_devices() -> set[int]:
+  """Returns the devices (st_dev) of file systems that may keep no times.
+
+  A mounted bucket shows the time of the mount, or none, for all folders.
+  """
+  try:
+    with open('/proc/self/mountinfo', encoding='utf-8') as file:
+      mounts = [line.split(' - ') for line in file]
+  except (OSError, ValueError):  # Not Linux.
+    return set()
+  return {
+      os.makedev(*map(int, mount.split()[2].split(':')))
+      for mount, kind in mounts
+      if kind == 'fuse' or kind.startswith(('fuse.', 'fuse '))
+  }
 
 
 def cached_walk(root: bytes, cache: epath.Path | None) -> Listing:
   """As `walk`, kept in the folder `cache` until the tree changes.
 
-  Adding, removing or renaming a file changes the time stamp of its folder, so
+  Adding, removing or renaming a file changes the time stamps of its folder, so
   that asking a thousand folders tells whether a million files are the same.
+  Where folders have no such time stamps, the tree is listed every time.
   """
   if cache is None:
     return walk(root)
-  # A version that knows other suffixes finds other files.
-  key = b'\0'.join((root, *SUFFIXES))
+  # A version that knows other suffixes, or follows other links, finds other
+  # files.
+  key = b'\0'.join((root, FORMAT, *SUFFIXES))
   digest = hashlib.sha256(key).hexdigest()[:16]
   file = cache / f'{digest}.npz'
   try:
@@ -90,25 +161,29 @@ def cached_walk(root: bytes, cache: epath.Path | None) -> Listing:
   except (OSError, *DAMAGED):
     pass  # None yet, or no longer any use.
   listing = walk(root)
-  if time.time() - listing.times.max() / 1e9 > SETTLED:
+  settled = time.time() - listing.stamps.max() / 1e9 > SETTLED
+  if listing.reliable and settled:
     _store(file, listing)
   return listing
 
 
 def _is_current(root: bytes, listing: Listing) -> bool:
-  return all(
-      os.stat(os.path.join(root, folder)).st_mtime_ns == then
-      for folder, then in zip(
-          listing.folders.tolist(), listing.times.tolist(), strict=True
-      )
-  )
+  for folder, then in zip(
+      listing.folders.tolist(), listing.stamps.tolist(), strict=True
+  ):
+    status = os.stat(os.path.join(root, folder))
+    if [status.st_mtime_ns, status.st_ctime_ns] != then:
+      return False
+  return True
 
 
 def _store(file: epath.Path, listing: Listing) -> None:
   buffer = io.BytesIO()
   np.savez_compressed(buffer, **listing._asdict())
   try:
-    with files.open_whole(file, parents=True) as whole:
+    # Paths are nobody else's business, and what is listed here is read.
+    file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    with files.open_whole(file) as whole:
       whole.write(buffer.getvalue())
   except OSError:
     pass  # Only a convenience; the workdir itself tells what is wrong.

@@ -11,6 +11,8 @@ from mocov3_jax.base.errors import UserError
 
 # Without a test split, every so-manieth labelled image is held out.
 HOLD_OUT = 10
+# Changes when images of many sizes are cropped otherwise than before.
+READING = 2
 
 
 class Source(Protocol):
@@ -19,11 +21,13 @@ class Source(Protocol):
   Attributes:
     shape: (H, W, C) if all images have one size, else None (and three
       channels). Images of one size are cropped on the device.
-    num_classes: labels are 0 to num_classes - 1; 0 if there are no labels.
+    classes: names of the labels 0, 1, ...; none if there are no labels.
+    labels_at_hand: whether `labels` needs to read no image.
   """
 
   shape: tuple[int, int, int] | None
-  num_classes: int
+  classes: tuple[str, ...]
+  labels_at_hand: bool
 
   def __len__(self) -> int:
     """Returns the number of images."""
@@ -49,14 +53,15 @@ class ArraySource:
   Attributes:
     title: of the set.
     images: uint8 [N, H, W, C].
-    all_labels: int32 [N], from 0 to num_classes - 1.
-    num_classes: how many labels there are.
+    all_labels: int32 [N], places in `classes`.
+    classes: names of the labels.
   """
 
   title: str
   images: np.ndarray
   all_labels: np.ndarray
-  num_classes: int
+  classes: tuple[str, ...]
+  labels_at_hand = True
 
   @property
   def shape(self) -> tuple[int, int, int]:
@@ -92,9 +97,14 @@ class Subset:
     return self.source.shape
 
   @property
-  def num_classes(self) -> int:
-    """The number of labels, as that of the whole source."""
-    return self.source.num_classes
+  def classes(self) -> tuple[str, ...]:
+    """The names of the labels, as those of the whole source."""
+    return self.source.classes
+
+  @property
+  def labels_at_hand(self) -> bool:
+    """As that of the whole source."""
+    return self.source.labels_at_hand
 
   def __len__(self) -> int:
     return len(self.indices)
@@ -129,15 +139,36 @@ class Splits:
   note: str = ''
 
   def fingerprint(self) -> dict[str, int | str]:
-    """Returns what must stay the same for a run to be continued."""
-    digest = hashlib.sha256()
-    for index in range(len(self.train)):
-      digest.update(self.train.name(index).encode(errors='surrogateescape'))
-      digest.update(b'\0')
-    return {
-        'images': len(self.train), 'classes': self.train.num_classes,
-        'names_sha256': digest.hexdigest(),
+    """Returns what must stay the same for a run to be continued.
+
+    Labels that only reading the images would tell are not looked at.
+    """
+    found = {
+        'images': len(self.train), 'classes': len(self.train.classes),
+        'names_sha256': _names_digest(self.train),
     }
+    if self.train.shape is None:
+      found['reading'] = READING
+    if self.test is None:
+      return found
+    found |= {
+        'test_images': len(self.test),
+        'test_names_sha256': _names_digest(self.test),
+    }
+    if self.train.labels_at_hand:
+      labels = [x.labels(np.arange(len(x))) for x in (self.train, self.test)]
+      found['labels_sha256'] = hashlib.sha256(
+          np.concatenate(labels).astype('<i4').tobytes()
+      ).hexdigest()
+    return found
+
+
+def _names_digest(source: Source) -> str:
+  digest = hashlib.sha256()
+  for index in range(len(source)):
+    digest.update(source.name(index).encode(errors='surrogateescape'))
+    digest.update(b'\0')
+  return digest.hexdigest()
 
 
 def channels(source: Source) -> int:

@@ -13,6 +13,7 @@ import numpy as np
 
 from mocov3_jax.base.errors import UserError
 from mocov3_jax.data.decode import Unreadable
+from mocov3_jax.data.layout import NAMED, listed
 from mocov3_jax.data.sources import Source, Splits, hold_out
 
 # In place of a label that has not been read yet.
@@ -26,6 +27,8 @@ FEW = 10
 
 class TfdsSource:
   """One split of a prepared set, as a `sources.Source`."""
+
+  labels_at_hand = False
 
   def __init__(self, builder: Any, split: str):
     """Opens the split.
@@ -50,9 +53,7 @@ class TfdsSource:
       )
     self._image = images[0]
     self._label = 'label' if 'label' in classes else (classes or [None])[0]
-    self.num_classes = (
-        features[self._label].num_classes if self._label else 0
-    )
+    self.classes = tuple(features[self._label].names) if self._label else ()
     shape = features[self._image].shape
     self.shape = None if None in shape else tuple(shape)
     if self.shape and self.shape[-1] not in (1, 3):
@@ -137,7 +138,7 @@ def load(path: str) -> Splits:
   builder = _open(name)
   split = split or 'train'
   train = TfdsSource(builder, split)
-  if not train.num_classes:
+  if not train.classes:
     note = f'tfds:{path}: {len(train)} images without labels'
     return Splits(train, None, None, note)
   test, held = _labelled_test(builder, split)
@@ -148,8 +149,9 @@ def load(path: str) -> Splits:
     held = 'every tenth, held out'
   return Splits(
       source, source, test,
-      f'tfds:{path}: {len(source)} images in {train.num_classes} classes, '
-      f'{len(test)} to test on ({held})',
+      f'tfds:{path}: {len(source)} images in {len(train.classes)} '
+      f'classes ({listed(train.classes, NAMED)}), {len(test)} to test on '
+      f'({held})',
   )
 
 

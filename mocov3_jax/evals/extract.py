@@ -42,16 +42,14 @@ def extract(
     What was written, flat.
 
   Raises:
-    UserError: for bad input; nothing is written then (but a listing of an
-      image folder, beside the file).
+    UserError: for bad input; nothing is written then.
   """
   if layer not in LAYERS:
     raise unknown('--layer', layer, LAYERS)
   check_flags(encoder, batch_size, threads)
   path = files.new_output(out, '.npz')
   opened = open_checkpoint(
-      checkpoint, source, labels, listings=path.parent / '.listings',
-      threads=threads,
+      checkpoint, source, labels, threads
   )
   run, splits = opened.run, opened.splits
   parts, method = LAYERS[layer]
@@ -63,7 +61,7 @@ def extract(
       rows.append(_rows(forward, params, batch_stats, split, images))
   table = {key: np.concatenate([r[key] for r in rows]) for key in rows[0]}
   with files.open_whole(path, '--out', parents=True) as file:
-    np.savez(file, **table)
+    np.savez(file, **table, classes=np.array(splits.train.classes, np.str_))
   total = len(splits.train) + (len(splits.test) if splits.test else 0)
   return {
       'out': str(path), 'checkpoint': str(run.folder), 'step': run.step,

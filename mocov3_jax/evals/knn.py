@@ -160,7 +160,7 @@ def monitor(context: EvalContext) -> Evaluator | None:
   def measure(state):
     bank, queries = read(state)
     (row,) = _classify(
-        queries, bank, splits.train.num_classes, (knn.k,), (knn.temperature,),
+        queries, bank, len(splits.train.classes), (knn.k,), (knn.temperature,),
         context.mesh,
     )
     return {'knn/top1': row['top1'], 'knn/k': row['k']}
@@ -246,7 +246,7 @@ def table(
     )
     exclude_self = np.arange(len(bank.labels))
   rows = _classify(
-      queries, bank, splits.train.num_classes, (knn.k, *knn.more_k),
+      queries, bank, len(splits.train.classes), (knn.k, *knn.more_k),
       (knn.temperature, *knn.more_temperatures), mesh, exclude_self,
   )
   return {

@@ -76,7 +76,7 @@ def watching(
     queue that has a label, besides the step's own.
   """
   size = length(config.knn.queue_share, len(source), config.batch_size)
-  k = knn.capped_k(config.knn.k, size, source.num_classes)
+  k = knn.capped_k(config.knn.k, size, len(source.classes))
 
   def init_with_queue():
     state = init()
@@ -91,7 +91,7 @@ def watching(
         'knn/queue_top1': queue_accuracy(
             queue, first_view, batch.labels, k=k,
             temperature=config.knn.temperature,
-            num_classes=source.num_classes,
+            num_classes=len(source.classes),
         ),
         'knn/queue_filled': jnp.mean(queue.labels >= 0),
     }

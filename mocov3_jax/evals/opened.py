@@ -2,12 +2,11 @@
 
 import dataclasses
 
-from etils import epath
 import jax
 from jax.sharding import Mesh
 
 from mocov3_jax.base.errors import UserError, unknown
-from mocov3_jax.data import catalog, sources
+from mocov3_jax.data import catalog, listing, sources
 from mocov3_jax.data.workers import Workers
 from mocov3_jax.evals import features
 from mocov3_jax.parallel import sharding
@@ -45,8 +44,7 @@ class Opened:
 
 
 def open_checkpoint(
-    checkpoint: str, source: str = '', labels: str = '', *,
-    listings: epath.Path, threads: int = 0,
+    checkpoint: str, source: str = '', labels: str = '', threads: int = 0
 ) -> Opened:
   """Finds a checkpoint and opens images that fit its network.
 
@@ -56,7 +54,6 @@ def open_checkpoint(
     source: as `config.data.source`; '' = what the run was trained on.
     labels: as `config.data.labels`; '' = those of the run, or 'auto' of
       another source.
-    listings: folder where listings of image folders are kept.
     threads: that read and decode images; 0 = one per core.
 
   Raises:
@@ -67,7 +64,9 @@ def open_checkpoint(
   data = run.config.data
   spec = source or data.source
   labels = labels or ('auto' if source else data.labels)
-  splits = catalog.load(spec, labels, listings)
+  splits = catalog.load(
+      spec, labels, listing.cache_folder(data.listing_cache)
+  )
   sources.check_channels(splits, spec, len(data.mean))
   return Opened(
       run, spec, labels, splits, sharding.make_mesh(), Workers(threads)

@@ -26,8 +26,7 @@ def attention(options: showing.Options) -> dict[str, Any]:
     gives to itself.
 
   Raises:
-    UserError: for bad input; nothing is written then (but a listing of an
-      image folder, beside the file).
+    UserError: for bad input; nothing is written then.
   """
   count = options.check(6, 1, MOST_ROWS)
   shown = showing.open_shown(options, attention_lib.require_class_token)
@@ -110,7 +109,7 @@ def _draw_neighbours(
   bank = splits.train
   if splits.test is not None:
     bank = splits.bank
-    names = [sheets.printable(n) for n in shown.class_names().values()]
+    names = [sheets.printable(n) for n in shown.splits.train.classes]
     labels = bank.labels(found.ravel()).reshape(found.shape)
     theirs = queries.labels(ask)[:, None]
     same = labels == theirs
@@ -175,7 +174,7 @@ def embedding(options: showing.Options, method: str) -> dict[str, Any]:
         f'{projection.FEWEST} or more.'
     )
   points, axes, result = projection.plane(values, method)
-  names = shown.class_names()
+  names = shown.splits.train.classes
   present = np.unique(labels[labels >= 0]).tolist()
   kinds = f'{len(present)} classes' if present else 'no labels'
   sheet = sheets.scatter_sheet(

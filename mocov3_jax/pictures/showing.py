@@ -200,27 +200,6 @@ class Shown:
     )
     return [image for batch in batches for image in batch.images]
 
-  def class_names(self) -> dict[int, str]:
-    """Returns what the labels are called: their folders, or else numbers."""
-    train = self.splits.train
-    labels = train.labels(np.arange(len(train)))
-    numbers = {n: str(n) for n in range(train.num_classes)}
-    if self.opened.labels != 'auto':
-      return numbers
-    paths = {label: set() for label in np.unique(labels[labels >= 0]).tolist()}
-    for index, label in enumerate(labels.tolist()):
-      if label >= 0:
-        paths[label].add(tuple(train.name(index).split('/')[:-1]))
-    for level in 0, 1:  # Classes lie in the root, or in its train/.
-      names = {
-          label: {path[level] if level < len(path) else '' for path in found}
-          for label, found in paths.items()
-      }
-      known = [name for found in names.values() for name in found if name]
-      if len(known) == len(set(known)) == len(names):
-        return numbers | {label: name for label, (name,) in names.items()}
-    return numbers
-
 
 def open_shown(
     options: Options, require: Callable[[ConfigDict], None] = lambda model: None
@@ -235,8 +214,7 @@ def open_shown(
     UserError: if that cannot be done, or they do not fit together.
   """
   opened = open_checkpoint(
-      options.checkpoint, options.source, options.labels,
-      listings=options.path.parent / '.listings', threads=options.threads,
+      options.checkpoint, options.source, options.labels, options.threads
   )
   require(opened.run.config.model)
   params, batch_stats = network.restore(

@@ -31,14 +31,13 @@ def evaluate(config: ConfigDict, path: str) -> dict[str, Any]:
     The results; see `setup.record` and the protocol.
 
   Raises:
-    UserError: for bad input, before anything is written (but a listing of an
-      image folder, beside the workdir).
+    UserError: for bad input, before anything is written.
     Preempted: after SIGTERM or Ctrl-C, once the state is saved.
   """
   processes.enable_compilation_cache()
   checks.validate_eval(config, jax.device_count())
   if config.protocol not in PROTOCOLS:
     raise unknown('protocol', config.protocol, PROTOCOLS)
-  setup = setup_lib.prepare(config, path)
+  setup = setup_lib.prepare(config)
   results = PROTOCOLS[config.protocol](setup, path)
   return setup_lib.record(setup, results, files.absolute(path))

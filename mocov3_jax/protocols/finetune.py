@@ -87,7 +87,7 @@ def build_model(setup: Setup) -> Classifier:
         f'finetune.layer_decay={c.layer_decay} is for ViTs, and model.name is '
         f'{training_config.model.name!r}. Allowed: 1.0.'
     )
-  return Classifier(backbone, setup.splits.train.num_classes)
+  return Classifier(backbone, len(setup.splits.train.classes))
 
 
 def build_method(setup: Setup, model: Classifier) -> Supervised:

@@ -54,7 +54,7 @@ def probe(setup: Setup, path: str) -> dict[str, Any]:
   def init(frozen):
     del frozen
     return linear_step.init_state(
-        parts, init_key, len(rates), width, setup.splits.train.num_classes
+        parts, init_key, len(rates), width, len(setup.splits.train.classes)
     )
 
   def step(state, batch, frozen):

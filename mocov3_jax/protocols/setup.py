@@ -14,8 +14,9 @@ import numpy as np
 
 from mocov3_jax.base import console, files
 from mocov3_jax.base.errors import UserError
-from mocov3_jax.config.evaluation import FREE_ON_RESUME
+from mocov3_jax.config import evaluation
 from mocov3_jax.data import sources
+from mocov3_jax.data.layout import listed
 from mocov3_jax.data.pipeline import epoch_order
 from mocov3_jax.evals import confidence, features
 from mocov3_jax.evals.opened import Opened, open_checkpoint
@@ -47,12 +48,11 @@ class Setup:
   variables: PyTree
 
 
-def prepare(config: ConfigDict, path: str) -> Setup:
-  """Opens everything; writes nothing but listings beside the workdir.
+def prepare(config: ConfigDict) -> Setup:
+  """Opens everything; writes nothing.
 
   Args:
     config: as `eval_config()`, checked.
-    path: the workdir.
 
   Raises:
     UserError: for bad input.
@@ -65,8 +65,8 @@ def prepare(config: ConfigDict, path: str) -> Setup:
     )
   data = config.data
   opened = open_checkpoint(
-      config.checkpoint, data.source, data.labels if data.source else '',
-      listings=files.absolute(path).parent / '.listings', threads=data.threads,
+      config.checkpoint, data.source,
+      '' if data.labels == 'auto' else data.labels, data.threads,
   )
   splits = labelled_splits(config, opened)
   params, batch_stats = network.restore(
@@ -130,9 +130,9 @@ def labelled_splits(config: ConfigDict, opened: Opened) -> sources.Splits:
   unseen = np.setdiff1d(test_labels, labels)
   if len(unseen):
     raise UserError(
-        f'{what} has test images of {len(unseen)} classes (number {unseen[0]} '
-        'first) of which there is no training image. Allowed: splits with the '
-        'same classes.'
+        f'{what} has test images of {len(unseen)} classes '
+        f'({listed([splits.train.classes[n] for n in unseen])}) of which '
+        'there is no training image. Allowed: splits with the same classes.'
     )
   count = config.data.labels_per_class
   if count:
@@ -154,10 +154,10 @@ def few_of_each(
     its = order[labels[order] == label]
     if len(its) < count:
       raise UserError(
-          f'data.labels_per_class={count}, but class {label} has {len(its)} '
-          'training images. Allowed: up to '
-          f'{np.unique(labels, return_counts=True)[1].min()}, what the '
-          'smallest class has, or 0 for all.'
+          f'data.labels_per_class={count}, but class '
+          f'{source.classes[label]} has {len(its)} training images. Allowed: '
+          f'up to {np.unique(labels, return_counts=True)[1].min()}, what '
+          'the smallest class has, or 0 for all.'
       )
     chosen.append(its[:count])
   return sources.Subset(source, np.sort(np.concatenate(chosen)))
@@ -168,7 +168,7 @@ def claimed(
 ) -> contextlib.AbstractContextManager[epath.Path]:
   """Claims the workdir of an evaluation that does not train."""
   return workdir_lib.claimed(
-      path, setup.config, FREE_ON_RESUME, fingerprint(setup)
+      path, setup.config, evaluation.schema(), fingerprint(setup)
   )
 
 
@@ -212,7 +212,7 @@ def record(
       'checkpoint': str(setup.run.folder),
       'checkpoint_step': setup.run.step,
       'encoder': config.encoder,
-      'classes': splits.train.num_classes,
+      'classes': len(splits.train.classes),
       'workdir': str(workdir),
       'settings': workdir_lib.to_json(config),
   }

@@ -4,8 +4,8 @@ from collections.abc import Callable
 from typing import Any
 
 from mocov3_jax.base.errors import UserError
+from mocov3_jax.config import evaluation
 from mocov3_jax.config import training as config_lib
-from mocov3_jax.config.evaluation import FREE_ON_RESUME
 from mocov3_jax.data import pipeline
 from mocov3_jax.data.workers import Workers
 from mocov3_jax.evals.evaluator import Evaluator, State, Values
@@ -44,8 +44,8 @@ def make_trainer(
       words=lambda values: f'test {values["test/top1"]:.1%}',
   )
   return Trainer(
-      config=config, free=FREE_ON_RESUME, plan=plan, mesh=mesh, reader=reader,
-      fingerprint=fingerprint(setup), evaluators=[evaluator],
+      config=config, schema=evaluation.schema(), plan=plan, mesh=mesh,
+      reader=reader, fingerprint=fingerprint(setup), evaluators=[evaluator],
       notes=(setup.splits.note,) if setup.splits.note else (), **parts,
   )
 

@@ -14,7 +14,7 @@ import jax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from mocov3_jax.base import files
+from mocov3_jax.base import console, files
 from mocov3_jax.base.errors import UserError
 from mocov3_jax.config import knobs
 from mocov3_jax.config import training as config_lib
@@ -25,6 +25,13 @@ OUTPUTS = (
     'metrics.jsonl', 'result.json', 'results.jsonl', 'tensorboard',
 )
 
+# In data.json, which version of reading images a run began with.
+READING = 'reading'
+LONGER = (
+    ' A run cannot be prolonged: the learning rate falls to 0 at the end of '
+    'the schedule, so that a longer one is another run from its first step on.'
+)
+
 
 def to_json(config: ConfigDict) -> dict[str, Any]:
   """Returns the config as nested dicts of JSON values (tuples become lists)."""
@@ -33,7 +40,7 @@ def to_json(config: ConfigDict) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def claimed(
-    path: str, config: ConfigDict, free: frozenset[str] = frozenset(),
+    path: str, config: ConfigDict, schema: knobs.Schema,
     data: dict[str, Any] | None = None,
 ) -> Iterator[epath.Path]:
   """Makes `path` the workdir of this run, or finds that it already is.
@@ -44,7 +51,7 @@ def claimed(
   Args:
     path: of the workdir; made if absent.
     config: of the run, after overrides.
-    free: fields that may differ from those of the run to continue.
+    schema: of the config.
     data: what the run trains on; kept in data.json, and may not differ.
 
   Yields:
@@ -59,7 +66,7 @@ def claimed(
     workdir.mkdir(parents=True, exist_ok=True)
     with _locked(path, workdir):
       if (workdir / 'config.json').exists():
-        _check_same(path, workdir, config, free)
+        _check_same(path, workdir, config, schema)
       else:
         _check_unused(path, workdir)
         files.write_json(workdir / 'config.json', to_json(config))
@@ -76,10 +83,13 @@ def claimed(
 
 
 def _check_same(
-    path: str, workdir: epath.Path, config: ConfigDict, free: frozenset[str]
+    path: str, workdir: epath.Path, config: ConfigDict, schema: knobs.Schema
 ) -> None:
+  saved = read_config(workdir)
+  if ('protocol' in saved) == ('protocol' in config):
+    saved = complete(saved, schema, workdir)
   differ = knobs.differences(
-      read_config(workdir).to_dict(), to_json(config), free
+      to_json(saved), to_json(config), knobs.free_fields(schema)
   )
   if differ:
     shown = differ[:20] + [f'({len(differ) - 20} more)'] * (len(differ) > 20)
@@ -87,6 +97,7 @@ def _check_same(
         f'--workdir={path} holds another run; the two differ in\n  '
         + '\n  '.join(shown)
         + '\nAllowed: the same config (to continue it), or another workdir.'
+        + LONGER * any(field.startswith('schedule.') for field in differ)
     )
 
 
@@ -121,16 +132,41 @@ def _locked(path: str, workdir: epath.Path) -> Iterator[None]:
 
 def _check_data(workdir: epath.Path, found: dict[str, Any]) -> None:
   path = workdir / 'data.json'
-  if not path.exists():
-    files.write_json(path, found)
-    return
   before = files.read_object(path)
-  if before != found:
+  if before == found:
+    return
+  # What an earlier version did not note cannot be compared, but from now on.
+  new = found.keys() - before.keys()
+  differ = [
+      f'{field}: {_short(value)} then, '
+      f'{_short(found[field]) if field in found else "none"} now'
+      for field, value in before.items()
+      if field not in found or found[field] != value
+  ]
+  if differ:
+    others = ''
+    if READING in new:
+      others = (
+          ' (Earlier versions skipped links, and took Train/ and training/ for '
+          'classes.)'
+      )
     raise UserError(
-        f'the data is not what this run began with: {before} then, {found} '
-        f'now ({path}). Allowed: the same images, by name, to continue the '
-        'run; or another workdir.'
+        f'the data is not what this run began with ({path}):\n  '
+        + '\n  '.join(differ)
+        + '\nAllowed: the same images, by name, with the same labels, to '
+        f'continue the run; or another workdir.{others}'
     )
+  if before and READING in new:
+    console.say(
+        f'{workdir} is of an earlier version, which cropped large JPEGs up to '
+        'a pixel beside the place that was drawn. The run goes on with exact '
+        'crops.'
+    )
+  files.write_json(path, found)
+
+
+def _short(value: Any) -> str:
+  return value[:12] if isinstance(value, str) else str(value)
 
 
 def read_config(workdir: epath.Path) -> ConfigDict:
@@ -165,15 +201,37 @@ def read_training_config(workdir: epath.Path) -> ConfigDict:
   """Reads the config of the training run in `workdir`.
 
   Raises:
-    UserError: as `read_config`, or if it is not one of this version.
+    UserError: as `read_config`, or if this version cannot use it.
   """
   config = read_config(workdir)
   refuse_evaluation(config, workdir)
+  return complete(config, config_lib.schema(), workdir)
+
+
+def complete(
+    config: ConfigDict, schema: knobs.Schema, where: epath.Path | str
+) -> ConfigDict:
+  """Returns the config of this or an earlier version with all fields of today.
+
+  What it lacks is said in one line.
+
+  Args:
+    config: as a run or a file holds it.
+    schema: of this version.
+    where: what holds it, for messages.
+
+  Raises:
+    UserError: see `knobs.completed`.
+  """
   try:
-    knobs.require_fields(config, config_lib.schema())
+    found, absent = knobs.completed(config.to_dict(), schema)
   except UserError as e:
-    raise UserError(f'{workdir / "config.json"}: {e}') from e
-  return config
+    raise UserError(f'{where}: {e}') from e
+  if absent:
+    console.say(
+        f'{where} is of an earlier version: {", ".join(absent)} as by default'
+    )
+  return ConfigDict(found)
 
 
 def begin(workdir: epath.Path, mesh: Mesh) -> None:

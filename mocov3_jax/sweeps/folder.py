@@ -53,7 +53,7 @@ def require_same_sweep(
     if not (run / 'config.json').exists():
       continue
     differ = knobs.differences(
-        workdir_lib.read_training_config(run).to_dict(),
+        workdir_lib.to_json(workdir_lib.read_training_config(run)),
         workdir_lib.to_json(point.config), FREE_ON_RESUME,
     )
     if differ:

@@ -6,7 +6,6 @@ import shlex
 import sys
 from typing import Any
 
-from etils import epath
 import jax
 from ml_collections import ConfigDict
 
@@ -33,15 +32,14 @@ PRINT = 'commands'
 FORMER_PRINTS = ('slurm', 'jobset')
 
 
-def check_points(points: Sequence[Point], listings: epath.Path | None) -> None:
+def check_points(points: Sequence[Point], data_is_here: bool) -> None:
   """Finds what is wrong with any run, before one of them costs time.
 
   What depends on the number of devices is left to the run.
 
   Args:
     points: of the grid.
-    listings: where listings of image folders are kept; None = the data is not
-      looked at, since it may be elsewhere.
+    data_is_here: whether the data is looked at as well.
 
   Raises:
     UserError: with the first.
@@ -52,10 +50,10 @@ def check_points(points: Sequence[Point], listings: epath.Path | None) -> None:
     try:
       checks.validate(c)
       plan = SOME_PLAN
-      if listings is not None:
+      if data_is_here:
         data = c.data.source, c.data.labels, tuple(c.data.mean)
         if data not in sizes:
-          sizes[data] = len(pretrain.load_splits(c, listings).train)
+          sizes[data] = len(pretrain.load_splits(c).train)
         plan = config_lib.plan(c, sizes[data])
       build_method(c, plan)
     except UserError as e:
@@ -182,14 +180,14 @@ def sweep(
     How many runs ended how, and the table.
 
   Raises:
-    UserError: for bad input, before anything is written (but listings of image
-      folders); or if runs failed, once all others are done.
+    UserError: for bad input, before anything is written; or if runs failed,
+      once all others are done.
     Preempted: after SIGTERM or Ctrl-C, once the run is saved.
   """
   protocols = check_protocols(files)
   points = sweep_grid.points(grid, base)
   sweep_folder.require_same_sweep(path, grid, points)
-  check_points(points, files_lib.absolute(path) / '.listings')
+  check_points(points, data_is_here=True)
   jobs = make_jobs(points, protocols, path)
   lines = [shell_line([job.train]) for job in jobs]
   sweep_folder.keep(path, grid, points, lines)
@@ -229,7 +227,7 @@ def print_sweep(
   protocols = check_protocols(files)
   points = sweep_grid.points(grid, base)
   sweep_folder.require_same_sweep(path, grid, points)
-  check_points(points, None)
+  check_points(points, data_is_here=False)
   left = [job.commands() for job in make_jobs(points, protocols, path)]
   lines = [shell_line(commands.values()) for commands in left if commands]
   if lines:

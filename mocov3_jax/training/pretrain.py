@@ -8,11 +8,10 @@ from ml_collections import ConfigDict
 import numpy as np
 
 from mocov3_jax import evals
-from mocov3_jax.base import files
 from mocov3_jax.base.errors import UserError
 from mocov3_jax.config import checks
 from mocov3_jax.config import training as config_lib
-from mocov3_jax.data import catalog, pipeline, sources
+from mocov3_jax.data import catalog, listing, pipeline, sources
 from mocov3_jax.data.workers import Workers
 from mocov3_jax.evals import knn_queue
 from mocov3_jax.evals.evaluator import EvalContext
@@ -41,7 +40,7 @@ def pretrain(config: ConfigDict, path: str) -> dict[str, Any]:
     Preempted: after SIGTERM or Ctrl-C, once the state is saved.
   """
   checks.validate(config, jax.device_count())
-  splits = load_splits(config, files.absolute(path).parent / '.listings')
+  splits = load_splits(config)
   plan = config_lib.plan(config, len(splits.train))
   mesh = sharding.make_mesh(fsdp=config.fsdp_devices)
   method = build_method(config, plan, mesh.size)
@@ -54,7 +53,7 @@ def pretrain(config: ConfigDict, path: str) -> dict[str, Any]:
       config, method.model, method.augment, splits, mesh, reader
   )
   return Trainer(
-      config=config, free=config_lib.FREE_ON_RESUME, plan=plan, mesh=mesh,
+      config=config, schema=config_lib.schema(), plan=plan, mesh=mesh,
       init=init, step=step, reader=reader, fingerprint=splits.fingerprint(),
       evaluators=evals.build_evaluators(context), monitors=knn_queue.FIELDS,
       flops_per_image=lambda: flops.step_flops(
@@ -94,18 +93,20 @@ def make_step(
   return init, lambda state, batch: step(state, batch)[:2]
 
 
-def load_splits(config: ConfigDict, cache: Any = None) -> sources.Splits:
+def load_splits(config: ConfigDict) -> sources.Splits:
   """Opens the data, and checks that the config fits it.
 
   Args:
     config: of the run.
-    cache: folder where listings of image folders are kept; None = nowhere.
 
   Raises:
     UserError: for an unknown source, the wrong number of channels, or a
       monitor that needs labels where there are none.
   """
-  splits = catalog.load(config.data.source, config.data.labels, cache)
+  splits = catalog.load(
+      config.data.source, config.data.labels,
+      listing.cache_folder(config.data.listing_cache),
+  )
   channels = sources.channels(splits.train)
   if len(config.data.mean) != channels:
     raise UserError(

@@ -41,7 +41,7 @@ class Trainer:
   Attributes:
     config: as the workdir will hold it; with `log`, `save`, `batch_size`,
       `data.prefetch` and `data.max_unreadable`.
-    free: its fields that may change when the training is continued.
+    schema: of the config.
     plan: its steps.
     mesh: to train on.
     init: (*constants) -> state.
@@ -60,7 +60,7 @@ class Trainer:
   """
 
   config: ConfigDict
-  free: frozenset[str]
+  schema: knobs.Schema
   plan: Plan
   mesh: Mesh
   init: Callable[..., State]
@@ -168,7 +168,7 @@ class Trainer:
     config = knobs.flatten(workdir_lib.to_json(self.config))
     processes.require_same(config | {'the data': self.fingerprint})
     return processes.primary_only(
-        workdir_lib.claimed(path, self.config, self.free, self.fingerprint),
+        workdir_lib.claimed(path, self.config, self.schema, self.fingerprint),
         files.absolute(path),
     )
 

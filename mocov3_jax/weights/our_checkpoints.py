@@ -77,7 +77,9 @@ def write(path: str, weights: Weights) -> tuple[dict[Path, str], bool]:
   if not complete:
     written = {k for k in weights.flat if k[0] in NETWORKS}
     state = unflatten_dict({k: weights.flat[k] for k in written})
-  with workdir_lib.claimed(path, weights.config) as workdir:
+  with workdir_lib.claimed(
+      path, weights.config, config_lib.schema()
+  ) as workdir:
     checkpoints = checkpoints_lib.Checkpoints(workdir, 1, 0, console.say)
     with contextlib.closing(checkpoints):
       checkpoints.save(weights.step, state, {})

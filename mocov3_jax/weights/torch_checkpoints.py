@@ -12,10 +12,10 @@ import numpy as np
 
 from mocov3_jax import models
 from mocov3_jax.base.errors import UserError
-from mocov3_jax.config import checks, knobs
+from mocov3_jax.config import checks
 from mocov3_jax.config import training as config_lib
+from mocov3_jax.runs import workdir as workdir_lib
 from mocov3_jax.runs.network import Path
-from mocov3_jax.runs.workdir import to_json
 from mocov3_jax.weights import files, infer_config, state_dict, torch_optimizer
 from mocov3_jax.weights.state_dict import Place, Weights
 from mocov3_jax.weights.torch_names import COUNTER
@@ -140,8 +140,10 @@ def _described(source: str, file: files.File) -> ConfigDict | None:
   if not file.description:
     return None
   try:
-    config = ConfigDict(json.loads(file.description)['config'])
-    knobs.require_fields(config, config_lib.schema())
+    return workdir_lib.complete(
+        ConfigDict(json.loads(file.description)['config']),
+        config_lib.schema(), source,
+    )
   except (
       ValueError, TypeError, KeyError, AttributeError, UserError
   ) as e:
@@ -149,7 +151,6 @@ def _described(source: str, file: files.File) -> ConfigDict | None:
         f'{source}: its description of the architecture is not one of this '
         f'version: {e} Allowed: --config, the recipe of the run.'
     ) from e
-  return config
 
 
 def _inferred(
@@ -257,7 +258,9 @@ def write(
   )
   tensors = state_dict.to_torch(source, places)
   written = {place.path: name for name, place in places.items()}
-  description = json.dumps({'config': to_json(config), 'step': source.step})
+  description = json.dumps(
+      {'config': workdir_lib.to_json(config), 'step': source.step}
+  )
   if full:
     content, moments = _release(source, tensors, places)
     files.write_torch(path, content, description)
