@@ -2,6 +2,8 @@
 
 import io
 import os
+import struct
+import zlib
 
 import numpy as np
 import photos
@@ -167,3 +169,93 @@ def test_noise_is_unreadable():
     Encoded(os.urandom(1000))
   with pytest.raises(Unreadable):
     Encoded(b'')
+
+
+PIXELS = np.random.default_rng(0).integers(0, 256, (48, 64, 3), np.uint8)
+
+
+def chunk(kind, data, crc=None):
+  crc = zlib.crc32(kind + data) if crc is None else crc
+  return struct.pack('>I', len(data)) + kind + data + struct.pack('>I', crc)
+
+
+def png(before=b'', after=b'', end=b''):
+  """A PNG of PIXELS with more chunks before and after the pixels."""
+  rows = b''.join(b'\0' + row.tobytes() for row in PIXELS)
+  return b''.join([
+      b'\x89PNG\r\n\x1a\n',
+      chunk(b'IHDR', struct.pack('>IIBBBBB', 64, 48, 8, 2, 0, 0, 0)), before,
+      chunk(b'IDAT', zlib.compress(rows)), after, chunk(b'IEND', b''), end,
+  ])
+
+
+TURNED = b'MM\0*\0\0\0\x08\0\x01\x01\x12\0\x03\0\0\0\x01\0\x03\0\0\0\0\0\0'
+WRONG_TEXT = chunk(b'tEXt', b'Comment\0abc', crc=0)
+
+
+@pytest.mark.parametrize('before', [
+    chunk(b'eXIf', b'\x00\x08\x00\x02\x01\x12\x00\x03'),
+    chunk(b'eXIf', b"b'Exif\\x00\\x00MM"), chunk(b'eXIf', b''),
+    chunk(b'tEXt', b'Raw profile type exif\0\nexif\n      10\n4578zz\n'),
+    chunk(b'iCCP', b'icc\0\0' + zlib.compress(bytes(2 << 20))),
+    chunk(b'iCCP', b'no profile'),
+    chunk(b'zTXt', b'Comment\0\0' + zlib.compress(b'a' * (2 << 20))),
+    chunk(b'iTXt', b'XML:com.adobe.xmp\0\0\0\0\0<broken'), WRONG_TEXT,
+    chunk(b'tIME', b'\0'), chunk(b'pHYs', b'\0'), chunk(b'gAMA', b''),
+])
+@pytest.mark.parametrize('where', ['before', 'after'])
+def test_damaged_metadata_of_a_png_leaves_the_picture(before, where):
+  data = png(**{where: before})
+  np.testing.assert_array_equal(Encoded(data).pixels(), PIXELS)
+
+
+def test_a_png_is_not_turned_by_exif_with_a_wrong_checksum():
+  data = png(before=chunk(b'eXIf', TURNED, crc=0))
+  np.testing.assert_array_equal(Encoded(data).pixels(), PIXELS)
+
+
+@pytest.mark.parametrize('where', ['before', 'after'])
+def test_beside_damaged_text_a_png_is_turned_all_the_same(where):
+  data = png(**{where: chunk(b'eXIf', TURNED) + WRONG_TEXT})
+  encoded = Encoded(data)
+  assert (encoded.height, encoded.width) == (48, 64)
+  np.testing.assert_array_equal(encoded.pixels(), PIXELS[::-1, ::-1])
+
+
+@pytest.mark.parametrize('exif', [b'This_is_not_EXIF', b'Exif\0\0MM', b''])
+@pytest.mark.parametrize('kind', ['WEBP', 'JPEG'])
+def test_damaged_exif_leaves_the_picture(kind, exif):
+  data = encode(Image.fromarray(PIXELS), kind, exif=exif, quality=95)
+  assert Encoded(data).pixels().shape == (48, 64, 3)
+
+
+@pytest.mark.parametrize('kind', [0xE1, 0xE2, 0xED, 0xFE])
+@pytest.mark.parametrize('text', [
+    b'', b'Exif\0\0', b'Exif\0\0II*\0\xff\xff\xff\xff', b'ICC_PROFILE\0',
+    b'Photoshop 3.0\x008BIM\x04', b'MPF\0MM\0*',
+])
+def test_damaged_segments_of_a_jpeg_leave_the_picture(kind, text):
+  data = encode(PHOTO, 'JPEG')
+  expected = Encoded(data).pixels()
+  segment = b'\xff' + bytes([kind]) + struct.pack('>H', 2 + len(text)) + text
+  damaged = data[:2] + segment + data[2:]
+  np.testing.assert_array_equal(Encoded(damaged).pixels(), expected)
+
+
+@pytest.mark.parametrize('orientation', range(1, 9))
+def test_a_tiff_by_another_name_is_turned_once(orientation):
+  exif = Image.Exif()
+  exif[0x0112] = orientation
+  data = encode(PHOTO, 'TIFF', exif=exif)
+  with Image.open(io.BytesIO(encode(PHOTO, 'PNG', exif=exif))) as image:
+    expected = np.asarray(ImageOps.exif_transpose(image))
+  encoded = Encoded(data)
+  assert (encoded.height, encoded.width) == expected.shape[:2]
+  np.testing.assert_array_equal(encoded.pixels(), expected)
+
+
+@pytest.mark.parametrize('share', [0.3, 0.6, 0.9])
+def test_damaged_metadata_does_not_hide_damaged_pixels(share):
+  data = png(before=WRONG_TEXT)
+  with pytest.raises(Unreadable):
+    Encoded(data[:int(len(data) * share)]).pixels()

@@ -18,18 +18,18 @@ TRIES = 10
 NUMBERS = 2 * TRIES + 2
 # Share of the shorter side that evaluation sees. Paper s5: 224 of 256 pixels.
 CENTRE = 0.875
-# A crop from a JPEG decoded this much larger than needed is within 2 of 255,
+# A crop from a JPEG decoded this much larger than needed is within 1.5 of 255,
 # in the mean, of one from the whole image, on the most detailed photographs.
 MARGIN = 1.5
 
 
 class Box(NamedTuple):
-  """A rectangle of an image, whole pixels."""
+  """A rectangle of an image, pixels; whole ones of the whole image."""
 
-  top: int
-  left: int
-  height: int
-  width: int
+  top: float
+  left: float
+  height: float
+  width: float
 
 
 def random_box(
@@ -69,8 +69,8 @@ def cut(encoded: Encoded, boxes: list[Box], out: np.ndarray) -> None:
   """Decodes an image once and cuts boxes out of it.
 
   A large JPEG is decoded at 1/2, 1/4 or 1/8 of its size, as long as every box
-  stays MARGIN times as large as its crop; the boxes then move to whole pixels
-  of that.
+  stays MARGIN times as large as its crop. The boxes stay where they are, and
+  begin and end within pixels of that.
 
   Args:
     encoded: the image.
@@ -93,14 +93,18 @@ def cut(encoded: Encoded, boxes: list[Box], out: np.ndarray) -> None:
     raise Unreadable(
         f'decodes to {image.shape[:2]} pixels at 1/{shrink} of {whole}'
     )
+  rows, columns = encoded.begins(shrink)
   for box, crop in zip(boxes, out, strict=True):
-    top, left = box.top // shrink, box.left // shrink
-    height, width = (max(1, n // shrink) for n in (box.height, box.width))
-    resize(image[top:top + height, left:left + width], crop)
+    resize(image, crop, Box(
+        (box.top + rows) / shrink, (box.left + columns) / shrink,
+        box.height / shrink, box.width / shrink,
+    ))
 
 
-def resize(image: np.ndarray, out: np.ndarray) -> None:
+def resize(image: np.ndarray, out: np.ndarray, box: Box | None = None) -> None:
   """Resizes uint8 [H, W, 3] into `out`, uint8 [h, w, 3], antialiased.
+
+  Of the image, `box` alone, if there is one.
 
   Close to Pillow's (and torchvision's) bilinear resize, whose triangle filter
   widens as it shrinks the image: here a small blur adds the variance that the
@@ -108,13 +112,29 @@ def resize(image: np.ndarray, out: np.ndarray) -> None:
   on photographs 1 of 255 from Pillow in the mean.
   """
   height, width = out.shape[:2]
-  down = _lowpass(image.shape[0] / height)
-  across = _lowpass(image.shape[1] / width)
+  if box is None:
+    box = Box(0, 0, *image.shape[:2])
+  top, left = math.floor(box.top), math.floor(box.left)
+  image = image[
+      top:math.ceil(box.top + box.height), left:math.ceil(box.left + box.width)
+  ]
+  scale = box.height / height, box.width / width
+  down, across = map(_lowpass, scale)
   if len(down) > 1 or len(across) > 1:
     image = cv2.sepFilter2D(
         image, -1, across, down, borderType=cv2.BORDER_REPLICATE
     )
-  cv2.resize(image, (width, height), dst=out, interpolation=cv2.INTER_LINEAR)
+  if (box.height, box.width) == image.shape[:2]:
+    cv2.resize(image, (width, height), dst=out, interpolation=cv2.INTER_LINEAR)
+    return
+  # The same, of a box that begins or ends within a pixel.
+  cv2.warpAffine(
+      image, np.array([
+          [scale[1], 0, box.left - left + scale[1] / 2 - 0.5],
+          [0, scale[0], box.top - top + scale[0] / 2 - 0.5],
+      ]), (width, height), dst=out, borderMode=cv2.BORDER_REPLICATE,
+      flags=cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP,
+  )
 
 
 def _lowpass(scale: float) -> np.ndarray:

@@ -6,6 +6,8 @@ import cv2
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
+from mocov3_jax.data.metadata import stripped
+
 # Here and not at the first image: Pillow loads its formats without a lock.
 Image.init()
 # EXIF tag of the orientation, and how each of its values is undone.
@@ -20,6 +22,8 @@ TURNS = {
     7: lambda x: x[::-1, ::-1].swapaxes(0, 1),
     8: lambda x: x.swapaxes(0, 1)[::-1],
 }
+# Which of them turn rows and columns round.
+UP_TO_DOWN, LEFT_TO_RIGHT = (3, 4, 7, 8), (2, 3, 6, 7)
 # By how much OpenCV can shrink a JPEG as it decodes it. All flags but the first
 # give BGR.
 JPEG_FLAGS = {
@@ -53,16 +57,9 @@ class Encoded:
       Unreadable: if there is none.
     """
     self._data = data
-    try:
-      self._image = Image.open(io.BytesIO(data))
-      exif = self._image.getexif()
-    except UnidentifiedImageError as e:
-      raise Unreadable('not an image') from e
-    except Exception as e:  # Pillow raises many kinds.
-      raise Unreadable(str(e)) from e
+    self._image = _open(data)
     self.width, self.height = self._image.size
-    known = ORIENTATION in exif and exif[ORIENTATION] in TURNS
-    self._orientation = exif[ORIENTATION] if known else 1
+    self._orientation = _orientation(self._image)
     if self._orientation >= 5:
       self.width, self.height = self.height, self.width
 
@@ -77,6 +74,21 @@ class Encoded:
         self._image.format in ('JPEG', 'MPO')
         and self._image.mode in ('RGB', 'L')
         and EOI in self._data[-TRAILER:]
+    )
+
+  def begins(self, shrink: int) -> tuple[int, int]:
+    """Returns where the image begins in what `pixels` returns.
+
+    A shrunk JPEG is rounded up to whole pixels at its right and lower edges,
+    and these may be turned to the left and to the top.
+
+    Returns:
+      Rows and columns before it, in pixels of the whole image.
+    """
+    rows, columns = (-side % shrink for side in (self.height, self.width))
+    return (
+        rows if self._orientation in UP_TO_DOWN else 0,
+        columns if self._orientation in LEFT_TO_RIGHT else 0,
     )
 
   def pixels(self, shrink: int = 1) -> np.ndarray:
@@ -105,8 +117,40 @@ class Encoded:
       if image is None:
         image = np.array(_to_rgb(self._image))
     except Exception as e:  # Both libraries raise many kinds.
-      raise Unreadable(str(e)) from e
+      plain = stripped(self._data, exif=False)
+      if plain is None or plain == self._data:
+        raise Unreadable(str(e)) from e
+      # Some damage shows no sooner than here.
+      again = Encoded(plain)
+      again._orientation = 1
+      image = again.pixels(shrink)
     return np.ascontiguousarray(TURNS[self._orientation](image))
+
+
+def _open(data: bytes) -> Image.Image:
+  try:
+    return Image.open(io.BytesIO(data))
+  except Exception as e:  # Pillow raises many kinds.
+    for exif in True, False:
+      plain = stripped(data, exif)
+      if plain is not None:
+        try:
+          return Image.open(io.BytesIO(plain))
+        except Exception:
+          pass  # It is not the metadata.
+    if isinstance(e, UnidentifiedImageError):
+      raise Unreadable('not an image') from e
+    raise Unreadable(str(e)) from e
+
+
+def _orientation(image: Image.Image) -> int:
+  if image.format == 'TIFF':  # Pillow turns these itself.
+    return 1
+  try:
+    found = image.getexif()[ORIENTATION]
+  except Exception:  # None, or damaged. Pillow raises many kinds.
+    return 1
+  return found if found in TURNS else 1
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

@@ -1,0 +1,89 @@
+"""Encoded images without what is no part of the picture.
+
+Cameras, editors and transfers leave damaged descriptions in files whose pixels
+are whole: an EXIF block without its header, a colour profile or a comment of
+megabytes, a wrong checksum of a text. Pillow refuses such files.
+"""
+
+from collections.abc import Iterator
+import struct
+import zlib
+
+PNG = b'\x89PNG\r\n\x1a\n'
+# What the picture needs of a PNG; and its EXIF block, which tells how to turn
+# it.
+PNG_KEPT = (b'IHDR', b'PLTE', b'tRNS', b'IDAT', b'IEND', b'eXIf')
+JPEG = b'\xff\xd8'
+# Of a JPEG's segments APP0 to APP15 and comments: JFIF, EXIF and Adobe's, which
+# tells the colours.
+JPEG_KEPT = {0xE0: b'JFIF\0', 0xE1: b'Exif\0\0', 0xEE: b'Adobe'}
+WEBP_DROPPED = (b'ICCP', b'EXIF', b'XMP ')
+
+
+def stripped(data: bytes, exif: bool) -> bytes | None:
+  """Returns an image without damaged or superfluous metadata.
+
+  Args:
+    data: of a PNG, JPEG or WebP file.
+    exif: whether to keep its EXIF block.
+
+  Returns:
+    The bytes of the same picture; None if they are of another format, or its
+    parts cannot be told.
+  """
+  try:
+    if data.startswith(PNG):
+      return PNG + b''.join(_png(data, exif))
+    if data.startswith(JPEG):
+      return JPEG + b''.join(_jpeg(data, exif))
+    if data[:4] == b'RIFF' and data[8:12] == b'WEBP':
+      body = b'WEBP' + b''.join(_webp(data))
+      return b'RIFF' + struct.pack('<I', len(body)) + body
+  except (struct.error, IndexError):  # Cut off within a part.
+    pass
+  return None
+
+
+def _png(data: bytes, exif: bool) -> Iterator[bytes]:
+  place = len(PNG)
+  while place < len(data):
+    (length,) = struct.unpack_from('>I', data, place)
+    kind = data[place + 4:place + 8]
+    chunk = data[place:place + 12 + length]
+    kept = kind in PNG_KEPT
+    if kind == b'eXIf':
+      checksum = zlib.crc32(chunk[4:-4]).to_bytes(4, 'big')
+      kept = exif and chunk[-4:] == checksum
+    if kept:
+      yield chunk
+    place += len(chunk)
+
+
+def _jpeg(data: bytes, exif: bool) -> Iterator[bytes]:
+  place = len(JPEG)
+  while True:
+    mark, kind, length = struct.unpack_from('>BBH', data, place)
+    if mark != 0xFF or kind == 0xDA:  # The scan, to the end.
+      yield data[place:]
+      return
+    segment = data[place:place + 2 + length]
+    kept = not (0xE0 <= kind <= 0xEF or kind == 0xFE)
+    if kind in JPEG_KEPT and segment[4:].startswith(JPEG_KEPT[kind]):
+      kept = exif or kind != 0xE1
+    if kept:
+      yield segment
+    place += len(segment)
+
+
+def _webp(data: bytes) -> Iterator[bytes]:
+  place = 12
+  while place < len(data):
+    kind = data[place:place + 4]
+    (length,) = struct.unpack_from('<I', data, place + 4)
+    chunk = data[place:place + 8 + length + length % 2]
+    if kind == b'VP8X':  # Its flags tell of these parts.
+      flags = chunk[8] & ~0b101100
+      chunk = chunk[:8] + bytes([flags]) + chunk[9:]
+    if kind not in WEBP_DROPPED:
+      yield chunk
+    place += len(chunk)
