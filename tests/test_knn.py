@@ -205,16 +205,17 @@ def test_k_is_capped_on_small_banks(n, classes, expected):
 
 def monitored(c, extract, splits):
   """What the monitor says of features that `extract` gives."""
-  config = ConfigDict(
-      {'knn': c, 'micro_batch': 0, 'batch_size': 64, 'data': {}}
-  )
+  config = ConfigDict({
+      'knn': c, 'micro_batch': 0, 'batch_size': 64,
+      'data': {'max_unreadable': 1},
+  })
   context = EvalContext(
       config, None, None, splits, sharding.make_mesh(),
       types.SimpleNamespace(workers=None),
   )
   state = types.SimpleNamespace(params=None, batch_stats=None)
   with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(knn.features_lib, 'extractor', lambda *_: extract)
+    patch.setattr(knn.features_lib, 'extractor', lambda *_, **__: extract)
     return knn.monitor(context).measure(state)
 
 
@@ -245,6 +246,7 @@ def test_the_monitor_says_what_the_table_says_of_images_that_can_be_read():
   # A sixth of the 333 / 7 images a class that are left, not of the 500 / 7.
   assert found['k'] == monitor['knn/k'] == 7
   assert found['top1'] == monitor['knn/top1']
+  assert monitor['knn/unreadable'] == 234  # Of 700, the multiples of 3.
 
 
 def test_images_without_label_or_that_cannot_be_read_are_left_out():

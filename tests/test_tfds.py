@@ -15,7 +15,8 @@ import tiny
 import toy_tfds
 
 from mocov3_jax.base.errors import UserError
-from mocov3_jax.data import catalog, pipeline
+from mocov3_jax.data import catalog, pipeline, sources
+from mocov3_jax.data.decode import Unreadable
 from mocov3_jax.data.workers import Workers
 
 FLAGS = tiny.flags(**{
@@ -118,6 +119,26 @@ class Counted:
   def __getitem__(self, index):
     self.reads[index] += 1
     return self.records[index]
+
+
+class Damaged(Counted):
+  """Records of which every seventh is damaged."""
+
+  def __getitem__(self, index):
+    if index % 7 == 0:
+      raise ValueError('corrupt')
+    return self.records[index]
+
+
+def test_images_whose_label_cannot_be_read_are_not_left_out(data_dir):
+  source = catalog.load('tfds:toy_digits').test
+  source._records = Damaged(source._records)
+  kept, labels = sources.labelled(source)
+  # Who reads them will find out, and say so.
+  assert len(kept) == len(source) == 90
+  assert np.flatnonzero(labels == sources.LOST).tolist() == [*range(0, 90, 7)]
+  with pytest.raises(Unreadable, match='corrupt'):
+    kept.read(7)
 
 
 def test_labels_of_a_batch_need_no_second_read(data_dir):

@@ -215,6 +215,19 @@ def read_crops(
   crops.cut(encoded, boxes(encoded.height, encoded.width), out)
 
 
+def why_unreadable(source: Source, index: int) -> str:
+  """Returns what is wrong with an image that could not be read, on one line."""
+  try:
+    data = source.read(index)
+    if source.shape:
+      pixels(source, data)
+    else:
+      Encoded(data).pixels()
+  except Unreadable as e:
+    return ' '.join(str(e).split())
+  return 'could not be read then, can be now'
+
+
 def pixels(source: Source, data: bytes | np.ndarray) -> np.ndarray:
   """Returns what `source.read` gave as pixels, for a source of one size.
 

@@ -13,6 +13,8 @@ from mocov3_jax.base.errors import UserError
 HOLD_OUT = 10
 # Changes when images of many sizes are cropped otherwise than before.
 READING = 2
+# In place of a label that cannot be read.
+LOST = -2
 
 
 class Source(Protocol):
@@ -40,7 +42,11 @@ class Source(Protocol):
     """
 
   def labels(self, indices: Sequence[int]) -> np.ndarray:
-    """Returns the labels, int32 [len(indices)]; -1 where there is none."""
+    """Returns the labels, int32 [len(indices)].
+
+    -1 where there is none; LOST of an image that cannot be read, if its label
+    is part of it.
+    """
 
   def name(self, index: int) -> str:
     """Returns what a person would look for: a path, or a split and a number."""
@@ -198,9 +204,13 @@ def evenly(source: Source, count: int) -> Source:
 
 
 def labelled(source: Source) -> tuple[Source, np.ndarray]:
-  """Returns the images that have a label, and these labels, int32."""
+  """Returns the images that have a label, and these labels, int32.
+
+  Images whose label is LOST are among them, so that whoever reads them finds
+  that they cannot be read, and says so.
+  """
   labels = source.labels(np.arange(len(source)))
-  known = np.flatnonzero(labels >= 0)
+  known = np.flatnonzero((labels >= 0) | (labels == LOST))
   if len(known) == len(source):
     return source, labels
   return Subset(source, known), labels[known]

@@ -14,10 +14,10 @@ import numpy as np
 from mocov3_jax.base.errors import UserError
 from mocov3_jax.data.decode import Unreadable
 from mocov3_jax.data.layout import NAMED, listed
-from mocov3_jax.data.sources import Source, Splits, hold_out
+from mocov3_jax.data.sources import LOST, Source, Splits, hold_out
 
 # In place of a label that has not been read yet.
-UNREAD = -2
+UNREAD = -3
 # Splits to test on, the first that there is and that has labels.
 TEST_SPLITS = ('validation', 'test')
 # Records that tell whether a split has labels. Those of a contest's test split,
@@ -95,7 +95,7 @@ class TfdsSource:
     return record[self._image]
 
   def labels(self, indices: np.ndarray) -> np.ndarray:
-    """Labels of these images, -1 if unreadable.
+    """Labels of these images.
 
     Reads the records that have not been read yet, each of them once.
     """
@@ -106,7 +106,7 @@ class TfdsSource:
       try:
         self._labels[index] = self._records[index][self._label]
       except Exception:  # As in `read`, which will say so.
-        self._labels[index] = -1
+        self._labels[index] = LOST
     return self._labels[indices]
 
   def name(self, index: int) -> str:

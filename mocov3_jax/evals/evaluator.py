@@ -1,6 +1,6 @@
 """What an evaluator is: a state goes in, named numbers come out."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 import dataclasses
 from typing import Any, NamedTuple
 
@@ -29,6 +29,7 @@ class Evaluator:
     main: the metric that sums the values up. It is among the results, together
       with what it was before training.
     words: values with `main` -> a few words for people, such as "kNN 97.2%".
+    unreadable: why images could not be read, by name; grows as it measures.
     best: whether the checkpoint with the highest `main` is the best one. At
       most one evaluator of a training says so.
   """
@@ -38,6 +39,7 @@ class Evaluator:
   main: str
   words: Callable[[Values], str]
   best: bool = False
+  unreadable: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
   def is_due(self, step: int) -> bool:
     """Returns whether `every` asks for a measurement after `step` updates."""

@@ -9,7 +9,6 @@ from mocov3_jax.base import files
 from mocov3_jax.base.errors import unknown
 from mocov3_jax.data import sources
 from mocov3_jax.evals import features
-from mocov3_jax.evals.features import say_unreadable
 from mocov3_jax.evals.opened import check_flags, open_checkpoint
 from mocov3_jax.runs import network
 
@@ -76,7 +75,6 @@ def _rows(
     images: sources.Source,
 ) -> dict[str, np.ndarray]:
   values, readable = forward(params, batch_stats, images)
-  say_unreadable(images, readable)
   return {
       'features': np.asarray(jax.device_get(values)),
       'names': np.array([images.name(i) for i in readable.tolist()]),

@@ -1,6 +1,7 @@
 """Features of all images of a source: what evaluators start from."""
 
 from collections.abc import Callable
+import dataclasses
 import functools
 from typing import Any
 
@@ -17,31 +18,14 @@ from mocov3_jax.data.sources import Source
 from mocov3_jax.data.workers import Workers
 from mocov3_jax.method import augment
 from mocov3_jax.models import Network
-from mocov3_jax.parallel import sharding
+from mocov3_jax.parallel import processes, sharding
 
 PyTree = Any
 # (params, batch_stats, source) -> features [n, D] of the images that could be
 # read, and their places in the source, int64 [n].
 Extract = Callable[[PyTree, PyTree, Source], tuple[jax.Array, np.ndarray]]
-
-
-def readable(source: Source, unreadable: np.ndarray) -> np.ndarray:
-  """Returns the places of the images that could be read, int64 [n].
-
-  Args:
-    source: the images.
-    unreadable: of its batches, one after another, as `Batch` has it; what
-      filled up the last one is left out.
-
-  Raises:
-    UserError: if none could.
-  """
-  found = np.flatnonzero(unreadable[: len(source)] < 0)
-  if not len(found):
-    raise UserError(
-        f'none of {len(source)} images could be read, from {source.name(0)} on'
-    )
-  return found
+# Unreadable images that are named one by one, at a time.
+NAMED = 10
 
 
 def width(
@@ -53,11 +37,93 @@ def width(
   return jax.eval_shape(forward, variables, images).shape[-1]
 
 
+class NonFiniteFeatures(UserError):
+  """Features that are NaN or infinite: nothing can be said of the network."""
+
+
+@dataclasses.dataclass
+class ReadingLog:
+  """What could not be read of sources, and how much of that is too much.
+
+  Attributes:
+    most: share of the images of a source that may be unreadable.
+    unreadable: why each image could not be read, by its name.
+  """
+
+  most: float = 1.0
+  unreadable: dict[str, str] = dataclasses.field(default_factory=dict)
+
+  def readable(self, source: Source, unreadable: np.ndarray) -> np.ndarray:
+    """Returns the places of the images that could be read, int64 [n].
+
+    Names the others, once.
+
+    Args:
+      source: the images.
+      unreadable: of its batches, one after another, as `Batch` has it; what
+        filled up the last one is left out.
+
+    Raises:
+      UserError: if none could be read, or too few.
+    """
+    bad = np.flatnonzero(unreadable[: len(source)] >= 0)
+    new = []
+    for index in bad.tolist():
+      name = source.name(index)
+      if name not in self.unreadable:
+        self.unreadable[name] = pipeline.why_unreadable(source, index)
+        new.append(name)
+    if processes.is_primary():
+      for name in new[:NAMED]:
+        console.say(f'unreadable: {name}: {self.unreadable[name]}')
+      if len(new) > NAMED:
+        console.say(f'unreadable: {len(new) - NAMED} more')
+    if len(bad) == len(source):
+      raise UserError(
+          f'none of {len(source)} images could be read, from '
+          f'{source.name(0)} on'
+      )
+    if len(bad) > self.most * len(source):
+      raise UserError(
+          f'{len(bad)} of {len(source)} images to evaluate on could not be '
+          f'read, more than data.max_unreadable={self.most} of them; '
+          f'{source.name(bad[0])} is the first. Allowed: the files mended or '
+          'taken away, or a higher data.max_unreadable, to leave them out of '
+          'every accuracy.'
+      )
+    return np.flatnonzero(unreadable[: len(source)] < 0)
+
+
+def require_finite(
+    finite: np.ndarray, source: Source, places: np.ndarray
+) -> None:
+  """Checks the features of images.
+
+  Args:
+    finite: bool [n], whether those of an image are.
+    source: of the images.
+    places: int64 [n], of the images in it.
+
+  Raises:
+    NonFiniteFeatures: with the first image whose features are not.
+  """
+  bad = np.flatnonzero(~finite)
+  if len(bad):
+    raise NonFiniteFeatures(
+        f'the features of {len(bad)} of {len(places)} images are not finite, '
+        f'those of {source.name(places[bad[0]])} first: the network gives no '
+        'numbers for them. Allowed: weights that do; an earlier checkpoint; '
+        'model.dtype=float32.'
+    )
+
+
 def extractor(
     model: Network, data: ConfigDict, mesh: Mesh, batch_size: int,
-    workers: Workers, method: str = 'features',
+    workers: Workers, method: str = 'features', log: ReadingLog | None = None,
 ) -> Extract:
   """Returns an `Extract`, in evaluation mode.
+
+  It raises UserError if too few images can be read, and NonFiniteFeatures.
 
   Args:
     model: the network.
@@ -66,7 +132,9 @@ def extractor(
     batch_size: images at a time, over the whole mesh.
     workers: read and decode.
     method: of the network, 'features' or 'project'.
+    log: is told what cannot be read.
   """
+  log = log or ReadingLog()
   positions = sharding.local_positions(mesh, batch_size)
 
   @functools.partial(jax.jit, out_shardings=sharding.replicated(mesh))
@@ -85,15 +153,13 @@ def extractor(
         for batch in batches
     ), strict=True)
     features = jnp.concatenate(features)[: len(source)]
-    places = readable(source, np.concatenate(jax.device_get(unreadable)))
+    places = log.readable(
+        source, np.concatenate(jax.device_get(unreadable))
+    )
     if len(places) < len(source):
       features = features[jnp.asarray(places)]
+    finite = jax.device_get(jnp.isfinite(features).all(axis=1))
+    require_finite(finite, source, places)
     return features, places
 
   return extract
-
-
-def say_unreadable(source: Source, readable: np.ndarray) -> None:
-  """Names the images of a source that are not among those places."""
-  for index in np.setdiff1d(np.arange(len(source)), readable).tolist():
-    console.say(f'unreadable: {source.name(index)}')

@@ -50,10 +50,12 @@ class LabelledFeatures(NamedTuple):
   Attributes:
     features: [n, D].
     labels: int [n].
+    unreadable: how many could not be.
   """
 
   features: jax.Array
   labels: np.ndarray
+  unreadable: int = 0
 
 
 def nearest(
@@ -146,8 +148,9 @@ def capped_k(k: int, bank_size: int, num_classes: int) -> int:
 def monitor(context: EvalContext) -> Evaluator | None:
   """Returns the kNN monitor of a pre-training; None without labels.
 
-  Its metrics are 'knn/top1', the share of test images classified right, and
-  'knn/k', the neighbours asked. Images that cannot be read are left out.
+  Its metrics are 'knn/top1', the share of test images classified right,
+  'knn/k', the neighbours asked, and 'knn/unreadable', the images of bank and
+  test that could not be read and are left out.
 
   Raises:
     UserError: if bank or test split has no label after all.
@@ -155,7 +158,8 @@ def monitor(context: EvalContext) -> Evaluator | None:
   knn, splits = context.config.knn, context.splits
   if splits.test is None:
     return None
-  read = reading(context)
+  log = features_lib.ReadingLog(context.config.data.max_unreadable)
+  read = reading(context, log)
 
   def measure(state):
     bank, queries = read(state)
@@ -163,20 +167,28 @@ def monitor(context: EvalContext) -> Evaluator | None:
         queries, bank, len(splits.train.classes), (knn.k,), (knn.temperature,),
         context.mesh,
     )
-    return {'knn/top1': row['top1'], 'knn/k': row['k']}
+    return {
+        'knn/top1': row['top1'], 'knn/k': row['k'],
+        'knn/unreadable': bank.unreadable + queries.unreadable,
+    }
 
   return Evaluator(
       measure, every=knn.every_steps, main='knn/top1',
       words=lambda values: f'kNN {values["knn/top1"]:.1%}', best=True,
+      unreadable=log.unreadable,
   )
 
 
 def reading(
-    context: EvalContext
+    context: EvalContext, log: features_lib.ReadingLog
 ) -> Callable[[State], tuple[LabelledFeatures, LabelledFeatures]]:
   """Returns what computes features of bank and queries from a state.
 
   Other evaluators of labelled images can use it as well.
+
+  Args:
+    context: of the run.
+    log: is told what cannot be read.
 
   Raises:
     UserError: if bank or test split has no label after all.
@@ -186,7 +198,7 @@ def reading(
   batch_size = config.micro_batch * context.mesh.size or config.batch_size
   extract = features_lib.extractor(
       context.model, config.data, context.mesh, batch_size,
-      context.reader.workers,
+      context.reader.workers, log=log,
   )
   bank, queries = bank_and_queries(config.knn, context.splits)
 
@@ -243,6 +255,7 @@ def table(
     bank = queries = LabelledFeatures(
         jnp.concatenate([bank.features, queries.features]),
         np.concatenate([bank.labels, queries.labels]),
+        bank.unreadable + queries.unreadable,
     )
     exclude_self = np.arange(len(bank.labels))
   rows = _classify(
@@ -260,7 +273,10 @@ def _read(
     images: LabelledImages,
 ) -> LabelledFeatures:
   features, readable = extract(params, batch_stats, images.source)
-  return LabelledFeatures(features, images.labels[readable])
+  labels = images.labels[readable]
+  return LabelledFeatures(
+      features, labels, len(images.labels) - len(labels)
+  )
 
 
 def _classify(

@@ -5,12 +5,14 @@ rank Garrido et al. 2023 (RankMe, arXiv 2210.02885) apply to features.
 """
 
 import functools
+import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from mocov3_jax.evals.evaluator import EvalContext, Evaluator
+from mocov3_jax.evals.features import NonFiniteFeatures
 from mocov3_jax.method.build import run_keys
 from mocov3_jax.models.layers import unit
 from mocov3_jax.parallel import sharding
@@ -77,7 +79,11 @@ def monitor(context: EvalContext) -> Evaluator | None:
   def measure(state):
     images = sharding.to_global(context.reader(0).images, mesh)
     values = values_of(state.params, state.batch_stats, images, key)
-    return {name: float(v) for name, v in jax.device_get(values).items()}
+    values = {name: float(v) for name, v in jax.device_get(values).items()}
+    for name, value in values.items():
+      if not math.isfinite(value):
+        raise NonFiniteFeatures(f'{name}={value}: the network gives no numbers')
+    return values
 
   def words(values):
     return (

@@ -34,12 +34,13 @@ class Opened:
   workers: Workers
 
   def extractor(
-      self, batch_size: int, method: str = 'features'
+      self, batch_size: int, method: str = 'features',
+      log: features.ReadingLog | None = None,
   ) -> features.Extract:
     """Returns what computes features of a source; see `features.extractor`."""
     return features.extractor(
         self.run.model, self.run.config.data, self.mesh, batch_size,
-        self.workers, method,
+        self.workers, method, log,
     )
 
 

@@ -15,7 +15,6 @@ from mocov3_jax.base.errors import UserError
 from mocov3_jax.data import pipeline, sources
 from mocov3_jax.data.sources import Source
 from mocov3_jax.evals import features
-from mocov3_jax.evals.features import say_unreadable
 from mocov3_jax.evals.opened import Opened, check_flags, open_checkpoint
 from mocov3_jax.method import augment
 from mocov3_jax.parallel import sharding
@@ -135,14 +134,18 @@ class Shown:
     Raises:
       UserError: if nothing could.
     """
-    values, readable = self._extract(self.params, self.batch_stats, source)
-    say_unreadable(source, readable)
-    return values, readable
+    return self._extract(self.params, self.batch_stats, source)
 
   @functools.cached_property
   def _extract(self) -> features.Extract:
     # One for all sources, so that it is compiled once.
-    return self.opened.extractor(self.options.batch_size)
+    return self.opened.extractor(
+        self.options.batch_size, log=self._log
+    )
+
+  @functools.cached_property
+  def _log(self) -> features.ReadingLog:
+    return features.ReadingLog()
 
   def attend(self, source: Source) -> tuple[np.ndarray, np.ndarray]:
     """Returns the attention of the class token, as `class_attention`.
@@ -172,9 +175,11 @@ class Shown:
         for batch in self._batches(source)
     ), strict=True)
     maps = np.concatenate(maps)
-    readable = features.readable(source, np.concatenate(unreadable))
-    say_unreadable(source, readable)
-    return maps[readable], readable
+    readable = self._log.readable(source, np.concatenate(unreadable))
+    maps = maps[readable]
+    finite = np.isfinite(maps).all(axis=(1, 2))
+    features.require_finite(finite, source, readable)
+    return maps, readable
 
   def _batches(self, source: Source) -> Iterator[pipeline.Batch]:
     # No larger than there are images, but whole on every device.

@@ -204,7 +204,7 @@ def _tester(setup: Setup, model: Classifier):
   config = setup.config
   extract = features.extractor(
       model, setup.run.config.data, setup.mesh, config.batch_size,
-      Workers(config.data.threads), method='__call__',
+      Workers(config.data.threads), method='__call__', log=setup.log,
   )
   source, labels = sources.labelled(setup.splits.test)
 
@@ -217,6 +217,7 @@ def _tester(setup: Setup, model: Classifier):
     return {
         'test/top1': float(np.mean(found == labels[read])),
         'test/images': len(read),
+        'test/unreadable': len(source) - len(read),
     }
 
   return evaluate

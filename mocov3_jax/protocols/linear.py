@@ -115,14 +115,15 @@ def _tester(setup: Setup, parts: linear_step.Probe):
     found, read = setup.extract(
         setup.variables['params'], setup.variables['batch_stats'], source
     )
-    return found, labels[read]
+    return found, labels[read], len(source) - len(read)
 
   def evaluate(state):
-    known, labels = test()
+    known, labels, unreadable = test()
     found = jax.device_get(predict(state, known))  # [L, n]
     top1 = np.mean(found == labels, axis=1)
     return {
-        'test/top1': float(np.max(top1)), 'test/images': len(labels)
+        'test/top1': float(np.max(top1)), 'test/images': len(labels),
+        'test/unreadable': unreadable,
     } | {
         f'test/top1_rate_{rate:g}': float(x)
         for rate, x in zip(rates, top1, strict=True)

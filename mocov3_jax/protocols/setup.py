@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import hashlib
+import itertools
 import json
 from typing import Any
 
@@ -24,6 +25,8 @@ from mocov3_jax.runs import network
 from mocov3_jax.runs import workdir as workdir_lib
 
 PyTree = Any
+# Unreadable images that a result names; it counts all.
+UNREADABLE_NAMED = 100
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,6 +40,7 @@ class Setup:
       to classify.
     mesh: to work on.
     extract: features of a source.
+    log: knows what could not be read for them.
     variables: 'params' and 'batch_stats' of the backbone, on every device.
   """
 
@@ -45,6 +49,7 @@ class Setup:
   splits: sources.Splits
   mesh: Mesh
   extract: features.Extract
+  log: features.ReadingLog
   variables: PyTree
 
 
@@ -72,9 +77,10 @@ def prepare(config: ConfigDict) -> Setup:
   params, batch_stats = network.restore(
       opened.run, opened.mesh, config.encoder
   )
+  log = features.ReadingLog(data.max_unreadable)
   return Setup(
       config, opened.run, splits, opened.mesh,
-      opened.extractor(config.batch_size),
+      opened.extractor(config.batch_size, log=log), log,
       {'params': params, 'batch_stats': batch_stats},
   )
 
@@ -118,16 +124,19 @@ def labelled_splits(config: ConfigDict, opened: Opened) -> sources.Splits:
   train, labels = sources.labelled(splits.bank)
   test, test_labels = sources.labelled(splits.test)
   for name, found in ('training', labels), ('test', test_labels):
-    if not len(found):
+    if not (found >= 0).any():
       raise UserError(
           f'{what} has no labelled {name} images. Allowed: a source with '
           'labels in both splits.'
       )
-  if len(np.unique(labels)) < 2:
+  labels_found, test_found = (
+      np.unique(found[found >= 0]) for found in (labels, test_labels)
+  )
+  if len(labels_found) < 2:
     raise UserError(
         f'{what} has training images of a single class. Allowed: two or more.'
     )
-  unseen = np.setdiff1d(test_labels, labels)
+  unseen = np.setdiff1d(test_found, labels_found)
   if len(unseen):
     raise UserError(
         f'{what} has test images of {len(unseen)} classes '
@@ -150,14 +159,14 @@ def few_of_each(
   """
   order = epoch_order(seed, 0, len(source))
   chosen = []
-  for label in np.unique(labels):
+  classes, counts = np.unique(labels[labels >= 0], return_counts=True)
+  for label in classes:
     its = order[labels[order] == label]
     if len(its) < count:
       raise UserError(
           f'data.labels_per_class={count}, but class '
           f'{source.classes[label]} has {len(its)} training images. Allowed: '
-          f'up to {np.unique(labels, return_counts=True)[1].min()}, what '
-          'the smallest class has, or 0 for all.'
+          f'up to {counts.min()}, what the smallest class has, or 0 for all.'
       )
     chosen.append(its[:count])
   return sources.Subset(source, np.sort(np.concatenate(chosen)))
@@ -184,7 +193,7 @@ def record(
   Args:
     setup: of the evaluation.
     results: flat, with 'PROTOCOL/top1' and 'test/images', those that could be
-      read.
+      read. What could not be read is added from `setup.log`.
     workdir: of the evaluation.
 
   Returns:
@@ -203,6 +212,11 @@ def record(
       'test_images': results['test/images'],
       'train_images': len(splits.train),
   } | {k: v for k, v in results.items() if k != 'test/images'}
+  results['unreadable_images'] = len(setup.log.unreadable)
+  if setup.log.unreadable:
+    results['unreadable'] = dict(
+        itertools.islice(setup.log.unreadable.items(), UNREADABLE_NAMED)
+    )
   top1 = results[f'{config.protocol}/top1']
   results |= {
       f'{config.protocol}/top1_interval': list(

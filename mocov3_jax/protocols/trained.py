@@ -42,6 +42,7 @@ def make_trainer(
       test, every=config.test_every_steps or plan.steps_per_epoch,
       main='test/top1', best=True,
       words=lambda values: f'test {values["test/top1"]:.1%}',
+      unreadable=setup.log.unreadable,
   )
   return Trainer(
       config=config, schema=evaluation.schema(), plan=plan, mesh=mesh,

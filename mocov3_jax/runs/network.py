@@ -82,8 +82,8 @@ def restore(
     Their params and batch_stats.
 
   Raises:
-    UserError: if they cannot be read, do not fit the config, or for another
-      encoder.
+    UserError: if they cannot be read, do not fit the config, are not finite,
+      or for another encoder.
   """
   if encoder not in ENCODERS:
     raise unknown('encoder', encoder, ENCODERS)
@@ -104,10 +104,22 @@ def restore(
       unflatten_dict(shapes), sharding.replicated(mesh)
   )
   restored = checkpoints.restore_part(trained.folder, abstract)
+  finite = jax.device_get(jax.tree.map(_all_finite, restored))
+  for path, holds in flatten_dict(finite).items():
+    if not holds:
+      raise UserError(
+          f'{"/".join(path)} of {trained.folder} holds values that are NaN or '
+          'infinite. Allowed: weights that are finite; an earlier checkpoint.'
+      )
   batch_stats = fields['batch_stats']
   return restored[fields['params']], (
       restored[batch_stats] if batch_stats in restored else {}
   )
+
+
+@jax.jit
+def _all_finite(x: jax.Array) -> jax.Array:
+  return jnp.isfinite(x).all()
 
 
 def network_shapes(config: ConfigDict) -> dict[Path, jax.ShapeDtypeStruct]:

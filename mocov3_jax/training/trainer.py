@@ -23,6 +23,7 @@ from mocov3_jax.config import knobs
 from mocov3_jax.config.training import Plan
 from mocov3_jax.data import pipeline
 from mocov3_jax.evals.evaluator import Evaluator, best_metric
+from mocov3_jax.evals.features import NonFiniteFeatures
 from mocov3_jax.parallel import chips, processes, sharding
 from mocov3_jax.runs import workdir as workdir_lib
 from mocov3_jax.runs.checkpoints import Checkpoints
@@ -140,7 +141,18 @@ class Trainer:
           values = {}
           for evaluator in self.evaluators:
             if saves(step) or evaluator.is_due(step):
-              values |= evaluator.measure(state)
+              try:
+                values |= evaluator.measure(state)
+              except NonFiniteFeatures:
+                raise  # Of a state that is broken.
+              except UserError:  # Such as files that can no longer be read.
+                if step:
+                  checkpoints.save(step, state, {})
+                  checkpoints.wait()
+                raise
+              finally:
+                if processes.is_primary():
+                  unreadable.add(evaluator.unreadable)
           log.evaluation(step, values)
           if step and saves(step):
             log.flush()

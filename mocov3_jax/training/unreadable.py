@@ -1,6 +1,6 @@
 """Images of a run that could not be read: their list, number and limit."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 import json
 import os
 from typing import Any
@@ -8,11 +8,10 @@ from typing import Any
 from etils import epath
 import jax
 from ml_collections import ConfigDict
-import numpy as np
 
 from mocov3_jax.base.errors import UserError
 from mocov3_jax.config.training import Plan
-from mocov3_jax.data.decode import Unreadable
+from mocov3_jax.data import pipeline
 from mocov3_jax.data.pipeline import Batch, BatchReader
 from mocov3_jax.training.host_flags import UNREADABLE
 
@@ -63,17 +62,19 @@ class UnreadableImages:
 
   def list(self, batch: Batch) -> None:
     """Adds what could not be read for this process's batch to the list."""
+    source = self._reader.source
     for index in batch.unreadable[batch.unreadable >= 0].tolist():
-      source = self._reader.source
-      name = json.dumps(source.name(index), ensure_ascii=False)[1:-1]
+      name = source.name(index)
+      if _escaped(name) not in self._listed:
+        self.add({name: pipeline.why_unreadable(source, index)})
+
+  def add(self, unreadable: Mapping[str, str]) -> None:
+    """Adds images, names and reasons, to the list if they are not there."""
+    for name, why in unreadable.items():
+      name = _escaped(name)
       if name in self._listed:
         continue
       self._listed.add(name)
-      try:
-        self._reader.read_into(np.empty(self._reader.shape, np.uint8), index, 0)
-        why = 'could not be read then, can be now'
-      except Unreadable as e:
-        why = ' '.join(str(e).split())
       with open(self._path, 'a', errors='surrogateescape') as file:
         file.write(f'{name}\t{why}\n')
         file.flush()
@@ -102,3 +103,7 @@ class UnreadableImages:
           'Allowed: the same line again, with the files mended (under the same '
           'names) or a higher data.max_unreadable.'
       )
+
+
+def _escaped(name: str) -> str:
+  return json.dumps(name, ensure_ascii=False)[1:-1]

@@ -4,6 +4,7 @@ import collections
 from typing import Any
 
 from etils import epath
+import jax.numpy as jnp
 from ml_collections import ConfigDict
 import numpy as np
 
@@ -63,6 +64,7 @@ def convert(
   weights, left_out = torch_checkpoints.read(
       absolute(source, '--from'), config, num_heads, ignore
   )
+  _require_finite(source, weights)
   if target.endswith(files.SUFFIXES):
     written = torch_checkpoints.write(to, weights, encoder)
     return _report(source, target, weights, written, left_out)
@@ -91,8 +93,21 @@ def _export(
         f'{", ".join(files.SUFFIXES)}.'
     )
   weights = our_checkpoints.read(source)
+  _require_finite(source, weights)
   written = torch_checkpoints.write(target, weights, encoder)
   return _report(source, str(target), weights, written, {})
+
+
+def _require_finite(source: str, weights: Weights) -> None:
+  for path, array in weights.flat.items():
+    # Of what is no number there is nothing to check.
+    if jnp.issubdtype(array.dtype, jnp.inexact):
+      if not np.isfinite(array).all():
+        raise UserError(
+            f'--from={source}: {weights.names[path]} holds values that are NaN '
+            'or infinite. Allowed: weights that are finite, such as those of '
+            'an earlier checkpoint.'
+        )
 
 
 def _report(
