@@ -279,6 +279,13 @@ def test_the_interval_is_wilsons(right, count):
   np.testing.assert_allclose(found, wanted, atol=1e-9)
 
 
+def test_an_interval_stays_within_what_a_share_can_be():
+  for count in range(1, 3000):
+    for right in 0, 1, count - 1, count:
+      low, high = confidence.interval(right / count, count)
+      assert 0 <= low <= right / count <= high <= 1, (right, count)
+
+
 def test_logistic_regression_chooses_its_penalty_on_training_images():
   rng = np.random.default_rng(0)
   labels = np.repeat(np.arange(3), 60)

@@ -334,7 +334,8 @@ def test_the_suffix_says_the_format(sweep, tmp_path, kind):
   told = []
   result = report.report([str(sweep)], str(out), note=told.append)
   assert result == {
-      'out': str(out), 'runs': 12, 'diverged': 1, 'dips': 8, 'spikes': 16,
+      'out': str(out), 'runs': 12, 'diverged': 1, 'dips': 8, 'falls': 0,
+      'spikes': 16,
       'bytes': out.stat().st_size,
   }
   assert told and list(tmp_path.iterdir()) == [out]

@@ -466,6 +466,39 @@ def test_a_fall_for_good_is_warned_of_once():
   assert line.startswith('warning: step 750: kNN fell by 0.2')
 
 
+def test_a_short_run_below_the_random_network_is_warned_of_early():
+  # 11 evaluations are too few to tell a fall from noise before the end.
+  knn = [0.83, 0.7, 0.4, 0.35, 0.38, 0.3, 0.33, 0.31, 0.35, 0.3, 0.32]
+  rows = [{'step': 10 * i, 'knn/top1': v} for i, v in enumerate(knn)]
+  line, = watched(rows)
+  assert line.startswith(
+      'warning: step 30: kNN is 0.350, less than the 0.830 of the random'
+  )
+
+
+def test_a_fall_without_return_is_no_dip():
+  rng = np.random.default_rng(0)
+  level = np.concatenate([
+      np.linspace(0.5, 0.9, 30), [0.8, 0.85], np.linspace(0.9, 0.93, 20),
+      np.linspace(0.93, 0.4, 40),
+  ])
+  rows = [
+      {'step': 10 * i, 'knn/top1': v}
+      for i, v in enumerate(noisy(rng, level, 0.002))
+  ]
+  found = stability.analyse(rows)
+  assert [dip.low for dip in found.dips] == [300]
+  assert found.fall.depth == pytest.approx(0.53, abs=0.02)
+  assert found.fall.end is None and 500 < found.fall.start < 640
+
+
+def test_a_short_visit_below_the_random_network_is_not_warned_of():
+  knn = [0.83, 0.7, 0.79, 0.85, 0.9, 0.93, 0.94, 0.94, 0.95, 0.96, 0.96]
+  assert watched([
+      {'step': 10 * i, 'knn/top1': v} for i, v in enumerate(knn)
+  ]) == []
+
+
 def test_a_dip_that_shows_only_afterwards_is_not_warned_of():
   # Among so few values it may be noise; once the curve is known, it is none.
   values = np.append([0.5, 0.55, 0.45, 0.5, 0.3, 0.5], np.full(40, 0.5))

@@ -16,4 +16,5 @@ def interval(share: float, count: int) -> tuple[float, float]:
       share * (1 - share) / count + Z**2 / (4 * count**2)
   )
   scale = 1 + Z**2 / count
-  return (middle - width) / scale, (middle + width) / scale
+  # Of 0 and 1 the ends are these themselves, up to rounding.
+  return max((middle - width) / scale, 0.0), min((middle + width) / scale, 1.0)

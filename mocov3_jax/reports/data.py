@@ -40,6 +40,7 @@ DASHES = ('', '8,3,2,3', '2,3', '9,4', '14,4', '14,3,2,3')
 FACTS = (
     'status', 'collapsed', 'stuck', 'step', 'knn/top1_init', 'knn/top1',
     'knn/top1_best', 'knn/best_step', *LAST_VALUES, 'dips', 'dip_deepest',
+    'fall', 'fall_start',
     'spikes', 'leader', 'leader_steps', RATE, MFU,
 )
 
@@ -225,6 +226,8 @@ def facts(run: ReportedRun, fields: Iterable[str] = ()) -> dict[str, Any]:
   row['dips'] = len(found.dips)
   if found.dips:
     row['dip_deepest'] = max(dip.depth for dip in found.dips)
+  if found.fall is not None:
+    row |= {'fall': found.fall.depth, 'fall_start': found.fall.start}
   row['spikes'] = sum(map(len, found.spikes.values()))
   if found.lead.first is not None:
     row['leader'] = found.lead.first
@@ -261,6 +264,7 @@ def counts(report: Report) -> dict[str, int]:
       'runs': len(rows),
       'diverged': sum(row['status'] == 'diverged' for row in rows),
       'dips': sum(row['dips'] for row in rows),
+      'falls': sum('fall' in row for row in rows),
       'spikes': sum(row['spikes'] for row in rows),
   }
 

@@ -116,7 +116,8 @@ def _rows(report: Report) -> list[Panel]:
 
 def _unrest(run: ReportedRun) -> tuple[int, int]:
   found = run.analysis
-  return len(found.dips), sum(map(len, found.spikes.values()))
+  falls = len(found.dips) + (found.fall is not None)
+  return falls, sum(map(len, found.spikes.values()))
 
 
 def _run_legend(report: Report) -> tuple[list[Line2D], int]:

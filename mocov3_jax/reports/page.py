@@ -157,7 +157,7 @@ def _one_run(report: Report) -> str:
   # The one with the most spikes, or the deepest dip, is worth a look first.
   chosen = max(range(len(spikes)), key=lambda number: (
       spikes[number],
-      max((d.depth for d in report.runs[number].analysis.dips), default=0.0),
+      verdict.deepest(report.runs[number]),
   ))
   options = ''.join(
       f'<option value="{number}"{" selected" if number == chosen else ""}>'

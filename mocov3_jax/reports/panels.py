@@ -134,7 +134,9 @@ def knn(report: Report, limit: int) -> Panel:
   """Returns the accuracy of the nearest neighbours, and its dips."""
   items = _lines(report, limit, data.KNN)
   for number, run in enumerate(report.runs):
-    dips = run.analysis.dips
+    dips = [*run.analysis.dips]
+    if run.analysis.fall is not None:
+      dips.append(run.analysis.fall)
     lows = [dip.low for dip in dips]
     items += _marks(
         number, run.curve(data.KNN), lows, [_describe(dip) for dip in dips],
@@ -143,8 +145,9 @@ def knn(report: Report, limit: int) -> Panel:
   return Panel(
       heading='kNN accuracy',
       about='Share of held-out images that their nearest neighbours classify '
-      'right. Step 0 is the random network. A triangle marks the low of a dip.',
-      caption='kNN accuracy (triangles: dips)',
+      'right. Step 0 is the random network. A triangle marks the low of a dip, '
+      'or of a fall without return.',
+      caption='kNN accuracy (triangles: dips and falls)',
       y_title='kNN accuracy', y_kind='share',
       items=items + _levels(
           report, data.KNN, data.chances(report),
@@ -154,11 +157,13 @@ def knn(report: Report, limit: int) -> Panel:
 
 
 def _describe(dip: events.Dip) -> str:
-  width = (
-      'not made good' if dip.width is None else
-      f'made good {verdict.count(dip.width, "step")} after its start'
+  depth = verdict.points(dip.depth)
+  if dip.width is None:
+    return f'fall of {depth} from step {dip.start:,}, without return'
+  return (
+      f'dip of {depth} at step {dip.low:,}, made good '
+      f'{verdict.count(dip.width, "step")} after its start'
   )
-  return f'dip of {verdict.points(dip.depth)} at step {dip.low:,}, {width}'
 
 
 def effective_rank(report: Report, limit: int) -> Panel:

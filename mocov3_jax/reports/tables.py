@@ -41,6 +41,11 @@ COLUMNS: tuple[tuple[str, str, Callable[[dict[str, Any]], str], bool], ...] = (
     ),
     ('rank', data.RANK, lambda r: f'{r[data.RANK]:.1f}', True),
     ('dips (deepest)', 'dips', _dips, True),
+    (
+        'fall without return', 'fall',
+        lambda r: f'{verdict.points(r["fall"])} from step {r["fall_start"]:,}',
+        True,
+    ),
     ('spikes', 'spikes', lambda r: f'{r["spikes"]:,}', True),
     ('spikes begin in', 'leader', _layer_and_lag, False),
     ('img/s', data.RATE, lambda r: f'{r[data.RATE]:,.0f}', True),

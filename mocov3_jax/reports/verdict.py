@@ -77,15 +77,43 @@ def _dips(report: Report) -> str:
   runs = [run for run in report.runs if len(run.curve(data.KNN)[0])]
   if not runs:
     return ''
+  return ' '.join(filter(None, (_dipped(runs), _fallen(runs)))) or (
+      'Nowhere does the kNN accuracy dip.'
+  )
+
+
+def deepest(run: ReportedRun) -> float:
+  """Returns the depth of the deepest dip or fall of a run; 0 without any."""
+  found = run.analysis
+  falls = [*found.dips] + ([found.fall] if found.fall is not None else [])
+  return max((dip.depth for dip in falls), default=0.0)
+
+
+def _fallen(runs: Sequence[ReportedRun]) -> str:
+  fallen = [run for run in runs if run.analysis.fall is not None]
+  if not fallen:
+    return ''
+  worst = max(fallen, key=lambda run: run.analysis.fall.depth)
+  fall = worst.analysis.fall
+  how = f'by {points(fall.depth)} from step {fall.start:,}'
+  if len(runs) == 1:
+    return f'The kNN accuracy falls {how} and does not come back.'
+  return (
+      f'In {len(fallen)} of {len(runs)} it falls and does not come back; the '
+      f'farthest {how}, in {worst.name}.'
+  )
+
+
+def _dipped(runs: Sequence[ReportedRun]) -> str:
   dipped = [run for run in runs if run.analysis.dips]
   if not dipped:
-    return 'Nowhere does the kNN accuracy dip.'
-  worst, deepest = max(
+    return ''
+  worst, lowest = max(
       ((run, dip) for run in dipped for dip in run.analysis.dips),
       key=lambda pair: pair[1].depth,
   )
-  where = f'{points(deepest.depth)} at step {deepest.low:,}'
-  if len(report.runs) == 1:
+  where = f'{points(lowest.depth)} at step {lowest.low:,}'
+  if len(runs) == 1:
     number = len(worst.analysis.dips)
     return f'{count(number, "dip")} in kNN accuracy, the deepest of {where}.'
   have = 'has' if len(dipped) == 1 else 'have'

@@ -47,7 +47,7 @@ class Spike(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Dip:
-  """A fall of a curve from its best level.
+  """A fall of a curve from its best level; a dip proper if it comes back.
 
   Attributes:
     start: the last step near the level before.

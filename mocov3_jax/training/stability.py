@@ -38,6 +38,8 @@ STUCK_STEPS = 1000
 COARSEST = 5
 # Steps for which Watch does not repeat itself: one event spans fewer.
 SILENCE = 200
+# Evaluations in a row by which kNN has to be below the random network.
+BELOW = 3
 
 # One more than afterwards: it is asked again at every evaluation.
 LIVE_DIP_SIGMAS = events.DIP_SIGMAS + 1
@@ -137,13 +139,15 @@ class Analysis:
   """What one run went through.
 
   Attributes:
-    dips: of kNN.
+    dips: of kNN, those that it came back from.
+    fall: of kNN, the one that it did not come back from; None without one.
     spikes: of each layer whose gradient is logged, by the layer's name.
     lead: in which layer they begin.
     collapsed, stuck, diverged: since (at) which step; None = not so.
   """
 
   dips: list[Dip]
+  fall: Dip | None
   spikes: dict[str, list[Spike]]
   lead: Lead
   collapsed: int | None
@@ -161,8 +165,10 @@ def analyse(rows: Rows) -> Analysis:
   steps, _ = every.setdefault(FIRST_LAYER, NOTHING)
   # Rows too far apart do not tell which layer was first.
   coarse = len(steps) > 1 and np.median(np.diff(steps)) > COARSEST
+  falls = dips(*every.setdefault('knn/top1', NOTHING))
   return Analysis(
-      dips(*every.setdefault('knn/top1', NOTHING)), found,
+      [dip for dip in falls if dip.end is not None],
+      next((dip for dip in falls if dip.end is None), None), found,
       lead({} if coarse else found), collapsed(rows), stuck(rows),
       diverged(rows),
   )
@@ -181,6 +187,8 @@ class Watch:
     self._crossed = {}  # Layer -> how manieth value was last in a spike.
     self._knn = collections.deque(maxlen=events.WINDOW)
     self._dip_said = -math.inf  # Step of the last warning of one.
+    self._random = None  # kNN of the random network.
+    self._below = 0  # Evaluations in a row that are below it.
     self._first_learns = False
     self._collapsed = 0  # Rows in a row.
     self._stuck_since = None
@@ -242,6 +250,23 @@ class Watch:
 
   def _dips(self, step: int, value: float) -> list[str]:
     self._knn.append((step, value))
+    return self._fall(step, value) + self._below_random(step, value)
+
+  def _below_random(self, step: int, value: float) -> list[str]:
+    # A short run has too few values to tell a fall from noise; this it tells.
+    if self._random is None:
+      self._random = value if step == 0 else math.nan
+    low = value < self._random - events.DIP_DEPTH
+    self._below = self._below + 1 if low else 0
+    if self._below != BELOW or math.isfinite(self._dip_said):
+      return []
+    return self._say('below', step, (
+        f'kNN is {value:.3f}, less than the {self._random:.3f} of the random '
+        f'network, for {BELOW} evaluations in a row. If it does not climb, '
+        f'what helps: {self._calmer()}'
+    ))
+
+  def _fall(self, step: int, value: float) -> list[str]:
     found = dips(*np.asarray(self._knn).T, sigmas=LIVE_DIP_SIGMAS)
     if not found or found[-1].end is not None:
       return []
@@ -251,8 +276,8 @@ class Watch:
     self._dip_said = step
     return self._say('dip', step, (
         f'kNN fell by {found[-1].depth:.3f} from step {found[-1].start} to '
-        f'{found[-1].low} and is now {value:.3f}. If it falls again, what '
-        f'helps: {self._calmer()}'
+        f'{found[-1].low} and is now {value:.3f}. If it does not come back, '
+        f'or falls again, what helps: {self._calmer()}'
     ))
 
   def _stuck(self, step: int, values: Mapping[str, float]) -> list[str]:
