@@ -16,5 +16,6 @@ def interval(share: float, count: int) -> tuple[float, float]:
       share * (1 - share) / count + Z**2 / (4 * count**2)
   )
   scale = 1 + Z**2 / count
-  # Of 0 and 1 the ends are these themselves, up to rounding.
-  return max((middle - width) / scale, 0.0), min((middle + width) / scale, 1.0)
+  # Rounding must not take an end of 0 or 1 beyond it.
+  low, high = (middle - width) / scale, (middle + width) / scale
+  return max(0.0, min(low, share)), min(1.0, max(high, share))
