@@ -63,7 +63,9 @@ def test_a_warmup_longer_than_the_training_is_refused():
 @pytest.mark.parametrize(
     'field, value',
     [
-        ('batch_size', 0), ('seed', -1), ('seed', 2**32),
+        ('batch_size', 0), ('batch_size', 1), ('head.out_dim', 1),
+        ('optimizer.trust_coefficient', 0.0), ('optimizer.momentum', 1.0),
+        ('seed', -1), ('seed', 2**32),
         ('augment.view1.crop_min', 0.0), ('augment.view2.crop_min', 1.5),
         ('augment.view1.crop_ratio', (2.0, 1.0)),
         ('augment.view1.crop_ratio', (1.0,)),
@@ -88,6 +90,33 @@ def test_the_batch_must_divide_over_the_devices():
   checks.validate(changed(), 8)
   with pytest.raises(UserError, match='batch_size=64.*multiple of the 3'):
     checks.validate(changed(), 3)
+
+
+@pytest.mark.parametrize('prototypes', [0, 1])
+def test_prototypes_are_several(prototypes):
+  c = changed(**{
+      'objective.name': 'swav', 'head.predictor_layers': 0,
+      'head.prototypes': prototypes,
+  })
+  with pytest.raises(UserError, match='head.prototypes=.*2 or more'):
+    checks.validate(c, 1)
+
+
+def test_the_only_step_is_no_warm_up():
+  c = changed(**{'schedule.steps': 1, 'schedule.warmup_epochs': 1 / 22})
+  with pytest.raises(UserError, match='a single step without warm-up'):
+    config_lib.plan(c, 1437)
+  c.schedule.warmup_epochs = 0.0
+  assert config_lib.plan(c, 1437).total_steps == 1
+
+
+def test_statistics_of_a_probe_need_two_images():
+  c = evaluation.eval_config()
+  c.protocol, c.batch_size, c.linear.batch_norm = 'linear', 1, True
+  with pytest.raises(UserError, match='batch_size=1.*linear.batch_norm'):
+    checks.validate_eval(c, 1)
+  c.linear.batch_norm = False
+  checks.validate_eval(c, 1)
 
 
 def test_differences_list_what_changes_the_computation():

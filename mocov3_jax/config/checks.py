@@ -25,8 +25,8 @@ def validate(config: ConfigDict, device_count: int | None = None) -> None:
   knobs.check(training.schema(), config)
   name, head = config.objective.name, config.head
   require('head.prototypes', head.prototypes, Range(
-      f'above 0 if objective.name is swav, and 0 if not; here it is {name!r}',
-      lambda v: (v > 0) == (name == 'swav'),
+      f'2 or more if objective.name is swav, and 0 if not; here it is {name!r}',
+      lambda v: v >= 2 if name == 'swav' else v == 0,
   ))
   require('head.predictor_layers', head.predictor_layers, Range(
       '0 with head.prototypes, which take their place',
@@ -58,6 +58,11 @@ def validate_eval(config: ConfigDict, device_count: int) -> None:
   """Checks an `eval_config()`, as `validate` does a `default_config()`."""
   knobs.check(evaluation.schema(), config)
   _require_multiple(config, device_count)
+  if config.protocol == 'linear' and config.linear.batch_norm:
+    require('batch_size', config.batch_size, Range(
+        'at least 2 with linear.batch_norm: one image has no statistics',
+        lambda v: v >= 2,
+    ))
 
 
 def _require_multiple(config: ConfigDict, devices: int) -> None:

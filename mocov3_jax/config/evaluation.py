@@ -123,7 +123,7 @@ def _linear() -> Schema:
           (0.03, 0.1, 0.3, 1.0, 3.0, 10.0), _positive_numbers(fewest=1)
       ),
       # Heavy-ball momentum of SGD, as in the release.
-      'momentum': Knob(0.9, SHARE),
+      'momentum': Knob(0.9, BELOW_ONE),
       # A BatchNorm without scale and offset before the head, after which one
       # rate suits all (He et al. 2022, arXiv 2111.06377, A.1).
       'batch_norm': Knob(False),

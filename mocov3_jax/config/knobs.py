@@ -48,6 +48,7 @@ class Knob:
 Schema = dict[str, Any]
 
 AT_LEAST_ONE = Range('at least 1', lambda v: v >= 1)
+AT_LEAST_TWO = Range('at least 2', lambda v: v >= 2)
 NOT_NEGATIVE = Range('0 or more', lambda v: v >= 0)
 POSITIVE = Range('above 0', lambda v: v > 0)
 SHARE = Range('from 0 to 1', lambda v: 0 <= v <= 1)

@@ -14,6 +14,7 @@ from mocov3_jax.base.errors import UserError
 from mocov3_jax.config import knobs
 from mocov3_jax.config.knobs import (
   AT_LEAST_ONE,
+  AT_LEAST_TWO,
   BELOW_ONE,
   NOT_NEGATIVE,
   POSITIVE,
@@ -39,8 +40,9 @@ def schema() -> Schema:
   return {
       # Seeds the initialisation, the order of the data and the augmentation.
       'seed': Knob(0, SEED),
-      # Images per optimizer step over all devices. Paper s5: 4096.
-      'batch_size': Knob(4096, AT_LEAST_ONE),
+      # Images per optimizer step over all devices. Paper s5: 4096. A single one
+      # would have nothing to be told apart from, and no statistics.
+      'batch_size': Knob(4096, AT_LEAST_TWO),
       # Images per device and pass through the trunk. It bounds the memory of
       # the activations and costs a second forward pass; the result is the
       # same. 0 = all images of the device at once.
@@ -232,7 +234,7 @@ def _head() -> Schema:
       'predictor_layers': Knob(2, NOT_NEGATIVE),
       # Hidden and output width of both. Paper s5.
       'hidden_dim': Knob(4096, AT_LEAST_ONE),
-      'out_dim': Knob(256, AT_LEAST_ONE),
+      'out_dim': Knob(256, AT_LEAST_TWO),
       # BatchNorm (no scale, no offset) on their outputs. The release has none
       # on ResNet's predictor; paper App. A has none at all in BYOL with ViT.
       'projector_out_bn': Knob(True),
@@ -293,8 +295,8 @@ def _optimizer() -> Schema:
       # a small threshold evens out spikes and no more.
       'patch_embed_clip': Knob(1e-2, POSITIVE),
       # LARS: heavy-ball momentum and trust coefficient, as in the release.
-      'momentum': Knob(0.9, SHARE),
-      'trust_coefficient': Knob(1e-3, NOT_NEGATIVE),
+      'momentum': Knob(0.9, BELOW_ONE),
+      'trust_coefficient': Knob(1e-3, POSITIVE),
   }
 
 
@@ -348,13 +350,15 @@ def plan(
   schedule = config.schedule
   total = schedule.steps or round(schedule.epochs * steps_per_epoch)
   warmup = round(schedule.warmup_epochs * steps_per_epoch)
-  if total < 1 or warmup > total:
+  # The warm-up begins with a rate of 0, which teaches nothing.
+  if total < 1 or warmup > total or total == 1 == warmup:
     raise UserError(
         f'schedule.warmup_epochs={schedule.warmup_epochs} is {warmup} steps, '
         f'but the training is {total} steps long (schedule.epochs='
         f'{schedule.epochs}, schedule.steps={schedule.steps}, '
         f'{steps_per_epoch} steps an epoch). Allowed: a training of at least '
-        'one step, and a warm-up no longer than it (set both).'
+        'one step, and a warm-up no longer than it (set both); a single step '
+        'without warm-up.'
     )
   if lr_per_256 is None:
     lr_per_256 = config.optimizer.lr_per_256

@@ -229,6 +229,12 @@ def bank_and_queries(
           'with labels.'
       )
     found.append(images)
+  if len(np.unique(found[0].labels)) < 2:
+    raise UserError(
+        f'knn.bank_images={knn.bank_images}: the {len(found[0].labels)} images '
+        'of the bank are of a single class, so that every answer is the same. '
+        'Allowed: a bank of two classes or more.'
+    )
   return found[0], found[1]
 
 

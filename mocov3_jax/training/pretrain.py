@@ -144,5 +144,7 @@ def _notes(
         'no labels, hence no kNN: alignment, uniformity and effective rank '
         'of the features are logged instead'
     )
+  if config.optimizer.lr_per_256 == 0:
+    yield 'optimizer.lr_per_256=0: nothing will be learned'
   cost = flops.network_cost(method.model, image_shape(config.data))
   yield f'{config.model.name}: {cost}'
