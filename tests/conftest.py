@@ -25,7 +25,11 @@ def compilation_cache(tmp_path_factory):
 
   Most of what tests do is to compile: tiny trainings, of few kinds.
   """
-  folder = str(tmp_path_factory.mktemp('compiled'))
+  # Of all workers of pytest-xdist, if there are some.
+  base = tmp_path_factory.getbasetemp()
+  if 'PYTEST_XDIST_WORKER' in os.environ:
+    base = base.parent
+  folder = str(base / 'compiled')
   jax.config.update('jax_compilation_cache_dir', folder)
   jax.config.update('jax_persistent_cache_min_compile_time_secs', 0)
   with pytest.MonkeyPatch.context() as patch:

@@ -23,6 +23,7 @@ FLAGS = {
 }
 
 
+@pytest.mark.slow
 def test_input_is_compared_with_the_pillow_chain(tmp_path):
   photos.write_tiles(tmp_path, tile=48, each=4)
   flags = tiny.flags(**FLAGS, **{'data.source': f'folder:{tmp_path}'})
@@ -51,6 +52,7 @@ def test_commands_start_without_what_they_may_not_need():
   subprocess.run([sys.executable, '-c', code], cwd=tiny.ROOT, check=True)
 
 
+@pytest.mark.slow
 def test_the_share_of_the_augmentation_is_measured():
   code, out, err = tiny.run(
       'benchmark', 'augment', '--rounds=1', *tiny.flags(**FLAGS)
@@ -122,6 +124,7 @@ def test_what_is_computed_again_does_not_count_as_work():
   assert flops[0] == flops[1] == flops[2] > 0
 
 
+@pytest.mark.slow
 def test_mfu_is_logged_where_the_peak_is_known(tmp_path, monkeypatch):
   c = tiny.config(**{'schedule.steps': 3, 'schedule.warmup_epochs': 0.0})
   monkeypatch.setitem(

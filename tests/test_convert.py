@@ -492,6 +492,7 @@ def test_a_complete_state_is_recognised(runs):
     assert our_checkpoints.train_state(partial) == (None, set())
 
 
+@pytest.mark.slow
 def test_a_run_whose_queue_is_missing_continues_with_an_empty_one(
     runs, tmp_path
 ):

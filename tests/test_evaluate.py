@@ -33,7 +33,7 @@ SHORT = ['--config.schedule.epochs=2', '--config.schedule.warmup_epochs=1']
 def run(tmp_path_factory):
   """A very short training run to evaluate."""
   workdir = tmp_path_factory.mktemp('trained') / 'run'
-  code, _, err = tiny.run(
+  code, _, err = tiny.call(
       'train', f'--workdir={workdir}',
       *tiny.flags(**{'schedule.steps': 20, 'schedule.warmup_epochs': 0.2}),
   )
@@ -41,7 +41,7 @@ def run(tmp_path_factory):
   return workdir
 
 
-def evaluate(run, out, *arguments, how=tiny.run):
+def evaluate(run, out, *arguments, how=tiny.call):
   config, *rest = arguments  # A config comes before its fields.
   return how(
       'evaluate', config, f'--config.checkpoint={run}', f'--workdir={out}',
@@ -49,8 +49,8 @@ def evaluate(run, out, *arguments, how=tiny.run):
   )
 
 
-def result(run, out, *arguments):
-  code, text, err = evaluate(run, out, *arguments)
+def result(run, out, *arguments, how=tiny.call):
+  code, text, err = evaluate(run, out, *arguments, how=how)
   assert code == 0, err
   return json.loads(text.splitlines()[-1])
 
@@ -63,7 +63,7 @@ def test_every_protocol_leaves_a_result_that_says_how_it_was_obtained(
       'logistic': ['--config=configs/eval_logistic.py',
                    '--config.encoder=momentum'],
       'linear': [LINEAR, *SHORT],
-      'finetune': [FINETUNE, *SHORT],
+      'finetune': [FINETUNE, *SHORT, '--config.batch_size=96'],
   }.items():
     found = result(run, tmp_path / protocol, *arguments)
     assert found == json.loads(
@@ -100,10 +100,8 @@ def test_a_probe_reports_every_rate_last_and_best(run, tmp_path):
   assert len(found['backbone_sha256']) == 64
 
 
-@pytest.mark.parametrize(
-    'config', [LINEAR, pytest.param(FINETUNE, marks=pytest.mark.slow)],
-    ids=['linear', 'tune'],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize('config', [LINEAR, FINETUNE], ids=['linear', 'tune'])
 def test_an_evaluation_that_was_stopped_goes_on_exactly(
     run, tmp_path, config
 ):
@@ -111,7 +109,7 @@ def test_an_evaluation_that_was_stopped_goes_on_exactly(
       config, '--config.schedule.epochs=60', '--config.log.every_steps=1',
       '--config.test_every_steps=50',
   ]
-  straight = result(run, tmp_path / 'a', *arguments)
+  straight = result(run, tmp_path / 'a', *arguments, how=tiny.run)
   process = tiny.start(
       'evaluate', config, f'--config.checkpoint={run}',
       f'--workdir={tmp_path / "b"}', *arguments[1:],
@@ -124,7 +122,7 @@ def test_an_evaluation_that_was_stopped_goes_on_exactly(
   process.send_signal(signal.SIGTERM)
   code, _, err = tiny.finish(process)
   assert code == 143 and 'saved step' in err, err
-  continued = result(run, tmp_path / 'b', *arguments)
+  continued = result(run, tmp_path / 'b', *arguments, how=tiny.run)
   assert tiny.metrics(tmp_path / 'a') == tiny.metrics(tmp_path / 'b')
   for name in straight:
     if name.startswith(('linear/', 'finetune/')):
@@ -152,7 +150,7 @@ def test_an_evaluation_that_was_stopped_goes_on_exactly(
     ids=lambda x: x[-1] if isinstance(x, list) else '',
 )
 def test_what_cannot_be_is_refused(run, tmp_path, arguments, words):
-  code, out, err = evaluate(run, tmp_path / 'o', *arguments, how=tiny.call)
+  code, out, err = evaluate(run, tmp_path / 'o', *arguments)
   assert code == 2 and not out, err
   for word in words:
     assert word in err
@@ -173,7 +171,7 @@ def test_a_probe_is_tied_to_its_checkpoint_and_labels(run, tmp_path):
   before = (mine / 'results.jsonl').read_text()
   (tmp_path / '20').rename(later)  # Now the newest.
   code, _, err = evaluate(mine, out, LINEAR, *SHORT)
-  assert code == 2 and "'checkpoint_step': 10" in err, err
+  assert code == 2 and 'checkpoint_step: 10 then, 20 now' in err, err
   assert (mine / 'results.jsonl').read_text() == before
 
 
@@ -184,6 +182,7 @@ def test_what_does_not_change_a_result_may_change(run, tmp_path):
   assert again['knn/top1'] == first['knn/top1']
 
 
+@pytest.mark.slow
 def test_a_probe_that_is_repeated_keeps_its_first_record(run, tmp_path):
   line = [LINEAR, *SHORT, '--config.log.every_steps=7']
   first = result(run, tmp_path / 'o', *line)

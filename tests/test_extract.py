@@ -113,6 +113,7 @@ def test_a_flat_folder_has_names_and_no_labels(tmp_path, capsys):
   assert len(found['labels']) == 30 and set(found['labels']) == {0, 1}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     'kind',
     [pytest.param('batch_norm', marks=pytest.mark.slow), 'weight_norm'],

@@ -56,7 +56,11 @@ def one_process(folder):
 
 @pytest.mark.parametrize(
     'processes, first',
-    [(2, 0), (2, 5), (4, 3), pytest.param(4, 0, marks=pytest.mark.slow)],
+    [
+        (2, 0),
+        *[pytest.param(*case, marks=pytest.mark.slow)
+          for case in ((2, 5), (4, 3), (4, 0))],
+    ],
 )
 def test_any_number_of_processes_sees_the_same(
     folder, one_process, processes, first

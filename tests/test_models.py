@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny
 
 from mocov3_jax import models
 from mocov3_jax.base.errors import UserError
@@ -52,6 +53,7 @@ def config(**model):
   return c
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     'name, model, projector_layers, predictor_out_bn',
     [
@@ -106,10 +108,10 @@ def test_bfloat16_computes_in_bfloat16_and_keeps_float32():
     with c.unlocked():
       c.model.dtype = dtype
     network = models.build(c.model, c.head, image_size=8)
-    variables = network.init(jax.random.key(1), views, train=True)
+    variables = tiny.init(network, jax.random.key(1), views, train=True)
     assert {x.dtype.name for x in jax.tree.leaves(variables)} == {'float32'}
-    out, _ = network.apply(
-        variables, views, train=True, mutable=['batch_stats']
+    out, _ = tiny.apply(
+        network, variables, views, train=True, mutable=['batch_stats']
     )
     assert out.features.dtype == out.predictions.dtype == jnp.float32
     outputs[dtype] = np.asarray(out.features)
@@ -125,8 +127,10 @@ def test_views_pass_each_batchnorm_separately():
   network = models.build(c.model, c.head, image_size=8)
   views = jax.random.normal(jax.random.key(0), (16, 2, 8, 8, 3))
   views = views.at[:, 1].add(5.0)
-  variables = network.init(jax.random.key(1), views, train=True)
-  out, _ = network.apply(variables, views, train=True, mutable=['batch_stats'])
+  variables = tiny.init(network, jax.random.key(1), views, train=True)
+  out, _ = tiny.apply(
+      network, variables, views, train=True, mutable=['batch_stats']
+  )
   # The projector ends in a BatchNorm: each view has mean 0 and variance 1.
   np.testing.assert_allclose(out.projections.mean(axis=0), 0, atol=1e-5)
   np.testing.assert_allclose(out.projections.var(axis=0), 1, atol=1e-2)
@@ -144,7 +148,7 @@ def network(**model):
 
 def outputs_and_gradients(model):
   views = jax.random.normal(jax.random.key(0), (4, 2, 16, 16, 3))
-  variables = model.init(jax.random.key(1), views, train=True)
+  variables = tiny.init(model, jax.random.key(1), views, train=True)
 
   def loss(params):
     online, _ = model.apply(
@@ -218,11 +222,11 @@ def test_the_last_block_computes_the_class_token_alone():
   with jax.enable_x64(True):
     images = jax.random.normal(jax.random.key(0), (2, 16, 16, 3))
     model = vit.ViT(4, 32, 2, num_heads=2, dtype=jnp.float64)
-    params = model.init(jax.random.key(1), images, train=True)
+    params = tiny.init(model, jax.random.key(1), images, train=True)
     results = [
-        jax.value_and_grad(
+        jax.jit(jax.value_and_grad(
             lambda p, m=m: jnp.sum(jnp.sin(m.apply(p, images, train=True)))
-        )(params)
+        ))(params)
         for m in (model, model.clone(scan=True))  # The loop has all tokens.
     ]
     jax.tree.map(
@@ -332,7 +336,7 @@ def test_scan_compiles_one_block():
 def test_readouts_and_positions(readout, positions, tokens):
   model = network(readout=readout, positions=positions)
   images = jax.random.normal(jax.random.key(0), (2, 16, 16, 3))
-  variables = model.init(jax.random.key(1), images[:, None], train=True)
+  variables = tiny.init(model, jax.random.key(1), images[:, None], train=True)
   params = variables['params']['backbone']
   assert ('cls_token' in params) == (readout == 'cls')
   assert ('norm' in params) == (readout != 'pool')
@@ -341,7 +345,9 @@ def test_readouts_and_positions(readout, positions, tokens):
     assert params['pos_embed'].shape == (1, tokens, 32)
 
   def features(images):
-    return model.apply(variables, images, train=False, method='features')
+    return tiny.apply(
+        model, variables, images, train=False, method='features'
+    )
 
   assert features(images).shape == (2, 32)
   # Without positions the order of the patches does not matter; else it does.
@@ -364,7 +370,7 @@ def test_batchnorm_in_the_backbone_sees_each_view_alone(change):
   model = network(**change)
   assert model.backbone.has_batch_norm
   views = jax.random.normal(jax.random.key(0), (8, 2, 16, 16, 3))
-  variables = model.init(jax.random.key(1), views, train=True)
+  variables = tiny.init(model, jax.random.key(1), views, train=True)
   encode = jax.jit(
       lambda views: model.apply(
           variables, views, train=True, mutable=['batch_stats'],
@@ -385,11 +391,11 @@ def test_batchnorm_in_the_backbone_sees_each_view_alone(change):
 def test_stochastic_depth_drops_whole_images_and_keeps_the_mean():
   one = block.Block(2, 64, 'layer', drop_path=0.5, dtype=jnp.float32)
   x = jax.random.normal(jax.random.key(0), (64 * 5, 32))
-  variables = one.init(jax.random.key(1), x, 5, False, 5)
-  branch = one.apply(variables, x, 5, False, 5) - x
+  variables = tiny.init(one, jax.random.key(1), x, 5, False, 5)
+  branch = tiny.apply(one, variables, x, 5, False, 5) - x
   outs = np.stack([
-      one.apply(
-          variables, x, 5, True, 5, rngs={'drop_path': jax.random.key(i)}
+      tiny.apply(
+        one, variables, x, 5, True, 5, rngs={'drop_path': jax.random.key(i)}
       ) - x
       for i in range(3)
   ])
@@ -400,11 +406,11 @@ def test_stochastic_depth_drops_whole_images_and_keeps_the_mean():
   assert np.abs(branch).max() > 0.01
   backbone = models.build_backbone(config(**SMALL).model, 16, drop_path=0.5)
   images = jax.random.normal(jax.random.key(0), (2, 16, 16, 3))
-  variables = backbone.init(jax.random.key(1), images, train=False)
+  variables = tiny.init(backbone, jax.random.key(1), images, train=False)
   plain = models.build_backbone(config(**SMALL).model, 16)
   np.testing.assert_array_equal(
-      backbone.apply(variables, images, train=False),
-      plain.apply(variables, images, train=False),
+      tiny.apply(backbone, variables, images, train=False),
+      tiny.apply(plain, variables, images, train=False),
   )
 
 
@@ -429,13 +435,13 @@ def patches(**stem):
   """A patch projection of 2x2 pixels, its variables and some images."""
   module = PatchEmbed(2, 12, **stem)
   images = jax.random.normal(jax.random.key(0), (5, 4, 6, 3))
-  return module, module.init(jax.random.key(1), images, True), images
+  return module, tiny.init(module, jax.random.key(1), images, True), images
 
 
 def test_a_patch_projection_is_one_matrix_for_all_patches():
   module, variables, images = patches()
   variables['params']['bias'] = jnp.arange(12.0)
-  found = module.apply(variables, images, True)
+  found = tiny.apply(module, variables, images, True)
   rows = images.reshape(5, 2, 2, 3, 2, 3).swapaxes(2, 3).reshape(5, 2, 3, 12)
   kernel = variables['params']['kernel'].reshape(12, 12)
   np.testing.assert_allclose(
@@ -451,7 +457,8 @@ def test_weight_norm_starts_as_without_and_learns_length_and_direction():
       variables['params']['kernel'], learned['params']['kernel']
   )
   np.testing.assert_allclose(
-      plain.apply(variables, images, True), normed.apply(learned, images, True),
+      tiny.apply(plain, variables, images, True),
+      tiny.apply(normed, learned, images, True),
       rtol=1e-5, atol=1e-6,
   )
   # Longer kernels are the same network, and their gradient has no part along
@@ -459,11 +466,12 @@ def test_weight_norm_starts_as_without_and_learns_length_and_direction():
   longer = jax.tree.map(lambda x: x, learned)
   longer['params']['kernel'] *= 3
   np.testing.assert_allclose(
-      normed.apply(longer, images, True), normed.apply(learned, images, True),
+      tiny.apply(normed, longer, images, True),
+      tiny.apply(normed, learned, images, True),
       rtol=1e-5, atol=1e-6,
   )
   grads = jax.grad(
-      lambda v: jnp.sum(jnp.sin(normed.apply(v, images, True)))
+      lambda v: jnp.sum(jnp.sin(tiny.apply(normed, v, images, True)))
   )(learned)['params']
   along = jnp.sum(grads['kernel'] * learned['params']['kernel'], (0, 1, 2))
   np.testing.assert_allclose(along, np.zeros(12), atol=1e-4)
@@ -472,8 +480,8 @@ def test_weight_norm_starts_as_without_and_learns_length_and_direction():
 
 def test_batch_norm_evens_out_the_tokens():
   module, variables, images = patches(batch_norm=True)
-  tokens, _ = module.apply(
-      variables, 7 * images + 3, True, mutable=['batch_stats']
+  tokens, _ = tiny.apply(
+        module, variables, 7 * images + 3, True, mutable=['batch_stats']
   )
   np.testing.assert_allclose(jnp.mean(tokens, (0, 1, 2)), 0, atol=1e-4)
   np.testing.assert_allclose(jnp.std(tokens, (0, 1, 2)), 1, atol=1e-3)

@@ -28,6 +28,7 @@ def test_the_sheet_has_a_row_an_example(tmp_path):
     assert picture.std() > 10
 
 
+@pytest.mark.slow
 def test_a_sheet_of_a_folder_shows_whole_images_and_their_crops(tmp_path):
   root = tmp_path / 'photos'
   photos.write_tiles(root, tile=100, each=4)

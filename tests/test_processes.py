@@ -73,6 +73,7 @@ def two(tmp_path_factory):
   return workdir, finish(start(workdir, 2))
 
 
+@pytest.mark.slow
 def test_two_processes_have_the_losses_of_one(one, two):
   workdir, results = two
   for code, _, err in results:
@@ -92,8 +93,9 @@ def test_the_first_process_alone_speaks_and_writes(two):
 
 @pytest.mark.parametrize(
     'processes, devices',
-    [(1, 1), pytest.param(4, 8, marks=pytest.mark.slow)],
+    [(1, 1), (4, 8)],
 )
+@pytest.mark.slow
 def test_a_checkpoint_of_two_processes_continues_on_others(
     one, two, tmp_path, processes, devices
 ):

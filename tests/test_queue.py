@@ -95,6 +95,7 @@ def test_its_length_is_a_share_in_whole_batches(share, n, batch, expected):
   assert knn_queue.length(share, n, batch) == expected
 
 
+@pytest.mark.slow
 def test_it_watches_a_run_without_changing_it(tmp_path):
   plain = tiny.config(**{'schedule.steps': 12, 'schedule.warmup_epochs': 0.1})
   watched = tiny.config(**{

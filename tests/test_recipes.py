@@ -17,7 +17,7 @@ from mocov3_jax.weights import state_dict
 TRAINING = [p for p in RECIPES if not p.stem.startswith('eval_')]
 # These run in the suite, the others in the slow tests: most of the time goes
 # into compiling much the same again, and a ResNet-50 takes a minute.
-RUN = ('digits', 'vit_s16')
+RUN = ('digits',)
 
 
 def loaded(path):

@@ -97,7 +97,9 @@ def test_the_same_line_again_changes_nothing(straight):
   assert before == {name: (workdir / name).read_text() for name in kept}
 
 
-@pytest.mark.parametrize('rows', [1, 35])
+@pytest.mark.parametrize(
+    'rows', [pytest.param(1, marks=pytest.mark.slow), 35]
+)
 def test_resume_after_kill_equals_uninterrupted(tmp_path, straight, rows):
   workdir = tmp_path / 'run'
   code, _, _ = kill_at(rows, workdir, signal.SIGKILL)
@@ -120,6 +122,7 @@ def test_resume_after_sigterm_equals_uninterrupted(tmp_path, straight):
   assert_same_run(workdir, straight[0])
 
 
+@pytest.mark.slow
 def test_ctrl_c_saves_and_a_second_ends_at_once(tmp_path, straight):
   workdir = tmp_path / 'run'
   code, out, err = kill_at(25, workdir, signal.SIGINT)
@@ -138,6 +141,7 @@ def test_ctrl_c_saves_and_a_second_ends_at_once(tmp_path, straight):
   assert_same_run(workdir, straight[0])
 
 
+@pytest.mark.slow
 def test_a_damaged_newest_checkpoint_falls_back(tmp_path, straight):
   workdir = tmp_path / 'run'
   kill_at(45, workdir, signal.SIGTERM)
@@ -165,6 +169,7 @@ def test_another_run_in_the_workdir_is_refused(straight, field, value):
   assert sorted(p.name for p in workdir.rglob('*')) == before
 
 
+@pytest.mark.slow
 def test_monitoring_may_change_when_a_run_is_continued(tmp_path):
   workdir = tmp_path / 'run'
   kill_at(15, workdir, signal.SIGTERM)
@@ -176,6 +181,7 @@ def test_monitoring_may_change_when_a_run_is_continued(tmp_path):
   assert {36, 42, 48} < evaluated
 
 
+@pytest.mark.slow
 def test_a_relative_workdir_works(tmp_path):
   name = os.path.relpath(tmp_path / 'run', tiny.ROOT)
   code, _, err = tiny.call(

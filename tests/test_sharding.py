@@ -60,9 +60,9 @@ def one_device():
     'devices, changes',
     [
         (8, {}),
-        (8, {'fsdp_devices': 8}),
+        pytest.param(8, {'fsdp_devices': 8}, marks=pytest.mark.slow),
         (8, {'fsdp_devices': 2, 'micro_batch': 4}),
-        (1, {'micro_batch': 16}),
+        pytest.param(1, {'micro_batch': 16}, marks=pytest.mark.slow),
     ],
     ids=['data', 'fsdp', 'data fsdp passes', 'passes'],
 )
@@ -132,6 +132,7 @@ def test_a_step_reports_what_a_study_of_stability_needs():
   assert history[0]['train/loss_chance'] == pytest.approx(0.8 * np.log(64))
 
 
+@pytest.mark.slow
 def test_lars_runs_through_the_same_step():
   config = tiny.config(**{
       'optimizer.name': 'lars', 'optimizer.lr_per_256': 0.3,

@@ -154,6 +154,7 @@ def test_every_planted_dip_is_found_with_its_depth():
       assert abs(ours.depth - true.depth) < 6 * sigma + 0.004, seed
 
 
+@pytest.mark.slow
 def test_a_smooth_noisy_run_gives_no_alarm():
   for seed in SEEDS:
     rows = smooth_run(seed)

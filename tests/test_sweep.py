@@ -573,6 +573,7 @@ def command_line(root, **overrides):
   ]
 
 
+@pytest.mark.slow
 def test_a_sweep_of_processes_trains(tmp_path):
   code, out, err = tiny.run(
       'sweep', *command_line(tmp_path / 's', **{'schedule.steps': 4}),

@@ -246,6 +246,7 @@ def test_a_folder_is_drawn_with_the_names_of_its_classes(
   assert min(map(min, map(size, (a, n, e)))) > 300
 
 
+@pytest.mark.slow
 def test_without_labels_there_are_no_frames_and_gray_points(tiles, tmp_path):
   n, e = (str(tmp_path / f'{name}.png') for name in 'ne')
   result = draw_lib.neighbours(

@@ -10,6 +10,7 @@ import sys
 import warnings
 
 from absl import logging
+import jax
 
 from mocov3_jax import __main__
 from mocov3_jax.config import training as config_lib
@@ -92,3 +93,15 @@ def metrics(workdir):
     row.pop('train/images_per_second', None)
     row.pop('data/wait_seconds', None)
   return rows
+
+
+def init(module, key, x, *rest, **options):
+  """As `module.init`, compiled as a whole instead of op by op."""
+  return jax.jit(lambda key, x: module.init(key, x, *rest, **options))(key, x)
+
+
+def apply(module, variables, x, *rest, **options):
+  """As `module.apply`, compiled as a whole instead of op by op."""
+  return jax.jit(
+      lambda variables, x: module.apply(variables, x, *rest, **options)
+  )(variables, x)

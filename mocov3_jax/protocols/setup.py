@@ -40,8 +40,8 @@ class Setup:
       to classify.
     mesh: to work on.
     extract: features of a source.
-    log: knows what could not be read for them.
     variables: 'params' and 'batch_stats' of the backbone, on every device.
+    log: knows what `extract` could not read.
   """
 
   config: ConfigDict
@@ -49,8 +49,10 @@ class Setup:
   splits: sources.Splits
   mesh: Mesh
   extract: features.Extract
-  log: features.ReadingLog
   variables: PyTree
+  log: features.ReadingLog = dataclasses.field(
+      default_factory=features.ReadingLog
+  )
 
 
 def prepare(config: ConfigDict) -> Setup:
@@ -80,8 +82,8 @@ def prepare(config: ConfigDict) -> Setup:
   log = features.ReadingLog(data.max_unreadable)
   return Setup(
       config, opened.run, splits, opened.mesh,
-      opened.extractor(config.batch_size, log=log), log,
-      {'params': params, 'batch_stats': batch_stats},
+      opened.extractor(config.batch_size, log=log),
+      {'params': params, 'batch_stats': batch_stats}, log,
   )
 
 
