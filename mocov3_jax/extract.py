@@ -25,7 +25,7 @@ def define(flags: command_line.Flags) -> command_line.Action:
   )
   out = flags.string('out', None, 'The .npz file.', required=True)
   layer = flags.string('layer', 'backbone', 'backbone or projector.')
-  encoder = flags.string('encoder', 'query', 'query or momentum.')
+  encoder = flags.string('encoder', 'query', 'query, momentum or random.')
   labels = flags.string(
       'labels', '', 'auto, none, or a CSV file; default: the run\'s, or auto '
       'of another --source.',

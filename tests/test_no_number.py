@@ -113,6 +113,38 @@ def test_a_broken_test_image_is_named_and_counted(
     assert listed.startswith(f'{one_broken}\t')
 
 
+@pytest.mark.parametrize('protocol', ['knn', 'logistic'])
+def test_a_result_has_the_random_networks_beside_it(
+    protocol, run, tmp_path, capsys
+):
+  found = evaluate(protocol, run, tmp_path / 'o')
+  random = evaluate(protocol, run, tmp_path / 'r', encoder='random')
+  assert found[f'{protocol}/top1_random'] == random[f'{protocol}/top1']
+  assert f'{protocol}/top1_random' not in random
+  if protocol == 'knn':  # Which the run itself had before its first step.
+    before = json.loads((run / 'result.json').read_text())['knn/top1_init']
+    assert random['knn/top1'] == before
+  told = 'no more than the random network' in capsys.readouterr().err
+  assert told == (found[f'{protocol}/top1'] <= random[f'{protocol}/top1'])
+
+
+def test_an_encoder_that_is_none_is_named(run, tmp_path):
+  with pytest.raises(UserError, match="encoder='teacher'.*query.*random"):
+    evaluate('knn', run, tmp_path / 'o', encoder='teacher')
+
+
+def test_random_features_are_extracted_and_drawn(run, tmp_path):
+  for encoder in 'query', 'random':
+    extract.extract(
+        str(run), '', str(tmp_path / f'{encoder}.npz'), batch_size=16,
+        encoder=encoder,
+    )
+  query, random = (
+      np.load(tmp_path / f'{e}.npz')['features'] for e in ('query', 'random')
+  )
+  assert query.shape == random.shape and np.abs(query - random).max() > 1e-4
+
+
 @pytest.mark.parametrize('protocol', PROTOCOLS)
 def test_too_many_broken_test_images_end_an_evaluation(
     protocol, run, one_broken, tmp_path

@@ -38,8 +38,8 @@ def schema() -> Schema:
       'protocol': Knob('knn'),
       # A workdir of `train` (its newest checkpoint) or one checkpoints/<step>.
       'checkpoint': Knob(''),
-      # Whose backbone: 'query', the online network's, or 'momentum', the
-      # target's.
+      # Whose backbone: 'query', the online network's; 'momentum', the
+      # target's; or 'random', as the run had it before its first step.
       'encoder': Knob('query'),
       # Images per forward pass, or per step of training, over all devices.
       'batch_size': Knob(256, AT_LEAST_ONE),

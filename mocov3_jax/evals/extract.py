@@ -10,7 +10,6 @@ from mocov3_jax.base.errors import unknown
 from mocov3_jax.data import sources
 from mocov3_jax.evals import features
 from mocov3_jax.evals.opened import check_flags, open_checkpoint
-from mocov3_jax.runs import network
 
 # What a layer needs of the network, and the method that computes it.
 LAYERS = {
@@ -31,7 +30,7 @@ def extract(
     source: as `config.data.source`; '' = what the run was trained on.
     out: the .npz file; must not exist.
     layer: 'backbone' or 'projector'.
-    encoder: 'query' or 'momentum'.
+    encoder: 'query', 'momentum' or 'random'.
     labels: as `config.data.labels`; '' = those of the run, or 'auto' of another
       source.
     batch_size: images per forward pass over all devices.
@@ -52,7 +51,7 @@ def extract(
   )
   run, splits = opened.run, opened.splits
   parts, method = LAYERS[layer]
-  params, batch_stats = network.restore(run, opened.mesh, encoder, parts)
+  params, batch_stats = opened.variables(encoder, parts)
   forward = opened.extractor(batch_size, method)
   rows = []
   for split, images in ('train', splits.train), ('test', splits.test):

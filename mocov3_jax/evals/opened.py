@@ -1,16 +1,27 @@
 """A checkpoint and images, opened for use: by protocols, pictures, extract."""
 
 import dataclasses
+import functools
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from mocov3_jax.base.errors import UserError, unknown
 from mocov3_jax.data import catalog, listing, sources
 from mocov3_jax.data.workers import Workers
 from mocov3_jax.evals import features
+from mocov3_jax.method.build import image_shape, run_keys
+from mocov3_jax.method.train_step import statistics
 from mocov3_jax.parallel import sharding
 from mocov3_jax.runs import network
+
+PyTree = Any
+
+# The random network is the run's own, before its first step.
+RANDOM = 'random'
+ENCODERS = (*network.ENCODERS, RANDOM)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,6 +53,34 @@ class Opened:
         self.run.model, self.run.config.data, self.mesh, batch_size,
         self.workers, method, log,
     )
+
+
+  def variables(
+      self, encoder: str, parts: tuple[str, ...] = ('backbone',)
+  ) -> tuple[PyTree, PyTree]:
+    """Returns params and batch_stats of one encoder, on every device.
+
+    Args:
+      encoder: one of ENCODERS.
+      parts: of the network, as `network.restore`.
+
+    Raises:
+      UserError: as `network.restore`.
+    """
+    if encoder != RANDOM:
+      return network.restore(self.run, self.mesh, encoder, parts)
+    key, _ = run_keys(self.run.config.seed)
+    views = jnp.zeros((2, 2, *image_shape(self.run.config.data)))
+
+    @functools.partial(jax.jit, out_shardings=sharding.replicated(self.mesh))
+    def init():
+      made = self.run.model.init(key, views, train=True)
+      return tuple(
+          {part: tree[part] for part in parts if part in tree}
+          for tree in (made['params'], statistics(made))
+      )
+
+    return init()
 
 
 def open_checkpoint(
@@ -80,8 +119,8 @@ def check_flags(encoder: str, batch_size: int, threads: int) -> None:
   Raises:
     UserError: with the first that cannot be.
   """
-  if encoder not in network.ENCODERS:
-    raise unknown('--encoder', encoder, network.ENCODERS)
+  if encoder not in ENCODERS:
+    raise unknown('--encoder', encoder, ENCODERS)
   devices = jax.device_count()
   if batch_size < 1 or batch_size % devices or threads < 0:
     raise UserError(

@@ -15,7 +15,12 @@ from mocov3_jax.base.errors import UserError
 from mocov3_jax.data import pipeline, sources
 from mocov3_jax.data.sources import Source
 from mocov3_jax.evals import features
-from mocov3_jax.evals.opened import Opened, check_flags, open_checkpoint
+from mocov3_jax.evals.opened import (
+  RANDOM,
+  Opened,
+  check_flags,
+  open_checkpoint,
+)
 from mocov3_jax.method import augment
 from mocov3_jax.parallel import sharding
 from mocov3_jax.pictures import attention, sheets
@@ -34,7 +39,7 @@ class Options:
     source: as `config.data.source`; '' = what the run was trained on.
     labels: as `config.data.labels`; '' = those of the run, or 'auto' of
       another source.
-    encoder: 'query' or 'momentum'.
+    encoder: 'query', 'momentum' or 'random'.
     images: how many; None = the default of the picture.
     batch_size: images per forward pass over all devices.
     threads: that read and decode images; 0 = one a core.
@@ -110,8 +115,11 @@ class Shown:
 
   def title(self, what: str) -> str:
     """Returns the first line of a picture."""
+    name = self.run.config.model.name
+    if self.options.encoder == RANDOM:
+      return f'{what}: {name}, random'
     return (
-        f'{what}: {self.run.config.model.name} after {self.run.step:,} steps, '
+        f'{what}: {name} after {self.run.step:,} steps, '
         f'{self.options.encoder} encoder'
     )
 
@@ -222,7 +230,5 @@ def open_shown(
       options.checkpoint, options.source, options.labels, options.threads
   )
   require(opened.run.config.model)
-  params, batch_stats = network.restore(
-      opened.run, opened.mesh, options.encoder
-  )
+  params, batch_stats = opened.variables(options.encoder)
   return Shown(options, opened, params, batch_stats)

@@ -1,5 +1,6 @@
 """The protocols that train nothing: kNN and logistic regression."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -7,17 +8,24 @@ import numpy as np
 
 from mocov3_jax.data import sources
 from mocov3_jax.evals import knn, logistic
+from mocov3_jax.evals.opened import RANDOM
 from mocov3_jax.protocols import setup as setup_lib
 from mocov3_jax.protocols.setup import Setup
+
+PyTree = Any
 
 
 def evaluate_knn(setup: Setup, path: str) -> dict[str, Any]:
   """Classifies by weighted nearest neighbours, for all k and temperatures."""
-  with setup_lib.claimed(setup, path):
-    found = knn.table(
+  def classify(variables):
+    return knn.table(
         setup.config.knn, setup.extract, setup.splits, setup.mesh,
-        setup.variables['params'], setup.variables['batch_stats'],
+        variables['params'], variables['batch_stats'],
     )
+
+  with setup_lib.claimed(setup, path):
+    found = classify(setup.variables)
+    found |= _baseline(setup, classify)
   images = found.pop('test_images')
   return {f'knn/{k}': v for k, v in found.items()} | {'test/images': images}
 
@@ -25,15 +33,31 @@ def evaluate_knn(setup: Setup, path: str) -> dict[str, Any]:
 def evaluate_logistic(setup: Setup, path: str) -> dict[str, Any]:
   """Fits logistic regression on the features of whole images."""
   c = setup.config.logistic
-  with setup_lib.claimed(setup, path):
+
+  def classify(variables):
     parts = []
     for source in setup.splits.train, setup.splits.test:
       source, labels = sources.labelled(source)
       found, read = setup.extract(
-          setup.variables['params'], setup.variables['batch_stats'], source
+          variables['params'], variables['batch_stats'], source
       )
       parts += [np.asarray(jax.device_get(found)), labels[read]]
-    result = logistic.fit_and_score(*parts, c.inverse_penalties, c.iterations)
-  return {f'logistic/{k}': v for k, v in result.items()} | {
-      'test/images': len(parts[3])
+    found = logistic.fit_and_score(*parts, c.inverse_penalties, c.iterations)
+    return found | {'test_images': len(parts[3])}
+
+  with setup_lib.claimed(setup, path):
+    found = classify(setup.variables)
+    found |= _baseline(setup, classify)
+  images = found.pop('test_images')
+  return {f'logistic/{k}': v for k, v in found.items()} | {
+      'test/images': images
   }
+
+
+def _baseline(
+    setup: Setup, classify: Callable[[PyTree], dict[str, Any]]
+) -> dict[str, float]:
+  """Returns what the random network has, as 'top1_random'."""
+  if setup.config.encoder == RANDOM:
+    return {}
+  return {'top1_random': classify(setup.random())['top1']}

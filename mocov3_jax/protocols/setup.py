@@ -1,5 +1,6 @@
 """What every evaluation begins and ends with: a network, images, a result."""
 
+from collections.abc import Callable
 import contextlib
 import dataclasses
 import hashlib
@@ -14,13 +15,18 @@ from ml_collections import ConfigDict
 import numpy as np
 
 from mocov3_jax.base import console, files
-from mocov3_jax.base.errors import UserError
+from mocov3_jax.base.errors import UserError, unknown
 from mocov3_jax.config import evaluation
 from mocov3_jax.data import sources
 from mocov3_jax.data.layout import listed
 from mocov3_jax.data.pipeline import epoch_order
 from mocov3_jax.evals import confidence, features
-from mocov3_jax.evals.opened import Opened, open_checkpoint
+from mocov3_jax.evals.opened import (
+  ENCODERS,
+  RANDOM,
+  Opened,
+  open_checkpoint,
+)
 from mocov3_jax.runs import network
 from mocov3_jax.runs import workdir as workdir_lib
 
@@ -42,6 +48,7 @@ class Setup:
     extract: features of a source.
     variables: 'params' and 'batch_stats' of the backbone, on every device.
     log: knows what `extract` could not read.
+    random: () -> such variables of the run's network before its first step.
   """
 
   config: ConfigDict
@@ -53,6 +60,7 @@ class Setup:
   log: features.ReadingLog = dataclasses.field(
       default_factory=features.ReadingLog
   )
+  random: Callable[[], PyTree] | None = None
 
 
 def prepare(config: ConfigDict) -> Setup:
@@ -75,16 +83,21 @@ def prepare(config: ConfigDict) -> Setup:
       config.checkpoint, data.source,
       '' if data.labels == 'auto' else data.labels, data.threads,
   )
+  if config.encoder not in ENCODERS:
+    raise unknown('encoder', config.encoder, ENCODERS)
   splits = labelled_splits(config, opened)
-  params, batch_stats = network.restore(
-      opened.run, opened.mesh, config.encoder
-  )
   log = features.ReadingLog(data.max_unreadable)
   return Setup(
       config, opened.run, splits, opened.mesh,
       opened.extractor(config.batch_size, log=log),
-      {'params': params, 'batch_stats': batch_stats}, log,
+      _named(opened.variables(config.encoder)), log,
+      lambda: _named(opened.variables(RANDOM)),
   )
+
+
+def _named(variables: tuple[PyTree, PyTree]) -> PyTree:
+  params, batch_stats = variables
+  return {'params': params, 'batch_stats': batch_stats}
 
 
 def digest(tree: PyTree) -> str:
@@ -195,7 +208,8 @@ def record(
   Args:
     setup: of the evaluation.
     results: flat, with 'PROTOCOL/top1' and 'test/images', those that could be
-      read. What could not be read is added from `setup.log`.
+      read; with 'PROTOCOL/top1_random', if that was measured. What could not
+      be read is added from `setup.log`.
     workdir: of the evaluation.
 
   Returns:
@@ -220,6 +234,12 @@ def record(
         itertools.islice(setup.log.unreadable.items(), UNREADABLE_NAMED)
     )
   top1 = results[f'{config.protocol}/top1']
+  random = f'{config.protocol}/top1_random'
+  if random in results and top1 <= results[random]:
+    console.say(
+        f'warning: {top1:.1%} is no more than the random network has, '
+        f'{results[random]:.1%}'
+    )
   results |= {
       f'{config.protocol}/top1_interval': list(
           confidence.interval(top1, results['test_images'])

@@ -18,11 +18,13 @@ KNN, RANK, RATE, MFU = (
     'knn/top1', 'features/effective_rank', 'train/images_per_second',
     'train/mfu',
 )
+ALIGNMENT, UNIFORMITY = 'features/alignment', 'features/uniformity'
+LOSS, CHANCE = 'train/loss', 'train/loss_chance'
+CONTRAST = 'train/contrast_accuracy'
 # Metrics that are told by their last value; those of the features are logged
 # where there are no labels.
 LAST_VALUES = (
-    RANK, 'features/alignment', 'features/uniformity', 'train/loss',
-    'train/loss_chance',
+    RANK, ALIGNMENT, UNIFORMITY, LOSS, CHANCE, CONTRAST,
 )
 PATCH = 'model.patch_embed'
 FIRST, LAST = 'patch_embed', 'last_block'

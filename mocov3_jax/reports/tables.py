@@ -39,7 +39,20 @@ COLUMNS: tuple[tuple[str, str, Callable[[dict[str, Any]], str], bool], ...] = (
         'best kNN', 'knn/top1_best',
         lambda r: verdict.percent(r['knn/top1_best']), True,
     ),
+    (
+        'loss (chance)', data.CHANCE,
+        lambda r: f'{r[data.LOSS]:.3g} ({r[data.CHANCE]:.3g})', True,
+    ),
+    (
+        'own key found', data.CONTRAST,
+        lambda r: verdict.percent(r[data.CONTRAST]), True,
+    ),
     ('rank', data.RANK, lambda r: f'{r[data.RANK]:.1f}', True),
+    ('alignment', data.ALIGNMENT, lambda r: f'{r[data.ALIGNMENT]:.3f}', True),
+    (
+        'uniformity', data.UNIFORMITY,
+        lambda r: f'{r[data.UNIFORMITY]:.2f}', True,
+    ),
     ('dips (deepest)', 'dips', _dips, True),
     (
         'fall without return', 'fall',

@@ -6,6 +6,7 @@ import statistics
 
 from mocov3_jax.reports import data
 from mocov3_jax.reports.data import Report, ReportedRun
+from mocov3_jax.training import stability
 
 NAMED = 3  # Runs that are named; of more, the others are counted.
 # Told in this order; 'absent' cannot be.
@@ -24,6 +25,7 @@ def verdict(report: Report) -> str:
   """Returns one paragraph: how the runs ended, and what was unstable."""
   return ' '.join(filter(None, (
       _endings(report), _accuracy(report), _below_random(report),
+      _without_labels(report),
       _dips(report), _spikes(report), _failures(report),
   )))
 
@@ -71,6 +73,55 @@ def _below_random(report: Report) -> str:
   if len(report.runs) == 1:
     return 'That is less than the random network had.'
   return f'Below their random network: {_names(below)}.'
+
+
+def _without_labels(report: Report) -> str:
+  """Says whether runs that have no kNN have learned, and how well."""
+  runs = [
+      (run, row) for run, row in zip(
+          report.runs, data.table(report), strict=True
+      )
+      if data.KNN not in row and data.CHANCE in row
+  ]
+  if not runs:
+    return ''
+  learned = [
+      (run, row) for run, row in runs
+      if not stability.is_stuck(row) and not row['collapsed']
+  ]
+  if len(report.runs) > 1:
+    others = [run for run, _ in runs if run not in [r for r, _ in learned]]
+    text = (
+        f'Without labels, {len(learned)} of {len(runs)} have learned to tell '
+        'images apart'
+    )
+    return f'{text}; not {_names(others)}.' if others else f'{text}.'
+  (run, row), = runs
+  loss = f'the loss is {row[data.LOSS]:.3g}, at chance {row[data.CHANCE]:.3g}'
+  found = [
+      f'There are no labels. The network has learned to tell images apart: '
+      f'{loss}' if learned else
+      f'There are no labels. The network has not learned to tell images apart: '
+      f'{loss}'
+  ]
+  if data.CONTRAST in row:
+    guess = 1 / run.record.config['batch_size']
+    found.append(
+        f'{percent(row[data.CONTRAST])} of the queries find their own key '
+        f'(by guessing {percent(guess)})'
+    )
+  for name, metric, better in (
+      ('alignment', data.ALIGNMENT, 'low is good'),
+      ('uniformity', data.UNIFORMITY, 'low is good'),
+      ('effective rank', data.RANK, 'it is high in a random network, and '
+       'compares trained ones'),
+  ):
+    values = run.curve(metric)[1]
+    if len(values):
+      found.append(
+          f'{name} {values[-1]:.3g}, at step 0 {values[0]:.3g} ({better})'
+      )
+  return '; '.join(found) + '.'
 
 
 def _dips(report: Report) -> str:

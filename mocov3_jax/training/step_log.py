@@ -90,6 +90,20 @@ class StepLog:
     for warning in self._watch.see(step, values):
       self.note(warning)
 
+  def compare_with_start(self) -> None:
+    """Warns where training has made a value no better than it was before."""
+    for e in self._evaluators:
+      if not e.best or e.main not in self._writer.first:
+        continue
+      first, last = (x[e.main] for x in (
+          self._writer.first, self._writer.latest
+      ))
+      if last <= first:
+        self.note(
+            f'warning: {e.main} is {last:.3f}, no more than the {first:.3f} of '
+            'the network before its first step'
+        )
+
   def results(self) -> dict[str, Any]:
     """Returns the last value of everything, and the evaluators' first ones.
 

@@ -172,6 +172,8 @@ class Trainer:
         checkpoints.wait()
         unreadable.check(done)
         raise Preempted(f'stopped: saved step {done} in {workdir}')
+      if done > start:
+        log.compare_with_start()
       results = log.results() | {'step': done, 'workdir': str(workdir)}
       finish(results, workdir)
       return results
