@@ -2,15 +2,15 @@
     --config=FILE --topology=v5e:16x16
 
 Compiles the real step of a recipe at full size with the real TPU compiler, on
-any machine, and tells whether it fits, what it computes, moves and sends, and
-what time that takes by the chip's published peaks. Nothing is measured. Needs
-the compiler: pip install -r requirements-tpu-plan.txt. Takes minutes.
+any machine, and tells whether it fits, what it computes, moves and sends; what
+time that takes at the least, by the chip's published peaks; and what time at an
+assumed share of them (--mfu). Nothing is measured. Needs the compiler: pip
+install -r requirements-tpu-plan.txt. Takes minutes.
 
 A table goes to stderr; the last line on stdout is one JSON object.
 """
 
 from mocov3_jax.config import command_line
-from mocov3_jax.config.training import IMAGENET_IMAGES
 from mocov3_jax.planning.plan import plan
 
 
@@ -20,11 +20,17 @@ def define(flags: command_line.Flags) -> command_line.Action:
   topology = flags.string(
       'topology', None, 'Chip and shape, such as v5e:16x16.', required=True
   )
-  images = flags.integer('images', IMAGENET_IMAGES, 'In the training set.')
-  price = flags.number('price', 0.0, 'Of a chip for an hour.')
+  images = flags.integer(
+      'images', 0, 'In the training set; 0 = as many as the source has.'
+  )
+  price = flags.number('price', 0.0, 'Of a chip for an hour, dollars.')
+  mfu = flags.number(
+      'mfu', 0.4, 'Share of the chips\' peak that the estimate takes.'
+  )
   propose = flags.switch('propose', True, 'Try what fits, if it does not.')
   return lambda: plan(
-      config.value, topology.value, images.value, price.value, propose.value
+      config.value, topology.value, images.value, price.value, mfu.value,
+      propose.value,
   )
 
 

@@ -5,6 +5,7 @@ import json
 
 import jax
 import jax.numpy as jnp
+import photos
 import pytest
 import tiny
 
@@ -124,6 +125,72 @@ def test_proposals_leave_a_batchnorm_backbone_whole():
   assert list(plan.proposals(c, 16)) == [{'fsdp_devices': 16}]
 
 
+def planned(monkeypatch, cost, *arguments, **options):
+  """What is reported of a slice of four chips and a step of a given cost."""
+  chips = topology.Slice('v5e:2x2', chips_lib.CHIPS['v5e'], [None] * 4)
+  monkeypatch.setattr(plan.topology_lib, 'get_slice', lambda name: chips)
+  monkeypatch.setattr(plan.cost_lib, 'measure', lambda *_: cost)
+  c = tiny.config(**{'schedule.epochs': 100.0, **options})
+  return plan.plan(c, 'v5e:2x2', *arguments)
+
+
+COST = cost_lib.Cost(
+    fits=True, state=1, total=2, model_flops=197e9, traced_flops=2 * 197e9
+)
+
+
+def test_there_is_a_lower_bound_and_a_time_at_an_assumed_mfu(
+    monkeypatch, capsys
+):
+  report = planned(monkeypatch, COST, 6400, 2.0, 0.25)
+  # 0.394 T operations at 197 T a second; and 0.197 T at a quarter of that.
+  assert report['seconds_bound'] == pytest.approx(2e-3)
+  assert report['seconds'] == pytest.approx(4e-3)
+  assert report['mfu_bound'] == pytest.approx(0.5)
+  assert report['mfu'] == pytest.approx(0.25)
+  # 100 epochs of 100 steps, on four chips for $2 an hour each.
+  assert report['steps'] == 10_000
+  assert report['hours'] == pytest.approx(40 / 3600)
+  assert report['dollars'] == pytest.approx(2 * 4 * 40 / 3600)
+  assert report['dollars_bound'] == pytest.approx(2 * 4 * 20 / 3600)
+  told = capsys.readouterr().err
+  assert told.count('lower bound') == 1 and 'at 25% MFU' in told
+  assert ' to ' not in told
+
+
+def test_no_mfu_beats_the_bound(monkeypatch):
+  report = planned(monkeypatch, COST, 6400, 0.0, 0.9)
+  assert report['hours'] == report['hours_bound']
+  assert report['mfu'] == pytest.approx(0.5) and 'dollars' not in report
+
+
+def test_the_images_are_those_of_the_source(monkeypatch, tmp_path):
+  assert planned(monkeypatch, COST)['images'] == 1437
+  photos.write_tiles(tmp_path, tile=32, each=10, nested=False)
+  report = planned(monkeypatch, COST, **{
+      'data.source': f'folder:{tmp_path}', 'data.mean': (0.5,) * 3,
+      'data.std': (0.5,) * 3,
+  })
+  assert report['images'] == 100 and report['steps'] == 100
+  colour = {'data.mean': (0.5,) * 3, 'data.std': (0.5,) * 3}
+  assert planned(monkeypatch, COST, **colour, **{
+      'data.source': 'tfds:imagenet2012', 'batch_size': 4096,
+  })['images'] == 1_281_167
+  for source in 'folder:/not/here', 'tfds:cifar10':
+    with pytest.raises(UserError, match='--images=NUMBER'):
+      planned(monkeypatch, COST, **colour, **{'data.source': source})
+  assert planned(monkeypatch, COST, 500, **colour, **{
+      'data.source': 'folder:/not/here'
+  })['images'] == 500
+
+
+@pytest.mark.parametrize('arguments', [(-1,), (9, -1.0), (9, 0.0, 0.0),
+                                       (9, 0.0, 1.1)])
+def test_numbers_out_of_range_are_named(monkeypatch, arguments):
+  with pytest.raises(UserError, match='--images=.*--price=.*--mfu='):
+    planned(monkeypatch, COST, *arguments)
+
+
 def test_a_missing_compiler_is_one_clear_message(monkeypatch):
   if not NO_COMPILER:
     pytest.skip('the compiler is installed')
@@ -149,5 +216,9 @@ def test_a_small_network_is_planned_for_real():
       report['model_flops'], rel=0.1
   )
   assert set(report['collectives']) == {'all-gather', 'all-reduce'}
-  assert report['cost'] == pytest.approx(report['chip_hours'])
-  assert report['hours'][0] <= report['hours'][1]
+  assert report['dollars'] == pytest.approx(report['chip_hours'])
+  assert 0 < report['hours_bound'] < report['hours']
+  assert report['mfu'] == pytest.approx(0.4) and report['mfu_bound'] > 0.4
+  # The set is not here, and known all the same.
+  assert report['images'] == 1_281_167
+  assert 'lower bound' in err and 'at 40% MFU' in err and '$' in err

@@ -14,19 +14,22 @@ from mocov3_jax.config import training as config_lib
 from mocov3_jax.parallel import chips as chips_lib
 from mocov3_jax.planning import cost as cost_lib
 from mocov3_jax.planning import topology as topology_lib
+from mocov3_jax.training import pretrain
 
 
 def plan(
-    config: ConfigDict, topology: str, images: int = config_lib.IMAGENET_IMAGES,
-    price: float = 0.0, propose: bool = True,
+    config: ConfigDict, topology: str, images: int = 0, price: float = 0.0,
+    mfu: float = 0.4, propose: bool = True,
 ) -> dict[str, Any]:
   """Compiles for a slice, and for changes of the config until one fits.
 
   Args:
     config: as `default_config()`, after overrides.
     topology: chip and shape, such as 'v5e:16x16'.
-    images: in the training set.
-    price: of a chip for an hour; 0 = unknown.
+    images: in the training set; 0 = as many as the source has.
+    price: of a chip for an hour, dollars; 0 = unknown.
+    mfu: share of the chips' peak that the model's operations are taken to
+      reach, for an estimate beside the lower bound.
     propose: whether to try changes if it does not fit.
 
   Returns:
@@ -36,26 +39,50 @@ def plan(
   Raises:
     UserError: for bad input, or without the compiler.
   """
-  if images < 1 or price < 0:
+  if images < 0 or price < 0 or not 0 < mfu <= 1:
     raise UserError(
-        f'--images={images} --price={price}. Allowed: at least 1, and 0 or '
-        'more.'
+        f'--images={images} --price={price} --mfu={mfu}. Allowed: 0 or more, '
+        '0 or more, and above 0, at most 1.'
     )
   chips = topology_lib.get_slice(topology)
   checks.validate(config, len(chips.devices))
+  images = images or images_of(config)
   schedule = config_lib.plan(config, images)
-  report = measured(config, schedule, chips, price)
+
+  def measured(config):
+    found = report_of(config, schedule, chips, price, mfu)
+    return found | {'images': images}
+
+  report = measured(config)
   show(report)
   if report['fits'] or not propose:
     return report
   for changes in proposals(config, len(chips.devices)):
     changed = config.copy_and_resolve_references().unlock()
     changed.update_from_flattened_dict(changes)
-    other = measured(changed, schedule, chips, price) | {'changes': changes}
+    other = measured(changed) | {'changes': changes}
     show(other)
     if other['fits']:
       return other
   return report
+
+
+def images_of(config: ConfigDict) -> int:
+  """Returns how many images the source has to train on.
+
+  Raises:
+    UserError: if it is not here, and its size is not known either.
+  """
+  try:
+    return len(pretrain.load_splits(config).train)
+  except UserError as e:
+    # The one set that is planned for where it is not.
+    if config.data.source == 'tfds:imagenet2012':
+      return config_lib.IMAGENET_IMAGES
+    raise UserError(
+        f'the length of the run needs the number of images: {e} Or else: '
+        '--images=NUMBER.'
+    ) from e
 
 
 def proposals(config: ConfigDict, devices: int) -> Iterator[dict[str, Any]]:
@@ -74,9 +101,9 @@ def proposals(config: ConfigDict, devices: int) -> Iterator[dict[str, Any]]:
       yield {'micro_batch': share // parts} | split
 
 
-def measured(
+def report_of(
     config: ConfigDict, schedule: config_lib.Plan, chips: topology_lib.Slice,
-    price: float,
+    price: float, mfu: float,
 ) -> dict[str, Any]:
   """Compiles one config, and reports."""
   cost = cost_lib.measure(config, schedule, chips)
@@ -98,24 +125,27 @@ def measured(
   if not cost.fits:
     return report
   bounds = cost_lib.seconds(cost, chips)
-  least = max(bounds['compute'], bounds['interconnect'])
-  most = max(bounds.values())
-  hours = schedule.total_steps / 3600
   report |= {f'seconds_{name}': value for name, value in bounds.items()}
+  bound = max(bounds['compute'], bounds['interconnect'])
+  # No chip does more than the bound allows, whatever MFU was asked for.
+  likely = max(bound, cost.model_flops / (chips.chip.flops * mfu))
   report |= {
-      'bound_by': max(bounds, key=bounds.__getitem__),
-      'images_per_second': [
-          config.batch_size / most, config.batch_size / least
-      ],
-      'mfu': [
-          cost.model_flops / x / chips.chip.flops for x in (most, least)
-      ],
-      'steps': schedule.total_steps,
-      'hours': [least * hours, most * hours],
-      'chip_hours': [least * hours * count, most * hours * count],
+      'bound_by': max(
+          ('compute', 'interconnect'), key=bounds.__getitem__
+      ),
+      'steps': schedule.total_steps, 'assumed_mfu': mfu,
   }
-  if price:
-    report['cost'] = [x * price for x in report['chip_hours']]
+  for suffix, seconds in ('_bound', bound), ('', likely):
+    hours = seconds * schedule.total_steps / 3600
+    report |= {
+        f'seconds{suffix}': seconds,
+        f'images_per_second{suffix}': config.batch_size / seconds,
+        f'mfu{suffix}': cost.model_flops / seconds / chips.chip.flops,
+        f'hours{suffix}': hours,
+        f'chip_hours{suffix}': hours * count,
+    }
+    if price:
+      report[f'dollars{suffix}'] = hours * count * price
   return report
 
 
@@ -149,22 +179,29 @@ def show(report: dict[str, Any]) -> None:
         f'  {kind:18} {c["count"]} of {c["bytes"] / 2**20:.2f} MiB in all'
     )
   if report['fits']:
-    between = lambda field, form: ' to '.join(
-        format(x, form) for x in report[field]
-    )
     lines += [
-        '  by the roofline, not measured; the first is a bound, the second '
-        'has all of the memory traffic:',
-        '    a step           '
+        '  a step by the published peaks, not measured: '
         + ', '.join(
             f'{name} {1e3 * report[f"seconds_{name}"]:.1f} ms'
             for name in ('compute', 'interconnect', 'memory')
             if name != 'memory' or report['hbm_bytes'] is not None
-        ),
-        f'    {report["steps"]} steps     {between("hours", ".1f")} hours, '
-        f'{between("chip_hours", ".0f")} chip-hours'
-        + (f', costing {between("cost", ".0f")}' if 'cost' in report else ''),
-        f'    img/s            {between("images_per_second", ",.0f")}, MFU '
-        f'{between("mfu", ".0%")} (the bound last)',
+        ) + ('' if report['hbm_bytes'] is None else ' (more than what moves)'),
+        f'  {report["steps"]} steps, {report["images"]} images an epoch',
+        f'    lower bound      {_time(report, "_bound")} (by '
+        f'{report["bound_by"]})',
+        f'    at {report["mfu"]:.0%} MFU        {_time(report, "")} (assumed: '
+        f'--mfu={report["assumed_mfu"]:g})',
     ]
   console.say('\n'.join(lines))
+
+
+def _time(report: dict[str, Any], suffix: str) -> str:
+  dollars = '; --price=DOLLARS of a chip for an hour tells the cost'
+  if f'dollars{suffix}' in report:
+    dollars = f', ${report[f"dollars{suffix}"]:,.0f}'
+  return (
+      f'{1e3 * report[f"seconds{suffix}"]:.1f} ms a step, '
+      f'{report[f"images_per_second{suffix}"]:,.0f} img/s, '
+      f'{report[f"hours{suffix}"]:.1f} hours, '
+      f'{report[f"chip_hours{suffix}"]:,.0f} chip-hours{dollars}'
+  )
