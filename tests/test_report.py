@@ -347,6 +347,49 @@ def test_a_run_without_labels_shows_its_rank_instead(tmp_path):
   assert 'No kNN accuracy was logged' in page
 
 
+def test_the_verdict_without_labels_says_whether_the_run_has_learned(tmp_path):
+  rows = fake_runs.rows(steps=200, labels=False)
+  for row in rows:
+    if 'train/loss' in row:
+      row['train/contrast_accuracy'] = 0.75
+  fake_runs.write(tmp_path / 'good', rows)
+  said = lambda *names: verdict.verdict(data.make(
+      map(history.read, history.find([str(tmp_path / n) for n in names]))
+  ))
+  text = said('good')
+  assert 'There are no labels. The network has learned to tell images' in text
+  assert 'at chance 4.44; 75.0\u00a0% of the queries find their own key' in text
+  assert 'alignment 0.509, at step 0 1 (low is good)' in text
+  assert 'uniformity -3.93, at step 0 0 (low is good)' in text
+  assert 'high in a random network' in text
+  for row in rows:
+    if 'train/loss' in row:
+      row['train/loss'] = 4.44
+  fake_runs.write(tmp_path / 'stuck', rows)
+  assert 'has not learned to tell images apart: the loss is 4.44' in (
+      said('stuck')
+  )
+  assert 'Without labels, 1 of 2 have learned' in said('good', 'stuck')
+  assert 'not stuck.' in said('good', 'stuck')
+  header = report_page.page(one(tmp_path / 'x', labels=False), '')
+  assert 'loss (chance)' in header and 'uniformity' in header
+
+
+def test_a_fall_without_return_is_told_as_one(tmp_path):
+  rows = fake_runs.rows(steps=600)
+  for row in rows:
+    if 'knn/top1' in row and row['step'] > 300:
+      row['knn/top1'] -= 0.3 * (row['step'] - 300) / 300
+  fake_runs.write(tmp_path / 'run', rows)
+  made = data.make(map(history.read, history.find([str(tmp_path / 'run')])))
+  text = verdict.verdict(made)
+  assert re.search(r'kNN accuracy falls by 2\d\.\d points from step 3\d\d', text)
+  assert 'does not come back' in text and 'dip' not in text
+  row, = data.table(made)
+  assert row['dips'] == 0 and 0.2 < row['fall'] < 0.3
+  assert 'fall without return' in report_page.page(made, '')
+
+
 def test_a_run_that_diverged_is_drawn_up_to_there(tmp_path):
   made = one(tmp_path / 'run', diverge_at=305)
   loss = charts(report_page.page(made, ''))['loss']['data'][0]

@@ -119,7 +119,7 @@ def _without_labels(report: Report) -> str:
     values = run.curve(metric)[1]
     if len(values):
       found.append(
-          f'{name} {values[-1]:.3g}, at step 0 {values[0]:.3g} ({better})'
+          f'{name} {values[-1]:.3g}, at step 0 {values[0] + 0.0:.3g} ({better})'
       )
   return '; '.join(found) + '.'
 
