@@ -347,7 +347,7 @@ def test_a_run_without_labels_shows_its_rank_instead(tmp_path):
   assert 'No kNN accuracy was logged' in page
 
 
-def test_the_verdict_without_labels_says_whether_the_run_has_learned(tmp_path):
+def test_the_verdict_without_labels_says_whether_a_run_learned(tmp_path):
   rows = fake_runs.rows(steps=200, labels=False)
   for row in rows:
     if 'train/loss' in row:
