@@ -383,7 +383,7 @@ def test_a_fall_without_return_is_told_as_one(tmp_path):
   fake_runs.write(tmp_path / 'run', rows)
   made = data.make(map(history.read, history.find([str(tmp_path / 'run')])))
   text = verdict.verdict(made)
-  assert re.search(r'kNN accuracy falls by 2\d\.\d points from step 3\d\d', text)
+  assert re.search(r'accuracy falls by 2\d\.\d points from step 3\d\d', text)
   assert 'does not come back' in text and 'dip' not in text
   row, = data.table(made)
   assert row['dips'] == 0 and 0.2 < row['fall'] < 0.3
