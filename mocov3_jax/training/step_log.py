@@ -21,6 +21,7 @@ class StepLog:
   Attributes:
     rows: of metrics.jsonl, those of an earlier part of the run.
     throughput: of the steps logged.
+    last_step: metrics of the last one; empty before the first.
   """
 
   def __init__(
@@ -49,7 +50,7 @@ class StepLog:
       self._watch.see(row['step'], row)
     self.throughput = progress.Throughput(config.batch_size)
     self._progress = progress.Progress(plan.total_steps, active=is_primary())
-    self._last_step: Values = {}
+    self.last_step: Values = {}
 
   def note(self, text: str) -> None:
     """Shows a line that stays."""
@@ -65,7 +66,7 @@ class StepLog:
       self._writer.write(step, values)
       # Of what is written alone, so that a continued run warns alike.
       self._warn(step, values)
-    self._last_step = values
+    self.last_step = values
     known = self._writer.latest | values
     self._progress.update(
         step, known, self._config.batch_size, self._words(known)
@@ -110,7 +111,7 @@ class StepLog:
     Of an evaluator's main metric, NAME_init is what the network had before
     training; rates are averages over the steps of this process.
     """
-    last = self._writer.latest | self._last_step
+    last = self._writer.latest | self.last_step
     for e in self._evaluators:
       if e.main in self._writer.first:
         last[f'{e.main}_init'] = self._writer.first[e.main]

@@ -143,8 +143,10 @@ class Trainer:
             if saves(step) or evaluator.is_due(step):
               try:
                 values |= evaluator.measure(state)
-              except NonFiniteFeatures:
-                raise  # Of a state that is broken.
+              except NonFiniteFeatures as e:
+                if not log.last_step:
+                  raise  # The state was broken before this start.
+                raise loop.NonFinite(step, log.last_step) from e
               except UserError:  # Such as files that can no longer be read.
                 if step:
                   checkpoints.save(step, state, {})
