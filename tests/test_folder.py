@@ -154,6 +154,7 @@ def test_folders_full_of_links_to_each_other_are_refused(tmp_path):
     ('train', 'test1'), ('bounding_box_train', 'bounding_box_test', 'query'),
     ('set/train', 'set/val'), ('a/train', 'a/test', 'b/train', 'b/test'),
     ('images/Train', 'images/Val', 'masks/Train', 'masks/Val'),
+    ('coco/train2017', 'coco/val2017'),
     ('train/x/train', 'train/x/dev', 'val/x/train'),
 ])
 @pytest.mark.parametrize('chosen', ['auto', 'none'])

@@ -29,6 +29,8 @@ def start(
     address = f'127.0.0.1:{s.getsockname()[1]}'
   flags = tiny.flags(**(CALM | overrides))
   force = f'--xla_force_host_platform_device_count={devices // processes}'
+  # Each process compiles for itself, which takes longer than to compute.
+  quick = os.getenv('XLA_FLAGS', '').replace('_level=1', '_level=0')
   several = [] if processes == 1 else [
       f'--coordinator={address}', f'--num_processes={processes}'
   ]
@@ -36,7 +38,7 @@ def start(
       tiny.start(
           'train', f'--workdir={workdir}', *flags, *several,
           *[f'--process_id={i}'] * (processes > 1), *others[:i],
-          env_add={'XLA_FLAGS': f'{os.getenv("XLA_FLAGS", "")} {force}'},
+          env_add={'XLA_FLAGS': f'{quick} {force}'},
       )
       for i in range(1 if first_alone else processes)
   ]

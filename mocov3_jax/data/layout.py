@@ -115,9 +115,9 @@ def _refuse_nested(where: str, paths: Iterable[bytes]) -> None:
     for level in range(1, len(names)):
       children.setdefault('/'.join(names[:level]), set()).add(names[level])
   for folder, names in sorted(children.items()):
-    lower = {name.lower(): name for name in names}
+    splits = [name for name in sorted(names) if _is_split(name)]
     pair = [
-        next((lower[name] for name in known if name in lower), None)
+        next((name for name in splits if _words(name) & set(known)), None)
         for known in (TRAIN, TESTS)
     ]
     if all(pair):
@@ -132,9 +132,13 @@ def _refuse_nested(where: str, paths: Iterable[bytes]) -> None:
 
 def _is_split(name: str) -> bool:
   """Whether a name says split and nothing else: Test, train2017, val_images."""
-  words = set(re.findall('[a-z]+', name.lower()))
+  words = _words(name)
   splits = {*TRAIN, *TESTS, *MORE_SPLITS}
   return bool(words & splits) and words <= splits | FILLERS
+
+
+def _words(name: str) -> set[str]:
+  return set(re.findall('[a-z]+', name.lower()))
 
 
 def _pairs(folders: Iterable[str]) -> list[str]:
