@@ -87,7 +87,10 @@ def test_the_boxes_of_an_example_are_pinned():
   assert pipeline.draw_boxes(1, 5, 375, 500, views)[0] != first
 
 
-@pytest.mark.parametrize('scale', [0.3, 0.7, 1.0, 1.2, 1.5, 1.9, 2.5, 4.0, 6.0])
+@pytest.mark.parametrize(
+    'scale',
+    [0.3, 0.7, 1.0, 1.2, 1.5, 1.9, 2.5, 3.9, 4.0, 4.1, 6.0, 9.3, 17.0],
+)
 def test_resizing_is_close_to_pillows(scale):
   size = 64
   for name in 'china', 'flower', 'coffee', 'astronaut':
@@ -100,6 +103,27 @@ def test_resizing_is_close_to_pillows(scale):
     )
     difference = resize(image, size).astype(int) - np.asarray(expected)
     assert np.abs(difference).mean() < 2  # Of 255.
+
+
+@pytest.mark.parametrize('side', [900, 2000])
+@pytest.mark.parametrize('size', [8, 32, 224])
+def test_shrinking_costs_no_more_the_farther_it_goes(
+    side, size, monkeypatch
+):
+  touched = []  # Products of a blur: its taps at every pixel.
+  blur = crops.cv2.sepFilter2D
+
+  def counted(image, depth, across, down, **options):
+    touched.append(image.shape[0] * image.shape[1] * (len(across) + len(down)))
+    return blur(image, depth, across, down, **options)
+
+  monkeypatch.setattr(crops.cv2, 'sepFilter2D', counted)
+  image = np.zeros((side, side + 3, 3), np.uint8)
+  assert not resize(image, size).any()
+  assert sum(touched) <= 20 * side**2
+  # Far out there are only twice the pixels of the result left to blur.
+  if side > 4 * size:
+    assert sum(touched) <= 20 * (2 * size + 1)**2
 
 
 def test_a_fine_pattern_leaves_no_alias():

@@ -21,6 +21,8 @@ CENTRE = 0.875
 # A crop from a JPEG decoded this much larger than needed is within 1.5 of 255,
 # in the mean, of one from the whole image, on the most detailed photographs.
 MARGIN = 1.5
+# Pixels to one pixel, from which on an image is averaged before it is smoothed.
+COARSE = 4.0
 
 
 class Box(NamedTuple):
@@ -118,22 +120,62 @@ def resize(image: np.ndarray, out: np.ndarray, box: Box | None = None) -> None:
   image = image[
       top:math.ceil(box.top + box.height), left:math.ceil(box.left + box.width)
   ]
+  box = box._replace(top=box.top - top, left=box.left - left)
   scale = box.height / height, box.width / width
+  if max(scale) >= COARSE:
+    image, box, scale = _averaged(image, box, scale)
   down, across = map(_lowpass, scale)
   if len(down) > 1 or len(across) > 1:
     image = cv2.sepFilter2D(
         image, -1, across, down, borderType=cv2.BORDER_REPLICATE
     )
-  if (box.height, box.width) == image.shape[:2]:
+  if box == (0, 0, *image.shape[:2]):
     cv2.resize(image, (width, height), dst=out, interpolation=cv2.INTER_LINEAR)
     return
   # The same, of a box that begins or ends within a pixel.
+  down, across = box.height / height, box.width / width
   cv2.warpAffine(
       image, np.array([
-          [scale[1], 0, box.left - left + scale[1] / 2 - 0.5],
-          [0, scale[0], box.top - top + scale[0] / 2 - 0.5],
+          [across, 0, box.left + across / 2 - 0.5],
+          [0, down, box.top + down / 2 - 0.5],
       ]), (width, height), dst=out, borderMode=cv2.BORDER_REPLICATE,
       flags=cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP,
+  )
+
+
+def _averaged(
+    image: np.ndarray, box: Box, scale: tuple[float, float]
+) -> tuple[np.ndarray, Box, tuple[float, float]]:
+  """Shrinks an image by averaging to about twice the pixels that are wanted.
+
+  A blur that is wide costs its width at each pixel; an average costs one.
+
+  Args:
+    image: uint8 [H, W, 3].
+    box: of it, to be resized.
+    scale: pixels of the box to a pixel of the result, down and across.
+
+  Returns:
+    The smaller image, the box in it, and the scales by which it is still to be
+    smoothed: what is averaged is smooth already.
+  """
+  sides = tuple(
+      max(1, round(2 * side / s)) if s >= COARSE else side
+      for side, s in zip(image.shape[:2], scale, strict=True)
+  )
+  rows, columns = (
+      side / left for side, left in zip(image.shape[:2], sides, strict=True)
+  )
+  image = cv2.resize(image, sides[::-1], interpolation=cv2.INTER_AREA)
+  box = Box(
+      box.top / rows, box.left / columns, box.height / rows,
+      box.width / columns,
+  )
+  # The variances of a triangle of s and of an average over r pixels are s^2 / 6
+  # and (r^2 - 1) / 12.
+  return image, box, tuple(
+      math.sqrt(s**2 - (r**2 - 1) / 2) / r
+      for s, r in zip(scale, (rows, columns), strict=True)
   )
 
 
