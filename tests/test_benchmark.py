@@ -10,6 +10,7 @@ import photos
 import pytest
 import tiny
 
+from mocov3_jax.base import files
 from mocov3_jax.benchmarks import step, step_process
 from mocov3_jax.config import training as config_lib
 from mocov3_jax.method.build import build_method
@@ -152,4 +153,4 @@ def test_programs_for_a_cpu_are_kept_only_on_request(monkeypatch):
     kept = jax.config.jax_compilation_cache_dir
   finally:
     jax.config.update('jax_compilation_cache_dir', before)
-  assert kept == str(processes.COMPILED.expanduser())
+  assert kept == str(files.user_cache('compiled'))

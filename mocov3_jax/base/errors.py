@@ -2,7 +2,9 @@
 
 from collections.abc import Iterable
 import difflib
+import errno
 import re
+import traceback
 
 
 class UserError(Exception):
@@ -27,8 +29,37 @@ def unknown(field: str, given: str, allowed: Iterable[str]) -> UserError:
   )
 
 
-def is_out_of_memory(error: Exception) -> bool:
+def is_out_of_memory(error: BaseException) -> bool:
   """Returns whether memory ran out, of the host or of a device."""
-  return isinstance(error, MemoryError) or bool(
+  return isinstance(error, MemoryError) or not is_disk_full(error) and bool(
       re.search('RESOURCE_EXHAUSTED|[Oo]ut of memory', str(error))
+  )
+
+
+def is_disk_full(error: BaseException) -> bool:
+  """Returns whether no space was left on a disk, or of a quota."""
+  # TensorStore says so in words, with the status that memory has as well.
+  return isinstance(error, OSError) and error.errno in (
+      errno.ENOSPC, errno.EDQUOT
+  ) or bool(re.search('No space left|[Qq]uota exceeded', str(error)))
+
+
+def is_no_backend(error: BaseException) -> bool:
+  """Returns whether JAX has no device of the kind that it is to use."""
+  if isinstance(error, AssertionError) and error.__traceback__:
+    # JAX's answer to JAX_PLATFORMS=cuda without CUDA is that, and no word.
+    frames = traceback.extract_tb(error.__traceback__)
+    return frames[-1].filename.endswith('xla_bridge.py')
+  return bool(re.search(
+      'nable to initialize backend|[Uu]nknown backend', str(error)
+  ))
+
+
+def is_of_environment(error: BaseException) -> bool:
+  """Returns whether the machine failed, and not what was being read."""
+  return (
+      is_out_of_memory(error) or is_disk_full(error) or is_no_backend(error)
+      or isinstance(error, OSError) and error.errno in (
+          errno.EMFILE, errno.ENFILE, errno.EIO
+      )
   )

@@ -5,6 +5,7 @@ import contextlib
 import os
 import signal
 import sys
+import threading
 
 import jax
 
@@ -44,6 +45,34 @@ def catch_stop_signals() -> Iterator[Callable[[], bool]]:
   finally:
     for number, handler in before.items():
       signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def leave_at_ctrl_c() -> Iterator[None]:
+  """Lets Ctrl-C end the process at once, even while it waits outside Python.
+
+  Python's own handlers run between two of its instructions, and so after such a
+  wait; what it writes to a wakeup descriptor is there at once.
+  """
+  reading, writing = os.pipe()
+  os.set_blocking(writing, False)
+
+  def watch():
+    if os.read(reading, 1) == bytes([signal.SIGINT]):
+      exit_at_once()
+
+  watcher = threading.Thread(target=watch, daemon=True)
+  watcher.start()
+  descriptor = signal.set_wakeup_fd(writing)
+  handler = signal.signal(signal.SIGINT, lambda *_: None)
+  try:
+    yield
+  finally:
+    signal.signal(signal.SIGINT, handler)
+    signal.set_wakeup_fd(descriptor)
+    os.close(writing)  # Ends the watcher.
+    watcher.join()
+    os.close(reading)
 
 
 def leave(code: int) -> None:

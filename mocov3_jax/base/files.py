@@ -31,6 +31,20 @@ def absolute(path: str, field: str = 'the path') -> epath.Path:
   return epath.Path(os.path.abspath(os.path.expanduser(path)))
 
 
+def user_cache(name: str) -> epath.Path | None:
+  """Returns a folder for what can be made again; None for a user without one.
+
+  It lies below XDG_CACHE_HOME, or else ~/.cache.
+  """
+  cache = os.getenv('XDG_CACHE_HOME', '')
+  if not os.path.isabs(cache):
+    home = os.path.expanduser('~')
+    if not os.path.isabs(home):  # No HOME, and no entry in the passwd file.
+      return None
+    cache = os.path.join(home, '.cache')
+  return epath.Path(cache) / 'mocov3_jax' / name
+
+
 def new_output(path: str, suffix: str, field: str = '--out') -> epath.Path:
   """Returns the absolute path of a file that a command is to make.
 
@@ -78,6 +92,9 @@ def open_whole(
       path.parent.mkdir(parents=True, exist_ok=True)
     with open(part, 'wb') as file:
       yield file
+      # Or a crash of the machine could leave an empty file by that name.
+      file.flush()
+      os.fsync(file.fileno())
     part.replace(path)
   except OSError as e:
     if not field:
@@ -103,8 +120,12 @@ def read_object(path: epath.Path) -> dict[str, Any]:
   if not path.exists():
     return {}
   try:
-    return json.loads(path.read_text())
+    found = json.loads(path.read_text())
+    if not isinstance(found, dict):
+      raise ValueError(f'it holds {type(found).__name__}, no object')
   except ValueError as e:
     raise UserError(
-        f'{path} is damaged: {e}. Allowed: the JSON object that a run wrote.'
+        f'{path} is damaged: {e}. Allowed: the JSON object that a run wrote; '
+        'or no such file, if it cannot be had.'
     ) from e
+  return found

@@ -16,6 +16,8 @@ from mocov3_jax.base import console, exits
 from mocov3_jax.base.errors import (
   Preempted,
   UserError,
+  is_disk_full,
+  is_no_backend,
   is_out_of_memory,
   unknown,
 )
@@ -26,6 +28,14 @@ LESS_MEMORY = (
     'Allowed: less at a time. A training needs less with micro_batch, '
     'model.remat=True or fsdp_devices, and may go on with them in the same '
     'workdir; or with a smaller batch_size or objective.queue, in a new one.'
+)
+MORE_SPACE = (
+    'Allowed: more of it, and the same line again. What was saved before is '
+    'whole.'
+)
+OTHER_BACKEND = (
+    'Allowed: a backend that this machine has, by JAX_PLATFORMS=cpu and the '
+    'like; without that variable JAX takes the best one.'
 )
 
 # What a command does once its flags are read: returns the results, or None in
@@ -154,10 +164,11 @@ def run(
       no flags.
 
   Returns:
-    The exit code: 0 done; 2 bad input, or out of memory (one message on
-    stderr); 130 Ctrl-C where there is nothing to save; 143 stopped by SIGTERM
-    or Ctrl-C after a complete save. (1 is that of a lost process, see
-    `parallel.processes`.) Anything else is a bug, and raised.
+    The exit code: 0 done; 2 bad input, no memory, no space on the disk, or no
+    such backend (one message on stderr); 130 Ctrl-C where there is nothing to
+    save; 143 stopped by SIGTERM or Ctrl-C after a complete save. (1 is that of
+    a lost process, see `parallel.processes`.) Anything else is a bug, and
+    raised.
   """
   _quieten()
   try:
@@ -188,10 +199,18 @@ def run(
     console.say('interrupted')
     return INTERRUPTED
   except Exception as e:
-    if not is_out_of_memory(e):
+    what = (str(e).splitlines() or [type(e).__name__])[0][:200].rstrip('.')
+    if is_disk_full(e):
+      console.say(f'error: no space is left on the disk: {what}. {MORE_SPACE}')
+    elif is_no_backend(e):
+      platforms = os.getenv('JAX_PLATFORMS')
+      console.say(
+          f'error: JAX_PLATFORMS={platforms}: {what}. {OTHER_BACKEND}'
+      )
+    elif is_out_of_memory(e):
+      console.say(f'error: {what}. {LESS_MEMORY}')
+    else:
       raise
-    what = (str(e).splitlines() or ['no memory'])[0][:200].rstrip('.')
-    console.say(f'error: {what}. {LESS_MEMORY}')
     return BAD_INPUT
 
 
@@ -208,8 +227,9 @@ def execute(main: Callable[[list[str]], int]) -> None:
 
 
 def _quieten() -> None:
-  # Orbax's and JAX's informative messages would drown the progress.
-  logging.set_verbosity(logging.ERROR)
+  # Orbax's and JAX's informative messages would drown the progress. What ends
+  # one of Orbax's threads, it prints whole, and raises as well.
+  logging.set_verbosity(logging.FATAL)
   # TensorStore leaves hundreds of broken asyncio tasks behind a checkpoint
   # that cannot be read, and each is reported beside our one message.
   logging_lib.getLogger('asyncio').setLevel(logging_lib.CRITICAL)

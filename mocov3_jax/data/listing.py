@@ -62,13 +62,7 @@ def cache_folder(chosen: str) -> epath.Path | None:
   """
   if chosen:
     return files.absolute(chosen, 'data.listing_cache')
-  cache = os.getenv('XDG_CACHE_HOME', '')
-  if not os.path.isabs(cache):
-    home = os.path.expanduser('~')
-    if not os.path.isabs(home):  # Nobody's home.
-      return None
-    cache = os.path.join(home, '.cache')
-  return epath.Path(cache) / 'mocov3_jax' / 'listings'
+  return files.user_cache('listings')
 
 
 def walk(root: bytes) -> Listing:

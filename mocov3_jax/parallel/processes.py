@@ -4,9 +4,7 @@ from collections.abc import Iterator
 import contextlib
 import json
 import os
-import pathlib
 import re
-import signal
 from typing import Any
 import zlib
 
@@ -14,7 +12,7 @@ import jax
 from jax.experimental import multihost_utils
 import numpy as np
 
-from mocov3_jax.base import console, exits
+from mocov3_jax.base import console, exits, files
 from mocov3_jax.base.errors import UserError
 
 # After so many seconds without a sign of life a process counts as dead.
@@ -23,8 +21,6 @@ LOST_PEER = 1
 SLURM_TASKS = 'SLURM_STEP_NUM_TASKS'
 # What the errors of communication say.
 LOST = '(?i)gloo|nccl|connection|peer|unavailable|deadline|coordination|abort'
-# Where compiled programs are kept, unless the environment says otherwise.
-COMPILED = pathlib.Path('~/.cache/mocov3_jax/compiled')
 
 
 def start(
@@ -60,21 +56,19 @@ def start(
   # Between CPUs; on accelerators it is not used.
   jax.config.update('jax_cpu_collectives_implementation', 'gloo')
   where = coordinator or 'the coordinator'
-  # Python would answer Ctrl-C only after the wait, which may take minutes.
-  noted = signal.signal(signal.SIGINT, signal.SIG_DFL)
   try:
-    console.say(f'waiting for the other processes of this run at {where}')
-    jax.distributed.initialize(
-        coordinator, num_processes, process_id,
-        heartbeat_timeout_seconds=HEARTBEAT,
-    )
+    # Python would answer Ctrl-C only after the wait, which may take minutes.
+    with exits.leave_at_ctrl_c():
+      console.say(f'waiting for the other processes of this run at {where}')
+      jax.distributed.initialize(
+          coordinator, num_processes, process_id,
+          heartbeat_timeout_seconds=HEARTBEAT,
+      )
   except (RuntimeError, ValueError) as e:
     raise UserError(
         f'the {num_processes or ""} processes of this run did not meet at '
         f'{where}: {str(e).splitlines()[0]}'
     ) from e
-  finally:
-    signal.signal(signal.SIGINT, noted)
 
 
 def environment_alone() -> dict[str, str]:
@@ -167,10 +161,13 @@ def exit_on_lost_peer() -> Iterator[None]:
 def enable_compilation_cache() -> None:
   """Keeps compiled programs on disk, for the next start of the same run.
 
-  In the folder that JAX_COMPILATION_CACHE_DIR names, or else in `COMPILED`. Not
-  for CPUs unless it is named: their programs are quick to compile, and bound
-  to the very processor. JAX_ENABLE_COMPILATION_CACHE=false turns it off.
+  In the folder that JAX_COMPILATION_CACHE_DIR names, or else in the user's
+  cache, if there is one. Not for CPUs unless it is named: their programs are
+  quick to compile, and bound to the very processor.
+  JAX_ENABLE_COMPILATION_CACHE=false turns it off.
   """
   if jax.config.jax_compilation_cache_dir or jax.default_backend() == 'cpu':
     return
-  jax.config.update('jax_compilation_cache_dir', str(COMPILED.expanduser()))
+  folder = files.user_cache('compiled')
+  if folder is not None:
+    jax.config.update('jax_compilation_cache_dir', str(folder))

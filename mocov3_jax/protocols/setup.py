@@ -260,9 +260,9 @@ def record(
 
 def _append(path: epath.Path, results: dict[str, Any]) -> None:
   try:
-    before = path.read_text() if path.exists() else ''
+    before = path.read_bytes() if path.exists() else b''
     # A line that a kill cut off ends here, or both would be lost.
-    end = '\n' if before and not before.endswith('\n') else ''
+    end = '\n' if before and not before.endswith(b'\n') else ''
     with path.open('a') as file:
       file.write(f'{end}{json.dumps(results)}\n')
   except OSError as e:  # The run may be somebody else's.

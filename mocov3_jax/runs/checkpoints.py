@@ -12,7 +12,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers
 
-from mocov3_jax.base.errors import UserError
+from mocov3_jax.base.errors import UserError, is_of_environment
 from mocov3_jax.base.files import absolute
 
 PyTree = Any
@@ -114,6 +114,8 @@ class Checkpoints:
       try:
         state = self._restore_step(step, abstract_state, init, monitors)
       except Exception as e:  # Orbax and TensorStore raise many kinds.
+        if is_of_environment(e):
+          raise
         failures[step] = first_line(e)
         continue
       for damaged, reason in failures.items():
@@ -256,6 +258,8 @@ def _metadata(folder: epath.Path) -> PyTree:
     with ocp.PyTreeCheckpointer() as checkpointer:
       return checkpointer.metadata(folder / ITEM).item_metadata.tree
   except Exception as e:  # Orbax and TensorStore raise many kinds.
+    if is_of_environment(e):
+      raise
     raise _unreadable(folder, e) from e
 
 
@@ -291,6 +295,8 @@ def restore_part(folder: epath.Path, abstract_part: PyTree) -> PyTree:
           ),
       )
   except Exception as e:  # Orbax and TensorStore raise many kinds.
+    if is_of_environment(e):
+      raise
     raise _unreadable(folder, e) from e
 
 
@@ -318,4 +324,6 @@ def restore_whole(folder: epath.Path) -> PyTree:
           ),
       )
   except Exception as e:  # Orbax and TensorStore raise many kinds.
+    if is_of_environment(e):
+      raise
     raise _unreadable(folder, e) from e

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterable, Iterator, Sequence
 import dataclasses
-import fcntl
 from typing import Any
 
 from etils import epath
@@ -10,7 +9,7 @@ from etils import epath
 from mocov3_jax.base import files
 from mocov3_jax.base.errors import UserError
 from mocov3_jax.config import knobs
-from mocov3_jax.runs import metrics
+from mocov3_jax.runs import locks, metrics
 from mocov3_jax.runs import workdir as workdir_lib
 
 SWEEP = 'sweep.json'
@@ -60,7 +59,7 @@ def read(folder: epath.Path, rows: bool = True) -> Run:
       rows=metrics.read_metrics(folder / 'metrics.jsonl') if rows else [],
       status=status(folder),
       result=files.read_object(folder / 'result.json'),
-      evaluations=metrics.read_metrics(folder / 'results.jsonl'),
+      evaluations=metrics.read_lines(folder / 'results.jsonl'),
       data=files.read_object(folder / 'data.json'),
       environment=files.read_object(folder / 'environment.json'),
   )
@@ -91,7 +90,7 @@ def in_use(folder: epath.Path) -> bool:
   with open(path) as file:
     try:
       # Shared, so that two who ask do not take each other for the run.
-      fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+      locks.lock(file, shared=True)
     except BlockingIOError:
       return True
   return False

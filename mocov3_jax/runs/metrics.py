@@ -14,20 +14,30 @@ LONGEST_ROW = 2**16
 
 
 def read_metrics(path: epath.Path) -> list[dict[str, Any]]:
+  """Reads the rows of a metrics.jsonl as `read_lines`; each has its 'step'."""
+  return [
+      row for row in read_lines(path)
+      if 'step' in row and isinstance(row['step'], int)
+  ]
+
+
+def read_lines(path: epath.Path) -> list[dict[str, Any]]:
   """Reads a metrics.jsonl or results.jsonl, without lines a kill cut off.
 
   Returns:
-    One dict a line, in metrics.jsonl flat and 'step' first; empty if there is
-    no file.
+    One dict a line; empty if there is no file.
   """
   if not path.exists():
     return []
   rows = []
-  for line in path.read_text().splitlines():
+  # A crash of the machine may leave anything at the end.
+  for line in path.read_bytes().decode(errors='replace').splitlines():
     try:
-      rows.append(json.loads(line))
+      row = json.loads(line)
     except json.JSONDecodeError:
       continue
+    if isinstance(row, dict):
+      rows.append(row)
   return rows
 
 
@@ -40,9 +50,11 @@ def read_last(path: epath.Path) -> dict[str, Any]:
     lines = file.read().decode(errors='replace').splitlines()
   for line in reversed(lines):
     try:
-      return json.loads(line)
+      row = json.loads(line)
     except json.JSONDecodeError:
       continue  # Cut off by a kill, or by the place where reading began.
+    if isinstance(row, dict):
+      return row
   return {}
 
 

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator
 import contextlib
-import fcntl
 import importlib.metadata
 import json
 import platform
@@ -18,6 +17,7 @@ from mocov3_jax.base import console, files
 from mocov3_jax.base.errors import UserError
 from mocov3_jax.config import knobs
 from mocov3_jax.config import training as config_lib
+from mocov3_jax.runs import locks
 
 # What a command writes beside config.json, and must not write over.
 OUTPUTS = (
@@ -113,11 +113,14 @@ def _check_unused(path: str, workdir: epath.Path) -> None:
 
 @contextlib.contextmanager
 def _locked(path: str, workdir: epath.Path) -> Iterator[None]:
-  # The kernel drops the lock with the process, however that ends.
   with open(workdir / '.lock', 'w') as file:
     for attempt in range(20):
       try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if not locks.lock(file):
+          console.say(
+              f'note: the file system of {workdir} has no locks; see to it '
+              'that no other process writes there'
+          )
         break
       except BlockingIOError as e:
         if attempt == 19:
@@ -260,5 +263,7 @@ def write_result(results: dict[str, Any], workdir: epath.Path) -> None:
   A run that is done and repeated does not write it again, since it knows less.
   """
   path = workdir / 'result.json'
-  if jax.process_index() == 0 and not path.exists():
+  # A crash of the machine may leave an empty one.
+  known = path.exists() and path.stat().length
+  if jax.process_index() == 0 and not known:
     files.write_json(path, results)

@@ -1,7 +1,6 @@
 """The folder of a sweep: whether it is the same one, and sweep.json."""
 
 from collections.abc import Sequence
-import fcntl
 import json
 from typing import Any
 
@@ -11,7 +10,7 @@ from mocov3_jax.base import files
 from mocov3_jax.base.errors import UserError
 from mocov3_jax.config import knobs
 from mocov3_jax.config.training import FREE_ON_RESUME
-from mocov3_jax.runs import history
+from mocov3_jax.runs import history, locks
 from mocov3_jax.runs import workdir as workdir_lib
 from mocov3_jax.sweeps.grid import Grid, Point
 
@@ -118,7 +117,7 @@ def keep(
   try:
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / '.lock', 'w') as file:
-      fcntl.flock(file, fcntl.LOCK_EX)  # Sweeps that share it start at once.
+      locks.lock(file, wait=True)  # Sweeps that share it start at once.
       before = _read(folder)
       if before:
         names = {run['name'] for run in now['runs']}
