@@ -17,7 +17,7 @@ CONFIG = '--config=configs/digits.py'
 CASES = {
     'unknown field': (
         'train', [CONFIG, '--config.optimizer.lr_per_265=1'],
-        ['lr_per_265', 'Did you mean "lr_per_256"'],
+        ['lr_per_265', 'Did you mean optimizer.lr_per_256?'],
     ),
     'unknown field like no other': (
         'train', [CONFIG, '--config.optimizer.b3=1'],
@@ -29,7 +29,7 @@ CASES = {
     ),
     'unknown group': (
         'train', [CONFIG, '--config.optimiser.name=lars'],
-        ['optimiser', 'Did you mean "optimizer"'],
+        ['optimiser', 'Did you mean optimizer.'],
     ),
     'wrong type': (
         'train', [CONFIG, '--config.batch_size=many'],
@@ -397,3 +397,19 @@ def test_every_command_is_covered():
       if not path.name.startswith('__')
   }
   assert commands == {case[0] for case in CASES.values()}
+
+
+@pytest.mark.parametrize('given, meant', [
+    ('epochs', 'schedule.epochs'), ('lr_per_256', 'optimizer.lr_per_256'),
+    ('optimzer.lr_per_256', 'optimizer.lr_per_256'),
+    ('optimizer.lr', 'optimizer.lr_per_256'), ('shedule.epochs',
+    'schedule.epochs'), ('model.patchsize', 'model.patch_size'),
+    ('schedule.epoch', 'schedule.epochs'), ('knn.temperatur',
+    'knn.temperature'), ('source', 'data.source'),
+])
+def test_a_field_is_found_by_its_name_in_any_group(tmp_path, given, meant):
+  code, _, err = tiny.call(
+      'train', CONFIG, f'--workdir={tmp_path / "run"}', f'--config.{given}=1'
+  )
+  said = err.split('Did you mean ')[1].split('?')[0]
+  assert code == 2 and meant in said, err

@@ -1,8 +1,11 @@
 """Whole runs on folders of photographs, some of them corrupt."""
 
+import itertools
 import json
 import shutil
 import signal
+import time
+import types
 
 import jax.numpy as jnp
 import photos
@@ -14,7 +17,9 @@ from mocov3_jax.base.errors import Preempted, UserError
 from mocov3_jax.config import training as config_lib
 from mocov3_jax.evals.evaluator import Evaluator
 from mocov3_jax.parallel import sharding
+from mocov3_jax.runs import checkpoints
 from mocov3_jax.training import pretrain
+from mocov3_jax.training import trainer as trainer_lib
 from mocov3_jax.training.trainer import Trainer
 
 SMALL = {
@@ -163,6 +168,34 @@ def spoil(tmp_path):
     return folder
 
   return spoil
+
+
+def test_a_checkpoint_is_saved_by_time_as_well(spoil, tmp_path, monkeypatch):
+  # The clock goes on by a minute whenever it is asked.
+  minutes = itertools.count()
+  monkeypatch.setattr(trainer_lib, 'time', types.SimpleNamespace(
+      monotonic=lambda: 60.0 * next(minutes), perf_counter=time.perf_counter
+  ))
+  measured, saved = [], []
+  trainer = small_trainer(
+      spoil(), lambda state: measured.append(1) or {'test/top1': 0.0}
+  )
+  trainer.config.save.every_minutes = 5.0
+  save = checkpoints.Checkpoints.save
+  monkeypatch.setattr(
+      checkpoints.Checkpoints, 'save',
+      lambda self, step, *rest: saved.append(step) or save(self, step, *rest),
+  )
+  trainer.run(str(tmp_path / 'run'))
+  total = trainer.plan.total_steps
+  assert saved[-1] == total and 2 <= len(saved) - 1 <= total // 5 + 1
+  # Only the first and the last state are evaluated.
+  assert len(measured) == 2
+  assert all('train/save' not in row for row in tiny.metrics(tmp_path / 'run'))
+  trainer.config.save.every_minutes = 0.0
+  saved.clear()
+  trainer.run(str(tmp_path / 'other'))
+  assert saved == [total]
 
 
 def test_the_same_line_goes_on_once_the_files_are_mended(spoil, tmp_path):

@@ -1,6 +1,7 @@
 """Flags in, one JSON line and an exit code out: the frame of each command."""
 
 from collections.abc import Callable
+import difflib
 import glob
 import json
 import logging as logging_lib
@@ -278,15 +279,15 @@ def _config_message(error: Exception, argv: list[str]) -> str:
   for given in argv:
     path = given.split('=')[0]
     if path.startswith('--config.') and name in path.split('.'):
-      advice = ' '.join(hint) or _advice(path.removeprefix('--config.'))
+      advice = _advice(path.removeprefix('--config.'))
       return f'{given}: there is no config field {name!r}. {advice}'
   why = ' '.join([name, *hint])
   return f'--config={_config_path(argv)} cannot be used: {kind}: {why}'
 
 
 def _advice(field: str) -> str:
-  group = field.rpartition('.')[0]
-  beside = []
+  group, _, name = field.rpartition('.')
+  beside, known = [], {}
   for kind, schema in (
       ("a training's config, such as configs/digits.py", training.schema()),
       (
@@ -297,10 +298,23 @@ def _advice(field: str) -> str:
     fields = knobs.flatten(schema)
     if field in fields:
       return f'It is a field of {kind}.'
+    known |= fields
     beside += [f for f in fields if group and f.rpartition('.')[0] == group]
+  # By the name of the field, whole or begun, in whichever group; or as it was
+  # typed.
+  names = {f: f.rpartition('.')[2] for f in known}
+  near = (
+      [f for f in known if names[f] == name]
+      or [f for f in known if names[f].startswith(name) and f.startswith(group)]
+      or difflib.get_close_matches(field, known, n=1)
+      or [f for f in known
+          if names[f] in difflib.get_close_matches(name, names.values(), n=1)]
+  )
+  near.sort(key=lambda f: -difflib.SequenceMatcher(None, field, f).ratio())
+  hint = f'Did you mean {" or ".join(near[:3])}? ' if near else ''
   if not beside:
-    return 'See mocov3_jax/config/training.py for all fields.'
-  return f'Allowed: {", ".join(sorted(set(beside)))}.'
+    return f'{hint}See mocov3_jax/config/training.py for all fields.'
+  return f'{hint}Allowed: {", ".join(sorted(set(beside)))}.'
 
 
 def _config_path(argv: list[str]) -> str | None:

@@ -81,9 +81,11 @@ def schema() -> Schema:
       'test_every_steps': Knob(0, NOT_NEGATIVE),
       # Steps between two lines of metrics.jsonl.
       'log': {'every_steps': Knob(10, AT_LEAST_ONE, free=True)},
-      # Steps between two checkpoints, and how many are kept.
+      # Steps between two checkpoints, minutes after which one more is saved (0
+      # = by steps alone), and how many are kept.
       'save': {
           'every_steps': Knob(1000, AT_LEAST_ONE, free=True),
+          'every_minutes': Knob(15.0, NOT_NEGATIVE, free=True),
           'keep_latest': Knob(1, AT_LEAST_ONE, free=True),
           'keep_best': Knob(0, NOT_NEGATIVE, free=True),
       },

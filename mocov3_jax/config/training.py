@@ -96,6 +96,9 @@ def schema() -> Schema:
       'save': {
           # Steps between two checkpoints; one more is saved at the end.
           'every_steps': Knob(1000, AT_LEAST_ONE, free=True),
+          # Minutes after which one more is saved, without an evaluation, for
+          # machines that end without a word; 0 = by steps alone.
+          'every_minutes': Knob(15.0, NOT_NEGATIVE, free=True),
           # Newest checkpoints kept, and best ones by kNN kept beside them.
           'keep_latest': Knob(2, AT_LEAST_ONE, free=True),
           'keep_best': Knob(1, NOT_NEGATIVE, free=True),

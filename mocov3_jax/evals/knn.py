@@ -125,7 +125,9 @@ def count_votes(
   # One neighbour of every query after the other: [Q, k, classes] is large.
   def add(votes, neighbour):
     its_weight, its_label = neighbour  # [Q]
-    vote = its_weight[:, None] * jax.nn.one_hot(its_label, num_classes)
+    vote = its_weight[:, None] * jax.nn.one_hot(
+        its_label, num_classes, dtype=weight.dtype
+    )
     return votes + vote, None
 
   votes = jnp.zeros((len(labels), num_classes), weight.dtype)

@@ -1,5 +1,6 @@
 """Maps of features: which lie near which, as points of the plane."""
 
+import os
 from typing import Any
 
 import numpy as np
@@ -35,6 +36,8 @@ def plane(
   from sklearn.decomposition import PCA
   from sklearn.manifold import TSNE
 
+  # Or joblib asks programs for the number of cores, and warns without them.
+  os.environ.setdefault('LOKY_MAX_CPU_COUNT', str(os.cpu_count() or 1))
   features = np.asarray(unit(features))
   if method == 'pca':
     pca = PCA(2, random_state=SEED)

@@ -121,11 +121,17 @@ class Trainer:
       )
       self._announce(log, start)
       waits = collections.deque()  # Seconds; of batches not yet logged.
-      stopping = False
+      stopping = overdue = False
+      saved_at = time.monotonic()
+
+      def is_time_to_save() -> bool:
+        minutes = (time.monotonic() - saved_at) / 60
+        return 0 < save.every_minutes <= minutes
 
       def log_step(step: int, values: dict[str, float]) -> None:
-        nonlocal stopping
+        nonlocal stopping, overdue
         stopping |= values.pop(host_flags.STOP) > 0
+        overdue |= values.pop(host_flags.SAVE) > 0
         unreadable.count(step, int(values[host_flags.UNREADABLE]))
         values['data/wait_seconds'] = waits.popleft()
         log.step(step, values)
@@ -157,16 +163,29 @@ class Trainer:
                   unreadable.add(evaluator.unreadable)
           log.evaluation(step, values)
           if step and saves(step):
-            log.flush()
-            checkpoints.save(step, state, values)
+            save_now(step, state, values)
+
+      def save_now(
+          step: int, state: State, values: dict[str, float] | None = None
+      ) -> None:
+        nonlocal overdue, saved_at
+        log.flush()
+        checkpoints.save(step, state, values or {})
+        overdue, saved_at = False, time.monotonic()
 
       if start == 0:
         evaluate_and_save(0, state)
       with self._divergence_explained(log, checkpoints):
         state, done = loop.run(
-            state, step, self._batches(start, unreadable, stop_asked, waits),
+            state, step, self._batches(
+                start, unreadable, stop_asked, is_time_to_save, waits
+            ),
             start=start, stop=total, log=log_step,
-            hooks=[loop.Hook(is_due, evaluate_and_save)],
+            hooks=[
+                loop.Hook(is_due, evaluate_and_save),
+                # All processes hear of it at the same step.
+                loop.Hook(lambda step: overdue and not saves(step), save_now),
+            ],
             should_stop=lambda: stopping or unreadable.too_many,
         )
       if done < total:
@@ -210,7 +229,8 @@ class Trainer:
 
   def _batches(
       self, start: int, unreadable: UnreadableImages,
-      stop_asked: Callable[[], bool], waits: collections.deque[float],
+      stop_asked: Callable[[], bool], is_time_to_save: Callable[[], bool],
+      waits: collections.deque[float],
   ) -> Iterator[host_flags.FlaggedBatch]:
     """Yields the global batches from step `start` on; notes each wait."""
     batches = pipeline.train_batches(
@@ -224,7 +244,7 @@ class Trainer:
       waits.append(time.perf_counter() - before)
       unreadable.list(batch)
       yield sharding.to_global(
-          host_flags.flagged(batch, stop_asked()), self.mesh
+          host_flags.flagged(batch, stop_asked(), is_time_to_save()), self.mesh
       )
 
   @contextlib.contextmanager
