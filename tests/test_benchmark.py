@@ -67,6 +67,7 @@ def test_the_share_of_the_augmentation_is_measured():
   ) < 1e-9
 
 
+@pytest.mark.slow
 def test_the_step_is_timed_against_a_measured_ceiling():
   code, out, err = tiny.run(
       'benchmark', 'step', '--against=none', '--rounds=1', '--steps=2',

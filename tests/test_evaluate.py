@@ -205,7 +205,7 @@ def record(folder, top1):
       setup, {'knn/top1': top1, 'test/images': 1}, epath.Path(folder / 'out')
   )
   assert found == json.loads((folder / 'out/result.json').read_text())
-  lines = metrics.read_metrics(epath.Path(folder / 'run/results.jsonl'))
+  lines = metrics.read_lines(epath.Path(folder / 'run/results.jsonl'))
   return found, lines
 
 

@@ -181,6 +181,7 @@ CALM = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     'changes', [
         METHODS['swav'],
