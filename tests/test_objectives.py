@@ -185,9 +185,9 @@ CALM = {
 @pytest.mark.parametrize(
     'changes', [
         METHODS['swav'],
-        pytest.param(METHODS['simclr'], marks=pytest.mark.slow),
-        pytest.param(METHODS['queue'], marks=pytest.mark.slow),
-        pytest.param(METHODS['byol'], marks=pytest.mark.slow),
+        METHODS['simclr'],
+        METHODS['queue'],
+        METHODS['byol'],
     ],
 )
 def test_every_method_takes_the_same_steps_on_eight_devices(changes):
