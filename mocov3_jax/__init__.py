@@ -1,3 +1,3 @@
 """MoCo v3 self-supervised pre-training of vision transformers in JAX."""
 
-__version__ = '0.1.0'
+__version__ = '0.2.0.dev0'

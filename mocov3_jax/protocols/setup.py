@@ -240,10 +240,16 @@ def record(
         f'warning: {top1:.1%} is no more than the random network has, '
         f'{results[random]:.1%}'
     )
+  low, high = confidence.interval(top1, results['test_images'])
+  beside = f', the random network {results[random]:.1%}' if (
+      random in results
+  ) else ''
+  console.say(
+      f'{config.protocol}: {top1:.1%} of {results["test_images"]} test images '
+      f'(95 %: {low:.1%} to {high:.1%}){beside}'
+  )
   results |= {
-      f'{config.protocol}/top1_interval': list(
-          confidence.interval(top1, results['test_images'])
-      ),
+      f'{config.protocol}/top1_interval': [low, high],
       'protocol': config.protocol,
       'checkpoint': str(setup.run.folder),
       'checkpoint_step': setup.run.step,
