@@ -128,6 +128,23 @@ def test_a_result_has_the_random_networks_beside_it(
   assert told == (found[f'{protocol}/top1'] <= random[f'{protocol}/top1'])
 
 
+def test_labels_that_are_given_are_used_with_the_runs_own_source(
+    run, tmp_path
+):
+  lines = [
+      f'{split}/{name}/{number:02}.png,{"xyz"[number % 3]}'
+      for split in ('train', 'val') for name in ('cat', 'dog')
+      for number in range(6)
+  ]
+  csv = tmp_path / 'mine.csv'
+  csv.write_text('\n'.join(['path,label', *lines]), encoding='utf-8-sig')
+  found = evaluate('knn', run, tmp_path / 'o', **{'data.labels': str(csv)})
+  assert (found['classes'], found['test_images']) == (3, 12)
+  assert evaluate('knn', run, tmp_path / 'p')['classes'] == 2
+  with pytest.raises(UserError, match='nowhere.csv'):
+    evaluate('knn', run, tmp_path / 'q', **{'data.labels': '/nowhere.csv'})
+
+
 def test_an_encoder_that_is_none_is_named(run, tmp_path):
   with pytest.raises(UserError, match="encoder='teacher'.*query.*random"):
     evaluate('knn', run, tmp_path / 'o', encoder='teacher')
