@@ -12,6 +12,7 @@ import tiny
 
 from mocov3_jax.base.errors import UserError
 from mocov3_jax.data import catalog, pipeline, sources
+from mocov3_jax.data import decode as decode_lib
 from mocov3_jax.data.decode import Unreadable
 from mocov3_jax.data.workers import Workers
 from mocov3_jax.method import augment
@@ -232,3 +233,19 @@ def test_the_next_image_is_held_out_in_place_of_the_last_of_its_class():
       numbered(12), np.arange(12), np.arange(12, dtype=np.int32)
   )
   assert len(rest) == 12 and len(held) == 0
+
+
+def test_a_jpeg_of_another_size_than_its_header_says_so(monkeypatch):
+  class OneJpeg:
+    shape = None
+
+    def read(self, index):
+      file = io.BytesIO()
+      Image.new('RGB', (40, 30)).save(file, 'JPEG')
+      return file.getvalue()
+
+  decode = decode_lib.Encoded.pixels
+  monkeypatch.setattr(
+      decode_lib.Encoded, 'pixels', lambda self, shrink=1: decode(self, shrink)[1:]
+  )
+  assert 'decodes to (29, 40) pixels' in pipeline.why_unreadable(OneJpeg(), 0)

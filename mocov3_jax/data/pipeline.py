@@ -27,6 +27,8 @@ CROPS, REPLACEMENTS, RECOLOURS = 1, 2, 3
 RECOLOUR_WORDS = 32
 # Other examples tried in place of an unreadable one.
 TRIES = 50
+# Shape of the crop by which an image is read again, to say what is wrong.
+REREAD = 224, 224, 3
 
 
 class Batch(NamedTuple):
@@ -217,12 +219,10 @@ def read_crops(
 
 def why_unreadable(source: Source, index: int) -> str:
   """Returns what is wrong with an image that could not be read, on one line."""
+  boxes = lambda height, width: [crops.centre_box(height, width)]
+  out = np.empty(source.shape or (1, *REREAD), np.uint8)
   try:
-    data = source.read(index)
-    if source.shape:
-      pixels(source, data)
-    else:
-      Encoded(data).pixels()
+    read_crops(source, index, boxes, out)
   except Unreadable as e:
     return ' '.join(str(e).split())
   return 'could not be read then, can be now'
