@@ -214,16 +214,29 @@ def test_a_run_whose_test_images_break_saves_before_it_ends(
   assert result['step'] == 4
 
 
-def test_where_no_image_is_left_there_is_no_file(run, all_broken, tmp_path):
-  with pytest.raises(UserError, match='none of 32 images could be read'):
-    extract.extract(str(run), '', str(tmp_path / 'f.npz'), batch_size=16)
+def refuse_to_show(checkpoint, folder, extracted, drawn):
+  """Checks that nothing is written, and the messages of extract and visualize.
+
+  Args:
+    checkpoint: of a run.
+    folder: empty, and so it stays.
+    extracted, drawn: patterns of the messages.
+  """
+  with pytest.raises(UserError, match=extracted):
+    extract.extract(str(checkpoint), '', str(folder / 'f.npz'), batch_size=16)
   options = showing.Options(
-      str(run), str(tmp_path / 'p.png'), images=4, batch_size=16
+      str(checkpoint), str(folder / 'p.png'), images=4, batch_size=16
   )
   for picture in PICTURES:
-    with pytest.raises(UserError, match='could be read'):
+    with pytest.raises(UserError, match=drawn):
       picture(options)
-  assert not any(tmp_path.iterdir())
+  assert not any(folder.iterdir())
+
+
+def test_where_no_image_is_left_there_is_no_file(run, all_broken, tmp_path):
+  refuse_to_show(
+      run, tmp_path, 'none of 32 images could be read', 'could be read'
+  )
 
 
 def test_extract_names_what_it_leaves_out(run, one_broken, tmp_path, capsys):
@@ -308,17 +321,7 @@ def test_nothing_is_drawn_or_extracted_of_what_is_not_finite(
     with_nan, overflowing, tmp_path
 ):
   for checkpoint in with_nan, overflowing:
-    with pytest.raises(UserError, match='holds values|are not finite'):
-      extract.extract(
-          str(checkpoint), '', str(tmp_path / 'f.npz'), batch_size=16
-      )
-    options = showing.Options(
-        str(checkpoint), str(tmp_path / 'p.png'), images=4, batch_size=16
-    )
-    for picture in PICTURES:
-      with pytest.raises(UserError, match='holds values|are not finite'):
-        picture(options)
-  assert not any(tmp_path.iterdir())
+    refuse_to_show(checkpoint, tmp_path, *['holds values|are not finite'] * 2)
 
 
 def test_a_monitor_without_labels_does_not_take_what_is_not_finite(

@@ -54,7 +54,6 @@ class Opened:
         self.workers, method, log,
     )
 
-
   def variables(
       self, encoder: str, parts: tuple[str, ...] = ('backbone',)
   ) -> tuple[PyTree, PyTree]:

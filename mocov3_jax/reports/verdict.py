@@ -85,24 +85,21 @@ def _without_labels(report: Report) -> str:
   ]
   if not runs:
     return ''
-  learned = [
-      (run, row) for run, row in runs
-      if not stability.is_stuck(row) and not row['collapsed']
+  not_learned = [
+      run for run, row in runs
+      if stability.is_stuck(row) or row['collapsed']
   ]
   if len(report.runs) > 1:
-    others = [run for run, _ in runs if run not in [r for r, _ in learned]]
-    text = (
-        f'Without labels, {len(learned)} of {len(runs)} have learned to tell '
-        'images apart'
+    but = f'; not {_names(not_learned)}' if not_learned else ''
+    return (
+        f'Without labels, {len(runs) - len(not_learned)} of {len(runs)} have '
+        f'learned to tell images apart{but}.'
     )
-    return f'{text}; not {_names(others)}.' if others else f'{text}.'
   (run, row), = runs
-  loss = f'the loss is {row[data.LOSS]:.3g}, at chance {row[data.CHANCE]:.3g}'
   found = [
-      f'There are no labels. The network has learned to tell images apart: '
-      f'{loss}' if learned else
-      f'There are no labels. The network has not learned to tell images apart: '
-      f'{loss}'
+      f'There are no labels. The network has {"not " if not_learned else ""}'
+      f'learned to tell images apart: the loss is {row[data.LOSS]:.3g}, at '
+      f'chance {row[data.CHANCE]:.3g}'
   ]
   if data.CONTRAST in row:
     guess = 1 / run.record.config['batch_size']

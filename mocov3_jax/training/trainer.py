@@ -147,23 +147,28 @@ class Trainer:
           values = {}
           for evaluator in self.evaluators:
             if saves(step) or evaluator.is_due(step):
-              try:
-                values |= evaluator.measure(state)
-              except NonFiniteFeatures as e:
-                if not log.last_step:
-                  raise  # The state was broken before this start.
-                raise loop.NonFinite(step, log.last_step) from e
-              except UserError:  # Such as files that can no longer be read.
-                if step:
-                  checkpoints.save(step, state, {})
-                  checkpoints.wait()
-                raise
-              finally:
-                if processes.is_primary():
-                  unreadable.add(evaluator.unreadable)
+              values |= measured(evaluator, step, state)
           log.evaluation(step, values)
           if step and saves(step):
             save_now(step, state, values)
+
+      def measured(
+          evaluator: Evaluator, step: int, state: State
+      ) -> dict[str, float]:
+        try:
+          return evaluator.measure(state)
+        except NonFiniteFeatures as e:
+          if not log.last_step:
+            raise  # The state was broken before this start.
+          raise loop.NonFinite(step, log.last_step) from e
+        except UserError:  # Such as files that can no longer be read.
+          if step:
+            save_now(step, state)
+            checkpoints.wait()
+          raise
+        finally:
+          if processes.is_primary():
+            unreadable.add(evaluator.unreadable)
 
       def save_now(
           step: int, state: State, values: dict[str, float] | None = None
