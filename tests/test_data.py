@@ -246,6 +246,7 @@ def test_a_jpeg_of_another_size_than_its_header_says_so(monkeypatch):
 
   decode = decode_lib.Encoded.pixels
   monkeypatch.setattr(
-      decode_lib.Encoded, 'pixels', lambda self, shrink=1: decode(self, shrink)[1:]
+      decode_lib.Encoded, 'pixels',
+      lambda self, shrink=1: decode(self, shrink)[1:],
   )
   assert 'decodes to (29, 40) pixels' in pipeline.why_unreadable(OneJpeg(), 0)
