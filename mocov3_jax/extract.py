@@ -1,14 +1,17 @@
 """Features of images: python -m mocov3_jax.extract --checkpoint=DIR \\
     --source=folder:PATH --out=FILE.npz
 
-DIR is the workdir of a run (its newest checkpoint) or one of its folders
-checkpoints/<step>. FILE.npz holds, for each image that could be read,
+DIR is the workdir of a run (its newest checkpoint), one of its folders
+checkpoints/<step>, or the workdir of a linear probe or a fine-tuning. FILE.npz
+holds, for each image that could be read,
   features   float32 [N, D], the backbone's output (before the heads)
   names      [N], paths below the folder, or split and number
   labels     int32 [N], places in `classes`; -1 where there is none
   classes    [C], their names
   splits     [N], 'train' or 'test', as `train` would split the source
-The last line on stdout is one JSON object.
+With --predict=FILE.csv, a network that has a classifier says what the images
+show: a row for each, with its label where there is one, and the five likeliest
+classes with their probabilities. The last line on stdout is one JSON object.
 """
 
 from mocov3_jax.config import command_line
@@ -23,7 +26,10 @@ def define(flags: command_line.Flags) -> command_line.Action:
   source = flags.string(
       'source', '', 'As data.source of a recipe; default: the run\'s own.'
   )
-  out = flags.string('out', None, 'The .npz file.', required=True)
+  out = flags.string('out', '', 'The .npz file of features.')
+  predict = flags.string(
+      'predict', '', 'The .csv file of classes, of a network with a classifier.'
+  )
   layer = flags.string('layer', 'backbone', 'backbone or projector.')
   encoder = flags.string('encoder', 'query', 'query, momentum or random.')
   labels = flags.string(
@@ -35,9 +41,9 @@ def define(flags: command_line.Flags) -> command_line.Action:
       'threads', 0, 'Threads that read images; 0 = one per core.'
   )
   return lambda: extract(
-      checkpoint.value, source.value, out.value, layer=layer.value,
-      encoder=encoder.value, labels=labels.value, batch_size=batch_size.value,
-      threads=threads.value,
+      checkpoint.value, source.value, out.value, predict=predict.value,
+      layer=layer.value, encoder=encoder.value, labels=labels.value,
+      batch_size=batch_size.value, threads=threads.value,
   )
 
 

@@ -1,5 +1,6 @@
 """Evaluations as commands: results, resumption, what is refused."""
 
+import csv
 import json
 import shutil
 import signal
@@ -11,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from safetensors.numpy import load_file
 from scipy import stats
 import tiny
 
@@ -98,6 +100,74 @@ def test_a_probe_reports_every_rate_last_and_best(run, tmp_path):
     assert its == {'last': trained[-1], 'best': max(trained)}
   assert found['linear/top1'] == max(r['last'] for r in by_rate.values())
   assert len(found['backbone_sha256']) == 64
+
+
+@pytest.mark.parametrize('arguments', [
+    [LINEAR, '--config.linear.batch_norm=True'],
+    [FINETUNE, '--config.batch_size=96', '--config.finetune.ema=0.9'],
+], ids=['linear', 'finetune'])
+def test_a_network_that_was_trained_is_used_like_any_other(
+    run, tmp_path, arguments
+):
+  out = tmp_path / 'o'
+  config, *rest = arguments
+  found = result(run, out, config, *SHORT, *rest)
+
+  def call(command, *arguments):
+    code, text, err = tiny.call(command, *arguments)
+    assert code == 0, err
+    return json.loads(text.splitlines()[-1])
+
+  # What it says of the test images is what it was tested on.
+  table, arrays = tmp_path / 'p.csv', tmp_path / 'f.npz'
+  said = call(
+      'extract', f'--checkpoint={out}', f'--predict={table}', f'--out={arrays}'
+  )
+  with table.open() as file:
+    rows = list(csv.DictReader(file))
+  assert len(rows) == said['labelled']
+  tested = np.load(arrays)['splits'] == 'test'
+  assert tested.sum() == found['test_images']
+  right = np.array([row['class'] == row['label'] for row in rows])
+  assert right[tested].mean() == found[f'{found["protocol"]}/top1']
+  assert 0 < float(rows[0]['probability_2']) <= float(rows[0]['probability'])
+  # As a file it is a backbone with timm's classifier, which says the same.
+  file = tmp_path / 'w.safetensors'
+  call('convert', f'--from={out}', f'--to={file}')
+  weights = load_file(file)
+  features = np.load(arrays)['features']
+  logits = features @ weights['head.weight'].T + weights['head.bias']
+  classes = np.load(arrays)['classes']
+  assert [row['class'] for row in rows] == classes[logits.argmax(1)].tolist()
+  # Its features can be evaluated; a checkpoint of the training cannot.
+  call(
+      'evaluate', '--config=configs/eval_knn.py',
+      f'--config.checkpoint={out}', f'--workdir={tmp_path / "knn"}',
+  )
+  step = out / 'checkpoints' / str(found['step'])
+  code, _, err = evaluate(step, tmp_path / 'no', '--config=configs/eval_knn.py')
+  assert code == 2 and 'is the workdir of an evaluation' in err
+
+
+def test_a_training_that_was_not_finished_says_what_to_do(run, tmp_path):
+  result(run, tmp_path / 'o', LINEAR, *SHORT)
+  shutil.rmtree(tmp_path / 'o' / 'network')
+  flags = [f'--checkpoint={tmp_path / "o"}', f'--predict={tmp_path / "p.csv"}']
+  code, _, err = tiny.call('extract', *flags)
+  assert code == 2 and 'Try the same evaluate command once more' in err
+  result(run, tmp_path / 'o', LINEAR, *SHORT)
+  assert tiny.call('extract', *flags)[0] == 0
+
+
+@pytest.mark.parametrize('flags, words', [
+    ([], 'nothing to write'),
+    (['--predict=p.csv'], 'has no classifier'),
+    (['--predict=p.txt'], 'does not end with .csv'),
+    (['--predict=p.csv', '--encoder=momentum'], 'without the two'),
+])
+def test_predictions_that_cannot_be_are_refused(run, flags, words):
+  code, _, err = tiny.call('extract', f'--checkpoint={run}', *flags)
+  assert code == 2 and words in err
 
 
 @pytest.mark.slow

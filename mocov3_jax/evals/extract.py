@@ -1,34 +1,41 @@
-"""Features of the images of a source, in a file."""
+"""Features of the images of a source, and what a classifier says of them."""
 
+import csv
+import io
 from typing import Any
 
 import jax
 import numpy as np
 
 from mocov3_jax.base import files
-from mocov3_jax.base.errors import unknown
+from mocov3_jax.base.errors import UserError, unknown
 from mocov3_jax.data import sources
 from mocov3_jax.evals import features
 from mocov3_jax.evals.opened import check_flags, open_checkpoint
+from mocov3_jax.runs import network
 
 # What a layer needs of the network, and the method that computes it.
 LAYERS = {
     'backbone': (('backbone',), 'features'),
     'projector': (('backbone', 'projector'), 'project'),
 }
+# Classes that are written of an image, the likeliest first.
+GUESSES = 5
 
 
 def extract(
-    checkpoint: str, source: str, out: str, *, layer: str = 'backbone',
-    encoder: str = 'query', labels: str = '', batch_size: int = 256,
-    threads: int = 0,
+    checkpoint: str, source: str, out: str, *, predict: str = '',
+    layer: str = 'backbone', encoder: str = 'query', labels: str = '',
+    batch_size: int = 256, threads: int = 0,
 ) -> dict[str, Any]:
-  """Writes the features of all images of a source.
+  """Writes the features of all images of a source, their classes, or both.
 
   Args:
     checkpoint: a workdir or one checkpoints/<step>.
     source: as `config.data.source`; '' = what the run was trained on.
-    out: the .npz file; must not exist.
+    out: the .npz file; must not exist. '' = none.
+    predict: the .csv file of classes and probabilities, for a checkpoint with
+      a classifier; must not exist. '' = none.
     layer: 'backbone' or 'projector'.
     encoder: 'query', 'momentum' or 'random'.
     labels: as `config.data.labels`; '' = those of the run, or 'auto' of another
@@ -45,11 +52,25 @@ def extract(
   if layer not in LAYERS:
     raise unknown('--layer', layer, LAYERS)
   check_flags(encoder, batch_size, threads)
-  path = files.new_output(out, '.npz')
+  if not out and not predict:
+    raise UserError(
+        'nothing to write. Use --out=FILE.npz for features, --predict=FILE.csv '
+        'for classes, or both.'
+    )
+  if predict and (layer, encoder) != ('backbone', 'query'):
+    raise UserError(
+        f'--predict with --layer={layer} --encoder={encoder}: the classifier '
+        'is on top of the backbone that was trained with it. Use --predict '
+        'without the two.'
+    )
+  path = files.new_output(out, '.npz') if out else None
+  csv_path = files.new_output(predict, '.csv', '--predict') if predict else None
   opened = open_checkpoint(
       checkpoint, source, labels, threads
   )
   run, splits = opened.run, opened.splits
+  if csv_path:
+    classifier, classes = network.restore_classifier(run, opened.mesh)
   parts, method = LAYERS[layer]
   params, batch_stats = opened.variables(encoder, parts)
   forward = opened.extractor(batch_size, method)
@@ -58,11 +79,20 @@ def extract(
     if images is not None:
       rows.append(_rows(forward, params, batch_stats, split, images))
   table = {key: np.concatenate([r[key] for r in rows]) for key in rows[0]}
-  with files.open_whole(path, '--out', parents=True) as file:
-    np.savez(file, **table, classes=np.array(splits.train.classes, np.str_))
+  found = {}
+  if path:
+    with files.open_whole(path, '--out', parents=True) as file:
+      np.savez(file, **table, classes=np.array(splits.train.classes, np.str_))
+    found['out'] = str(path)
+  if csv_path:
+    chances = probabilities(table['features'], jax.device_get(classifier))
+    text, accuracy = predictions(table, splits.train.classes, chances, classes)
+    with files.open_whole(csv_path, '--predict', parents=True) as file:
+      file.write(text.encode())
+    found |= {'predict': str(csv_path)} | accuracy
   total = len(splits.train) + (len(splits.test) if splits.test else 0)
-  return {
-      'out': str(path), 'checkpoint': str(run.folder), 'step': run.step,
+  return found | {
+      'checkpoint': str(run.folder), 'step': run.step,
       'layer': layer, 'encoder': encoder, 'images': len(table['names']),
       'dim': table['features'].shape[1],
       'unreadable': total - len(table['names']),
@@ -82,3 +112,63 @@ def _rows(
   }
 
 
+def probabilities(
+    values: np.ndarray, classifier: dict[str, np.ndarray]
+) -> np.ndarray:
+  """Maps features [N, D] to the probabilities of the classes, [N, C] float32.
+
+  Raises:
+    UserError: if the classifier is for features of another width.
+  """
+  kernel, bias = classifier['kernel'], classifier['bias']
+  if kernel.shape != (values.shape[1], len(bias)):
+    raise UserError(
+        f'the classifier maps {kernel.shape[0]} features to {len(bias)} '
+        f'classes with a kernel of shape {kernel.shape}, and the backbone has '
+        f'{values.shape[1]} features.'
+    )
+  logits = values @ kernel + bias
+  logits -= logits.max(axis=1, keepdims=True)
+  return np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
+
+
+def predictions(
+    table: dict[str, np.ndarray], label_names: tuple[str, ...],
+    chances: np.ndarray, classes: list[str],
+) -> tuple[str, dict[str, Any]]:
+  """Returns a table of the likeliest classes of each image, as CSV.
+
+  Args:
+    table: 'names' and 'labels' of the images.
+    label_names: of the labels.
+    chances: [N, C], probabilities of the classifier's classes.
+    classes: their names; empty = not known, then they are numbers.
+
+  Returns:
+    The text; and, where the names of labels and classes are known and some of
+    them the same, the accuracy on those images.
+  """
+  count = min(GUESSES, chances.shape[1])
+  names = np.array(classes or [str(c) for c in range(chances.shape[1])])
+  order = np.argsort(-chances, axis=1, kind='stable')[:, :count]
+  guesses = names[order]
+  labels = np.array([*label_names, ''])[table['labels']]  # -1: the last one.
+  text = io.StringIO()
+  writer = csv.writer(text, lineterminator='\n')
+  numbered = [f'_{n}' if n > 1 else '' for n in range(1, count + 1)]
+  writer.writerow(['name', 'label', *(
+      f'{column}{n}' for n in numbered for column in ('class', 'probability')
+  )])
+  for row, name in enumerate(table['names']):
+    chosen = chances[row, order[row]]
+    writer.writerow([name, labels[row], *(
+        cell for guess, chance in zip(guesses[row], chosen, strict=True)
+        for cell in (guess, f'{chance:.6f}')
+    )])
+  known = np.isin(labels, classes)
+  if not known.any():
+    return text.getvalue(), {}
+  right = guesses[known, 0] == labels[known]
+  return text.getvalue(), {
+      'labelled': int(known.sum()), 'top1': float(right.mean()),
+  }

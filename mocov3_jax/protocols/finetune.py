@@ -27,6 +27,7 @@ from mocov3_jax.protocols.supervised_step import (
 )
 from mocov3_jax.protocols.trained import (
   after_training,
+  leave_network,
   make_plan,
   make_trainer,
 )
@@ -62,12 +63,24 @@ def finetune(setup: Setup, path: str) -> dict[str, Any]:
 
   fill = tuple(round(255 * m) for m in setup.run.config.data.mean)
   magnitude = config.finetune.rand_augment
+
+  def finish(results, workdir, state):
+    _summarise(results, workdir)
+    trained = tested(state)
+    backbone = {
+        name: {'backbone': tree['backbone']}
+        for name, tree in trained.items() if tree
+    }
+    leave_network(
+        setup, workdir, results['step'], backbone, trained['params']['head']
+    )
+
   return make_trainer(
       setup, config.finetune.lr_per_256, _tester(setup, model),
       RandAugment(magnitude, fill=fill) if magnitude else None,
       init=init, step=step, constants=(setup.variables,),
       advice='a lower finetune.lr_per_256, a longer schedule.warmup_epochs',
-  ).run(path, finish=_summarise)
+  ).run(path, finish)
 
 
 def build_model(setup: Setup) -> Classifier:
@@ -199,6 +212,13 @@ def init_state(
   )
 
 
+def tested(state: SupervisedState) -> PyTree:
+  """Returns 'params' and 'batch_stats' as they are tested: averaged, if so."""
+  return state.average or {
+      'params': state.params, 'batch_stats': state.batch_stats
+  }
+
+
 def _tester(setup: Setup, model: Classifier):
   """Returns state -> accuracy on the test images."""
   config = setup.config
@@ -209,9 +229,7 @@ def _tester(setup: Setup, model: Classifier):
   source, labels = sources.labelled(setup.splits.test)
 
   def evaluate(state):
-    v = state.average or {
-        'params': state.params, 'batch_stats': state.batch_stats
-    }
+    v = tested(state)
     logits, read = extract(v['params'], v['batch_stats'], source)
     found = np.argmax(jax.device_get(logits), axis=1)
     return {

@@ -17,6 +17,7 @@ from mocov3_jax.protocols import setup as setup_lib
 from mocov3_jax.protocols.setup import Setup
 from mocov3_jax.protocols.trained import (
   after_training,
+  leave_network,
   make_plan,
   make_trainer,
 )
@@ -66,11 +67,18 @@ def probe(setup: Setup, path: str) -> dict[str, Any]:
       setup, 1.0, _tester(setup, parts), init=init, step=step,
       constants=(setup.variables,), advice='lower linear.lr_per_256',
   )
-  results = trainer.run(
-      path, finish=lambda results, workdir: results.update(
-          accuracies(rates, workdir)
-      ),
-  )
+
+  def finish(results, workdir, state):
+    results |= accuracies(rates, workdir)
+    best = [f'{rate:g}' for rate in rates].index(
+        f'{results["linear/lr_per_256"]:g}'
+    )
+    leave_network(
+        setup, workdir, results['step'], setup.variables,
+        linear_step.classifier(parts, state, best),
+    )
+
+  results = trainer.run(path, finish)
   before = trainer.fingerprint['backbone_sha256']
   if setup_lib.digest(setup.variables) != before:
     raise RuntimeError('the probe changed the backbone')

@@ -160,6 +160,30 @@ def probe_step(
   }
 
 
+def classifier(
+    probe: Probe, state: ProbeState, head: int
+) -> dict[str, jax.Array]:
+  """Returns one head as a linear layer on the features themselves.
+
+  The BatchNorm before it, if there is one, becomes part of it: an affine map
+  as well, once it is trained.
+
+  Args:
+    probe: the parts.
+    state: of the training.
+    head: which one.
+
+  Returns:
+    'kernel' [D, C] and 'bias' [C], float32.
+  """
+  kernel, bias = (state.params[name][head] for name in ('kernel', 'bias'))
+  if probe.norm is not None:
+    scale = jax.lax.rsqrt(state.batch_stats['var'] + probe.norm.epsilon)
+    bias = bias - (state.batch_stats['mean'] * scale) @ kernel
+    kernel = kernel * scale[:, None]
+  return {'kernel': kernel, 'bias': bias}
+
+
 def predict(
     probe: Probe, state: ProbeState, features: jax.Array
 ) -> jax.Array:

@@ -3,6 +3,8 @@
 from collections.abc import Callable
 from typing import Any
 
+from etils import epath
+
 from mocov3_jax.base.errors import UserError
 from mocov3_jax.config import evaluation
 from mocov3_jax.config import training as config_lib
@@ -10,7 +12,8 @@ from mocov3_jax.data import pipeline
 from mocov3_jax.data.workers import Workers
 from mocov3_jax.evals.evaluator import Evaluator, State, Values
 from mocov3_jax.parallel import sharding
-from mocov3_jax.protocols.setup import Setup, fingerprint
+from mocov3_jax.protocols.setup import PyTree, Setup, fingerprint
+from mocov3_jax.runs import network
 from mocov3_jax.training.trainer import Trainer
 
 
@@ -66,6 +69,35 @@ def make_plan(setup: Setup, lr_per_256: float) -> config_lib.Plan:
         f'most {count}.'
     )
   return config_lib.plan(config, count, lr_per_256)
+
+
+def leave_network(
+    setup: Setup, workdir: epath.Path, step: int, backbone: PyTree,
+    classifier: dict[str, Any],
+) -> None:
+  """Writes the backbone and its classifier as a checkpoint, to be used.
+
+  It lies in the workdir of the evaluation; see `network.locate`.
+
+  Args:
+    setup: of the evaluation.
+    workdir: of the evaluation.
+    step: updates done.
+    backbone: 'params' and 'batch_stats', {'backbone': ...} of each.
+    classifier: 'kernel' [D, C] and 'bias' [C], on its features.
+  """
+  config = setup.run.config.copy_and_resolve_references().unlock()
+  data = setup.config.data
+  if data.source:  # Else the images are those of the run.
+    config.data.source = data.source
+  if data.source or data.labels != 'auto':
+    config.data.labels = data.labels
+  tree = {name: part for name, part in backbone.items() if part}
+  tree['params'] = tree['params'] | {'classifier': classifier}
+  network.write(
+      str(workdir / network.NETWORK), config, step, tree,
+      setup.splits.train.classes,
+  )
 
 
 def after_training(rows: list[dict[str, Any]], name: str) -> list[float]:

@@ -6,6 +6,7 @@ import textwrap
 from typing import Any
 
 from etils import epath
+from flax.traverse_util import flatten_dict
 import jax
 from jax.experimental import multihost_utils
 import numpy as np
@@ -246,9 +247,19 @@ def held(folder: epath.Path) -> set[tuple[str, str]]:
   Raises:
     UserError: if it cannot be read.
   """
+  return {path[:2] for path in shapes(folder) if len(path) > 1}
+
+
+def shapes(folder: epath.Path) -> dict[tuple[str, ...], tuple[int, ...]]:
+  """Returns the shape of each array of a checkpoint, by its path.
+
+  Raises:
+    UserError: if it cannot be read.
+  """
   return {
-      (field, part) for field, parts in _metadata(folder).items()
-      if isinstance(parts, dict) for part in parts
+      path: tuple(leaf.shape)
+      for path, leaf in flatten_dict(_metadata(folder)).items()
+      if hasattr(leaf, 'shape') and leaf.shape is not None
   }
 
 

@@ -1,5 +1,7 @@
-"""The network of a checkpoint, for whoever wants to use it."""
+"""The network of a checkpoint: found, restored, written."""
 
+from collections.abc import Sequence
+import contextlib
 import dataclasses
 
 from etils import epath
@@ -10,7 +12,9 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from mocov3_jax import models
+from mocov3_jax.base import console, files
 from mocov3_jax.base.errors import UserError, unknown
+from mocov3_jax.config import training as config_lib
 from mocov3_jax.parallel import sharding
 from mocov3_jax.runs import checkpoints
 from mocov3_jax.runs import workdir as workdir_lib
@@ -29,6 +33,9 @@ FIELDS = {
         'params': 'target_params', 'batch_stats': 'target_batch_stats'
     },
 }
+# An evaluation that trained leaves its network in this folder of its workdir.
+NETWORK = 'network'
+CLASSES = 'classes.json'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,19 +58,63 @@ class Trained:
     return int(self.folder.name)
 
 
-def find(path: str) -> Trained:
-  """Finds a checkpoint, without reading its arrays.
+def locate(path: str) -> tuple[ConfigDict, epath.Path]:
+  """Finds a checkpoint and the config of its network.
 
   Args:
-    path: a workdir (then its newest checkpoint) or one checkpoints/<step>.
+    path: a workdir (then its newest checkpoint) or one checkpoints/<step>. For
+      the workdir of a linear probe or a fine-tuning, this is the network that
+      it left.
+
+  Returns:
+    The config, and the folder of the checkpoint.
 
   Raises:
     UserError: if there is none, or its config is not one of this version.
   """
   run, folder = checkpoints.find(path)
-  config = workdir_lib.read_training_config(run)
+  if run == files.absolute(path) and 'protocol' in workdir_lib.read_config(run):
+    left = run / NETWORK
+    if not left.exists():
+      raise UserError(
+          f'{run} is the workdir of an evaluation that has not left its '
+          f'network there ({NETWORK}/): it was stopped, or is of an earlier '
+          'version. Try the same evaluate command once more; it finishes what '
+          'is not done.'
+      )
+    run, folder = checkpoints.find(str(left))
+  return workdir_lib.read_training_config(run), folder
+
+
+def find(path: str) -> Trained:
+  """Finds a checkpoint, without reading its arrays; see `locate`."""
+  config, folder = locate(path)
   model = models.build(config.model, config.head, config.data.image_size)
   return Trained(config, folder, model)
+
+
+def write(
+    path: str, config: ConfigDict, step: int, tree: PyTree,
+    classes: Sequence[str] = (),
+) -> None:
+  """Writes a workdir with one checkpoint.
+
+  Args:
+    path: of the workdir; one that has this checkpoint is left as it is.
+    config: of the network.
+    step: updates done.
+    tree: fields of a TrainState, or all of it.
+    classes: names of the classes, if `tree` has a classifier.
+
+  Raises:
+    UserError: if it cannot be written, or holds another run.
+  """
+  with workdir_lib.claimed(path, config, config_lib.schema()) as workdir:
+    if classes:
+      files.write_json(workdir / CLASSES, {'classes': list(classes)})
+    found = checkpoints.Checkpoints(workdir, 1, 0, console.say)
+    with contextlib.closing(found):
+      found.save(step, tree, {})
 
 
 def restore(
@@ -100,21 +151,67 @@ def restore(
         'Allowed: --layer=backbone --encoder=query for the weights of a '
         'backbone alone.'
     )
-  abstract = sharding.placed(
-      unflatten_dict(shapes), sharding.replicated(mesh)
-  )
-  restored = checkpoints.restore_part(trained.folder, abstract)
-  finite = jax.device_get(jax.tree.map(_all_finite, restored))
-  for path, holds in flatten_dict(finite).items():
-    if not holds:
-      raise UserError(
-          f'{"/".join(path)} of {trained.folder} holds values that are NaN or '
-          'infinite. Allowed: weights that are finite; an earlier checkpoint.'
-      )
+  restored = _restore(trained.folder, shapes, mesh)
   batch_stats = fields['batch_stats']
   return restored[fields['params']], (
       restored[batch_stats] if batch_stats in restored else {}
   )
+
+
+def restore_classifier(
+    trained: Trained, mesh: Mesh
+) -> tuple[dict[str, jax.Array], list[str]]:
+  """Restores the linear classifier on top of the backbone's features.
+
+  Args:
+    trained: as `find` returns it.
+    mesh: to restore onto.
+
+  Returns:
+    'kernel' [D, C] and 'bias' [C], float32; and the names of the classes,
+    empty if they are not known.
+
+  Raises:
+    UserError: if the checkpoint has none, or it cannot be read.
+  """
+  parts = checkpoints.shapes(trained.folder)
+  shapes = {
+      path: jax.ShapeDtypeStruct(shape, jnp.float32)
+      for path, shape in parts.items() if path[:2] == ('params', 'classifier')
+  }
+  if not shapes:
+    raise UserError(
+        f'{trained.folder} has no classifier. Try the workdir of a linear '
+        'probe or of a fine-tuning, or what convert makes of a file that has '
+        'one.'
+    )
+  restored = _restore(trained.folder, shapes, mesh)['params']['classifier']
+  file = trained.folder.parent.parent / CLASSES
+  found = files.read_object(file)
+  classes = found['classes'] if 'classes' in found else []
+  if classes and len(classes) != len(restored['bias']):
+    raise UserError(
+        f'{file} names {len(classes)} classes, and the classifier has '
+        f'{len(restored["bias"])}.'
+    )
+  return restored, classes
+
+
+def _restore(
+    folder: epath.Path, shapes: dict[Path, jax.ShapeDtypeStruct], mesh: Mesh
+) -> PyTree:
+  abstract = sharding.placed(
+      unflatten_dict(shapes), sharding.replicated(mesh)
+  )
+  restored = checkpoints.restore_part(folder, abstract)
+  finite = jax.device_get(jax.tree.map(_all_finite, restored))
+  for path, holds in flatten_dict(finite).items():
+    if not holds:
+      raise UserError(
+          f'{"/".join(path)} of {folder} holds values that are NaN or '
+          'infinite. Allowed: weights that are finite; an earlier checkpoint.'
+      )
+  return restored
 
 
 @jax.jit

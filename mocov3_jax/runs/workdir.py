@@ -22,7 +22,7 @@ from mocov3_jax.runs import locks
 # What a command writes beside config.json, and must not write over.
 OUTPUTS = (
     'bad_images.txt', 'checkpoints', 'data.json', 'environment.json',
-    'metrics.jsonl', 'result.json', 'results.jsonl', 'tensorboard',
+    'metrics.jsonl', 'network', 'result.json', 'results.jsonl', 'tensorboard',
 )
 
 # In data.json, which version of reading images a run began with.

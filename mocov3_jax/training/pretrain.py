@@ -62,7 +62,11 @@ def pretrain(config: ConfigDict, path: str) -> dict[str, Any]:
       advice='a lower optimizer.lr_per_256, a longer schedule.warmup_epochs, '
       'model.patch_embed=frozen',
       notes=tuple(_notes(config, splits, method)),
-  ).run(path, finish=workdir_lib.write_result)
+  ).run(
+      path, lambda results, workdir, _: workdir_lib.write_result(
+          results, workdir
+      ),
+  )
 
 
 def make_step(

@@ -78,13 +78,14 @@ class Trainer:
   @processes.exit_on_lost_peer()
   def run(
       self, path: str,
-      finish: Callable[[Results, epath.Path], None] = lambda *_: None,
+      finish: Callable[[Results, epath.Path, State], None] = lambda *_: None,
   ) -> Results:
     """Trains to the end, from the newest checkpoint in `path` if there is one.
 
     Args:
       path: the workdir.
-      finish: is given the results and the workdir while that is still claimed.
+      finish: is given the results, the workdir, and the last state, while
+        the workdir is still claimed.
 
     Returns:
       The results, flat.
@@ -201,7 +202,7 @@ class Trainer:
       if done > start:
         log.compare_with_start()
       results = log.results() | {'step': done, 'workdir': str(workdir)}
-      finish(results, workdir)
+      finish(results, workdir, state)
       return results
 
   def _claim(self, path: str) -> contextlib.AbstractContextManager[epath.Path]:

@@ -1,18 +1,16 @@
 """Checkpoints of ours as `Weights`, and back."""
 
-import contextlib
 from typing import Any
 
 from flax.traverse_util import unflatten_dict
 import jax
 import numpy as np
 
-from mocov3_jax.base import console
 from mocov3_jax.config import training as config_lib
 from mocov3_jax.method.build import build_method
 from mocov3_jax.method.train_step import TrainState, abstract_state
 from mocov3_jax.runs import checkpoints as checkpoints_lib
-from mocov3_jax.runs import workdir as workdir_lib
+from mocov3_jax.runs import network
 from mocov3_jax.runs.network import Path
 from mocov3_jax.weights.state_dict import Weights
 from mocov3_jax.weights.torch_optimizer import MOMENTS
@@ -25,13 +23,12 @@ def read(path: str) -> Weights:
   """Reads all networks and moments of a checkpoint.
 
   Args:
-    path: a workdir or one checkpoints/<step>.
+    path: as `network.locate`.
 
   Raises:
     UserError: if it is none, or cannot be read.
   """
-  run, folder = checkpoints_lib.find(path)
-  config = workdir_lib.read_training_config(run)
+  config, folder = network.locate(path)
   flat = {}
   for keys, array in leaves(checkpoints_lib.restore_whole(folder)):
     if keys[0] in NETWORKS:
@@ -77,12 +74,7 @@ def write(path: str, weights: Weights) -> tuple[dict[Path, str], bool]:
   if not complete:
     written = {k for k in weights.flat if k[0] in NETWORKS}
     state = unflatten_dict({k: weights.flat[k] for k in written})
-  with workdir_lib.claimed(
-      path, weights.config, config_lib.schema()
-  ) as workdir:
-    checkpoints = checkpoints_lib.Checkpoints(workdir, 1, 0, console.say)
-    with contextlib.closing(checkpoints):
-      checkpoints.save(weights.step, state, {})
+  network.write(path, weights.config, weights.step, state)
   return {keys: '/'.join(keys) for keys in written}, complete
 
 
