@@ -3,7 +3,7 @@
 #
 #   bash launch/tpu_vm.sh COMMAND [--SETTING=VALUE ...] [-- TRAINING FLAG ...]
 #
-#   create    the slice
+#   create    the slice; waits while the zone has no capacity
 #   install   the storage, the code and its requirements, on every worker
 #   run       starts the training on every worker, and leaves it running
 #   logs      follows what it prints (Ctrl-C ends the following alone)
@@ -12,9 +12,9 @@
 #             is run again, unless the input was bad
 #   stop      has the training save and end
 #   delete    the slice; its disks go with it
-#   all       create, install, run and watch; delete, once it is complete
+#   all       create, install, run and watch; then delete, however it ended
 #
-# Needs gcloud, logged in. For instance, ViT-B/16 on a Spot slice:
+# Needs gcloud, logged in, and git. For instance, ViT-B/16 on a Spot slice:
 #
 #   bash launch/tpu_vm.sh all --spot --name=b16 --zone=us-west4-a \
 #       --accelerator=v5litepod-16 --bucket=my-bucket -- \
@@ -22,10 +22,16 @@
 #       --config.micro_batch=32
 #
 # Not yet run on a Cloud TPU. The tests hold what --dry-run prints, and what
-# `watch` does, to a stand-in for gcloud; the lines themselves are unproven.
+# `watch` and `all` do, to a stand-in for gcloud; the lines themselves are
+# unproven.
+#
+# The workers get the files that git tracks, as they lie on this disk, changes
+# included: what runs there is what you have here. A run continues exactly on
+# the code it began with, so start a long one from a checkout that you leave as
+# it is.
 #
 # Nothing is remembered between commands: give each the same settings, as
-# flags, or as environment variables of the name in capitals.
+# flags, or as environment variables of the name in capitals (SERVICE_ACCOUNT).
 #
 #  1. --name=mocov3     of the slice.
 #  2. --zone=us-west4-a --project=ID (default: gcloud's own).
@@ -33,9 +39,12 @@
 #     --version=v2-alpha-tpuv5-lite. v6e-16: v2-alpha-tpuv6e. v5p-16:
 #     v2-alpha-tpuv5. v4-16: tpu-ubuntu2204-base.
 #  4. --spot            (SPOT=1) costs less, and can be preempted at any time.
-#  5. --repo=URL --ref=NAME  what the workers check out: a branch, tag or
-#     commit. A run continues exactly on the code it began with: name a tag or
-#     commit for a long one.
+#     --reserved        (RESERVED=1) takes the chips of your reservation.
+#     --queued          (QUEUED=1) asks for the slice as a queued resource, and
+#     waits for its turn.
+#  5. --network=NAME --subnetwork=NAME --service-account=ADDRESS  of the slice.
+#     --create=FLAG     any other flag of gcloud's create, and --create again for
+#     each further one: --create=--reservation=projects/...
 #  6. --bucket=NAME or --nfs=HOST:/SHARE  is mounted at --mount=/mnt/mocov3 on
 #     every worker. The workdir has to lie there: all workers must see one
 #     folder, it must outlive the slice, and the program takes no gs:// URLs.
@@ -45,14 +54,19 @@
 #     metrics.jsonl with it. Checkpoints are complete or absent either way, if
 #     the bucket has a hierarchical namespace (its renames are atomic).
 #     --gcsfuse=3.0.0  is the version that is installed.
-#  7. --data=/mnt/mocov3/tensorflow_datasets  is TFDS_DATA_DIR, where prepared
-#     sets lie (docs/data.md).
-#  8. --poll=60         seconds between two looks of `watch`;
+#  7. --disk=projects/P/zones/Z/disks/NAME  is attached to every worker for
+#     reading, and mounted at --disk-mount=/mnt/data: images on a disk are read
+#     faster than through gcsfuse.
+#  8. --data=FOLDER     is TFDS_DATA_DIR, where prepared sets lie (docs/data.md);
+#     by default tensorflow_datasets on the disk of 7, or else in the mount of 6.
+#  9. --poll=60         seconds between two looks of `create` and `watch`;
 #     --restarts=20     how often it starts again before it gives up.
-#  9. --worker=0        whose output `logs` follows: a number, or all. The
+# 10. --keep            (KEEP=1) leaves the slice after `all`, and its costs. It
+#     is left as well when Ctrl-C ends `all`, since the training goes on.
+# 11. --worker=0        whose output `logs` follows: a number, or all. The
 #     first process speaks for the run; the others only of their errors.
-# 10. --dry-run         (DRY_RUN=1) prints the gcloud lines, and runs none.
-# 11. After --, the flags of mocov3_jax.train, the same on every worker.
+# 12. --dry-run         (DRY_RUN=1) prints the gcloud lines, and runs none.
+# 13. After --, the flags of mocov3_jax.train, the same on every worker.
 #
 # SIGTERM, which a worker's processes get when it is shut down, makes the
 # program save and end with 143. A Spot slice is given half a minute; if that
@@ -88,17 +102,24 @@ PROJECT=${PROJECT:-}
 ACCELERATOR=${ACCELERATOR:-v5litepod-16}
 VERSION=${VERSION:-v2-alpha-tpuv5-lite}
 SPOT=${SPOT:-0}
-REPO=${REPO:-https://github.com/mocov3-jax/mocov3_jax}
-REF=${REF:-main}
+RESERVED=${RESERVED:-0}
+QUEUED=${QUEUED:-0}
+NETWORK=${NETWORK:-}
+SUBNETWORK=${SUBNETWORK:-}
+SERVICE_ACCOUNT=${SERVICE_ACCOUNT:-}
 BUCKET=${BUCKET:-}
 NFS=${NFS:-}
 MOUNT=${MOUNT:-/mnt/mocov3}
 GCSFUSE=${GCSFUSE:-3.0.0}
+DISK=${DISK:-}
+DISK_MOUNT=${DISK_MOUNT:-/mnt/data}
 DATA=${DATA:-}
 POLL=${POLL:-60}
 RESTARTS=${RESTARTS:-20}
 WORKER=${WORKER:-0}
+KEEP=${KEEP:-0}
 DRY_RUN=${DRY_RUN:-0}
+more=()
 
 while (($#)); do
   value=${1#*=}
@@ -110,28 +131,39 @@ while (($#)); do
     --accelerator=*) ACCELERATOR=$value ;;
     --version=*) VERSION=$value ;;
     --spot) SPOT=1 ;;
-    --repo=*) REPO=$value ;;
-    --ref=*) REF=$value ;;
+    --reserved) RESERVED=1 ;;
+    --queued) QUEUED=1 ;;
+    --network=*) NETWORK=$value ;;
+    --subnetwork=*) SUBNETWORK=$value ;;
+    --service-account=*) SERVICE_ACCOUNT=$value ;;
+    --create=*) more+=("$value") ;;
     --bucket=*) BUCKET=$value ;;
     --nfs=*) NFS=$value ;;
     --mount=*) MOUNT=$value ;;
     --gcsfuse=*) GCSFUSE=$value ;;
+    --disk=*) DISK=$value ;;
+    --disk-mount=*) DISK_MOUNT=$value ;;
     --data=*) DATA=$value ;;
     --poll=*) POLL=$value ;;
     --restarts=*) RESTARTS=$value ;;
     --worker=*) WORKER=$value ;;
+    --keep) KEEP=1 ;;
     --dry-run) DRY_RUN=1 ;;
     *) fail "'$1'. Allowed: --name, --zone, --project, --accelerator,\
- --version, --repo, --ref, --bucket, --nfs, --mount, --gcsfuse, --data, --poll,\
- --restarts and --worker, each as --name=value; --spot, --dry-run; and, after\
- --, flags of mocov3_jax.train." ;;
+ --version, --network, --subnetwork, --service-account, --create, --bucket,\
+ --nfs, --mount, --gcsfuse, --disk, --disk-mount, --data, --poll, --restarts\
+ and --worker, each as --name=value; --spot, --reserved, --queued, --keep,\
+ --dry-run; and, after --, flags of mocov3_jax.train." ;;
   esac
   shift
 done
+if [ -n "$DISK" ]; then
+  DATA=${DATA:-$DISK_MOUNT/tensorflow_datasets}
+fi
 DATA=${DATA:-$MOUNT/tensorflow_datasets}
 flags=$(quote "$@")
 
-for setting in NAME ZONE ACCELERATOR VERSION REPO REF; do
+for setting in NAME ZONE ACCELERATOR VERSION; do
   if [ -z "${!setting}" ]; then
     fail "$setting is empty. Allowed: a value (see the head of $0)."
   fi
@@ -141,7 +173,7 @@ for setting in POLL RESTARTS; do
     fail "$setting=${!setting}. Allowed: a whole number."
   fi
 done
-for setting in SPOT DRY_RUN; do
+for setting in SPOT RESERVED QUEUED KEEP DRY_RUN; do
   if ! [[ ${!setting} =~ ^[01]$ ]]; then
     fail "$setting=${!setting}. Allowed: 0, 1."
   fi
@@ -154,6 +186,9 @@ if [[ $BUCKET == *[:/]* ]]; then
 fi
 if [ -n "$BUCKET" ] && [ -n "$NFS" ]; then
   fail "BUCKET=$BUCKET and NFS=$NFS. Allowed: one of them."
+fi
+if ((SPOT && RESERVED)); then
+  fail "--spot and --reserved. Allowed: one of them."
 fi
 case $command in
   run | watch | all)
@@ -170,9 +205,52 @@ case $command in
     fi ;;
 esac
 
+# --- The code, which goes to the workers ------------------------------------
+
+cd "$(dirname "$0")/.."
+archive=mocov3_jax.tar.gz
+case $command in
+  install | watch | all)
+    git rev-parse --is-inside-work-tree >/dev/null 2>&1 || fail "$PWD is no\
+ checkout of git, whose files the workers get. Allowed: a clone."
+    for flag in "$@"; do
+      config=${flag#--config=}
+      config=${config%%:*}
+      if [[ $flag == --config=* && -e $config ]] &&
+        ! git ls-files --error-unmatch "$config" >/dev/null 2>&1; then
+        fail "$flag: git does not track $config, so the workers do not get it.\
+ Allowed: after 'git add $config'."
+      fi
+    done
+    # Packed once: what is installed again later is the same.
+    if [ "$DRY_RUN" = 0 ]; then
+      scratch=$(mktemp -d)
+      trap 'rm -rf "$scratch"' EXIT
+      archive=$scratch/$archive
+      git ls-files -z | while IFS= read -r -d '' file; do
+        if [ -e "$file" ]; then printf '%s\0' "$file"; fi
+      done | tar --null -czf "$archive" -T -
+    fi ;;
+esac
+
 # --- What is done on the workers -------------------------------------------
 
 mounting() {
+  if [ -n "$DISK" ]; then
+    # The attached disk is the one without partitions.
+    cat <<END
+sudo mkdir -p $(quote "$DISK_MOUNT")
+if ! mountpoint -q $(quote "$DISK_MOUNT"); then
+  for device in \$(lsblk -dnpo NAME --include 8,259); do
+    if [ "\$(lsblk -no NAME "\$device" | wc -l)" = 1 ]; then
+      sudo mount -o ro,noload "\$device" $(quote "$DISK_MOUNT")
+      break
+    fi
+  done
+  mountpoint -q $(quote "$DISK_MOUNT")
+fi
+END
+  fi
   if [ -z "$BUCKET$NFS" ]; then return; fi
   cat <<END
 sudo mkdir -p $(quote "$MOUNT")
@@ -190,12 +268,15 @@ END
 END
   else
     # A checkpoint is a folder that is renamed once complete, and all workers
-    # must see at once what one has written: no caches.
-    local deb="gcsfuse_${GCSFUSE}_amd64.deb"
-    local from="https://github.com/GoogleCloudPlatform/gcsfuse/releases"
+    # must see at once what one has written: no caches. What is installed as
+    # root comes from Google's package repository, which is signed.
     cat <<END
-  curl -fsSL -o $(quote "/tmp/$deb" "$from/download/v$GCSFUSE/$deb")
-  \$apt update && \$apt install $(quote "/tmp/$deb")
+  keys=/usr/share/keyrings/cloud.google.asc
+  from=https://packages.cloud.google.com/apt
+  curl -fsSL \$from/doc/apt-key.gpg | sudo tee \$keys >/dev/null
+  echo "deb [signed-by=\$keys] \$from gcsfuse-\$(lsb_release -cs) main" |
+    sudo tee /etc/apt/sources.list.d/gcsfuse.list >/dev/null
+  \$apt update && \$apt install $(quote "gcsfuse=$GCSFUSE")
   sudo chown "\$(id -u)" $(quote "$MOUNT")
   gcsfuse --implicit-dirs --rename-dir-limit=200000 \\
     --metadata-cache-ttl-secs=0 --metadata-cache-negative-ttl-secs=0 \\
@@ -210,13 +291,12 @@ installing() {
   cat <<END
 set -eo pipefail
 $(mounting)
-[ -d mocov3_jax/.git ] || git clone -q $(quote "$REPO") mocov3_jax
-cd mocov3_jax
-git fetch -q origin $(quote "$REF")
-git checkout -q --detach FETCH_HEAD
+mkdir -p mocov3_jax && cd mocov3_jax
+rm -rf code && mkdir code
+tar -xzf ../mocov3_jax.tar.gz -C code
 PIP_BREAK_SYSTEM_PACKAGES=1 python3 -m pip install -q --user uv
 [ -x .venv/bin/python ] || python3 -m uv venv -q --seed --python=3.12 .venv
-.venv/bin/python -m pip install -q -r requirements.txt "jax[tpu]"
+.venv/bin/python -m pip install -q -r code/requirements.txt "jax[tpu]"
 END
 }
 
@@ -246,12 +326,13 @@ if [ \${#all[@]} -gt 1 ]; then
 fi
 rm -f train.code train.pid train.stopped
 export JAX_PLATFORMS=tpu,cpu TFDS_DATA_DIR=$(quote "$DATA")
-nohup setsid sh -c '"\$@" & echo \$! >train.pid
-wait \$!; echo \$? >train.code' sh \\
-  .venv/bin/python -m mocov3_jax.train \\
+cd code
+nohup setsid sh -c '"\$@" & echo \$! >../train.pid
+wait \$!; echo \$? >../train.code' sh \\
+  ../.venv/bin/python -m mocov3_jax.train \\
   $flags \$together \\
-  </dev/null >>train.log 2>&1 &
-until [ -s train.pid ]; do sleep 1; done
+  </dev/null >>../train.log 2>&1 &
+until [ -s ../train.pid ]; do sleep 1; done
 echo "started on worker \$me of \${#all[@]}"
 END
 }
@@ -290,10 +371,10 @@ END
 
 # --- What is done from here ------------------------------------------------
 
-tpu() {  # tpu VERB [ARGUMENT ...]
-  local line=(gcloud compute tpus tpu-vm "$1" "$NAME" --zone="$ZONE" --quiet)
+cloud() {  # cloud KIND VERB NAME [ARGUMENT ...]
+  local line=(gcloud compute tpus "$1" "$2" "$3" --zone="$ZONE" --quiet)
   if [ -n "$PROJECT" ]; then line+=(--project="$PROJECT"); fi
-  line+=("${@:2}")
+  line+=("${@:4}")
   if [ "$DRY_RUN" = 1 ]; then quote "${line[@]}"; else "${line[@]}"; fi
 }
 
@@ -301,17 +382,71 @@ say() {  # To stderr; in a dry run a comment between the lines.
   if [ "$DRY_RUN" = 1 ]; then echo "# $1"; else echo "$1" >&2; fi
 }
 
+tpu() { cloud tpu-vm "$1" "$NAME" "${@:2}"; }
+
+queue() { cloud queued-resources "$1" "$NAME" "${@:2}"; }
+
 on() {  # on WORKER TEXT
   tpu ssh --worker="$1" --command="$2"
 }
 
-create() {
-  local arguments=(--accelerator-type="$ACCELERATOR" --version="$VERSION")
-  if [ "$SPOT" = 1 ]; then arguments+=(--spot); fi
-  tpu create "${arguments[@]}"
+request() {
+  local arguments=(--accelerator-type="$ACCELERATOR")
+  if ((SPOT)); then arguments+=(--spot); fi
+  if ((RESERVED)); then arguments+=(--reserved); fi
+  if [ -n "$NETWORK" ]; then arguments+=(--network="$NETWORK"); fi
+  if [ -n "$SUBNETWORK" ]; then arguments+=(--subnetwork="$SUBNETWORK"); fi
+  if [ -n "$SERVICE_ACCOUNT" ]; then
+    arguments+=(--service-account="$SERVICE_ACCOUNT")
+  fi
+  if [ -n "$DISK" ]; then
+    arguments+=(--data-disk="source=$DISK,mode=read-only")
+  fi
+  arguments+=(${more[@]+"${more[@]}"})
+  if ((QUEUED)); then
+    queue create --node-id="$NAME" --runtime-version="$VERSION" \
+      "${arguments[@]}"
+  else
+    tpu create --version="$VERSION" "${arguments[@]}"
+  fi
 }
 
-install() { on all "$(installing)"; }
+create() {
+  local said
+  until said=$(request 2>&1); do
+    echo "$said" >&2
+    # Anything else, such as a quota, does not change by waiting.
+    if ! grep -qi capacity <<<"$said"; then return 1; fi
+    say "no capacity; trying again in $POLL s"
+    sleep "$POLL"
+  done
+  echo "$said"
+  if ((QUEUED)); then in_turn; fi
+}
+
+in_turn() {  # Waits until a queued slice is there.
+  local state
+  if [ "$DRY_RUN" = 1 ]; then
+    queue describe --format='value(state.state)'
+    say "until that is ACTIVE"
+    return
+  fi
+  while :; do
+    state=$(queue describe --format='value(state.state)') || state=UNKNOWN
+    say "queued: $state"
+    case $state in
+      ACTIVE) return ;;
+      FAILED | SUSPENDING | SUSPENDED) return 1 ;;
+    esac
+    sleep "$POLL"
+  done
+}
+
+install() {
+  # Not "$NAME" alone: the second word of scp is where the file goes.
+  cloud tpu-vm scp "$archive" "$NAME:mocov3_jax.tar.gz" --worker=all
+  on all "$(installing)"
+}
 
 run() { on all "$(running)"; }
 
@@ -321,7 +456,21 @@ stop() { on all "$(marking; halting)"; }
 
 halt() { on all "$(halting)"; }
 
-delete() { tpu delete; }
+delete() {
+  if ((QUEUED)); then queue delete --force; else tpu delete; fi
+}
+
+slice_state() {
+  local state=ACTIVE
+  if ((QUEUED)); then
+    state=$(queue describe --format='value(state.state)') || state=UNKNOWN
+  fi
+  case $state in
+    ACTIVE) tpu describe --format='value(state)' ;;
+    FAILED | SUSPENDING | SUSPENDED) echo PREEMPTED ;;
+    *) echo "$state" ;;
+  esac
+}
 
 start_again() {  # start_again COMMAND ...; `watch` looks after what fails.
   local each
@@ -335,8 +484,10 @@ start_again() {  # start_again COMMAND ...; `watch` looks after what fails.
 
 recreate() {
   say "deleting the slice and creating it anew"
-  delete || say "there was nothing to delete"
-  until create; do
+  while :; do
+    # A request that failed has to go before the next one, too.
+    delete || say "there was nothing to delete"
+    if create; then break; fi
     say "not created; trying again in $POLL s"
     sleep "$POLL"
   done
@@ -354,7 +505,7 @@ watch() {
   local left=$RESTARTS state code
   if [ "$DRY_RUN" = 1 ]; then
     say "every $POLL s:"
-    tpu describe --format='value(state)'
+    slice_state
     say "while READY, is it running, or what was its exit code?"
     on 0 "$(asking)"
     say "if PREEMPTED or TERMINATED:"
@@ -364,7 +515,7 @@ watch() {
     return
   fi
   while :; do
-    state=$(tpu describe --format='value(state)') || state=UNKNOWN
+    state=$(slice_state) || state=UNKNOWN
     code=running
     if [ "$state" = READY ]; then
       code=$(on 0 "$(asking)" | tail -n 1) || code=running
@@ -391,16 +542,38 @@ watch() {
 }
 
 all() {
+  # Whatever ends it, the slice is not left to cost money without a word.
+  trap 'exit 130' INT TERM HUP
+  trap 'finish $?' EXIT
   create
   install
   run
-  local code=0
-  watch || code=$?
-  if ((code)); then
-    say "the slice is still there"
-    return "$code"
+  watch
+}
+
+finish() {  # finish CODE
+  trap '' INT TERM HUP
+  trap - EXIT
+  if (($1 == 130 || KEEP)); then
+    say "the slice $NAME is still there, and costs money until it is deleted:\
+ bash launch/tpu_vm.sh delete $(again)"
+  else
+    if (($1 && !DRY_RUN)); then
+      say "exit code $1; the end of the log of worker 0:"
+      on 0 'tail -n 50 mocov3_jax/train.log' >&2 || true
+    fi
+    delete || say "the slice $NAME could not be deleted; if it is there, it\
+ costs money"
   fi
-  delete
+  rm -rf "${scratch:-}"
+  exit "$1"
+}
+
+again() {  # The settings that name the slice.
+  local words=(--name="$NAME" --zone="$ZONE")
+  if [ -n "$PROJECT" ]; then words+=(--project="$PROJECT"); fi
+  if ((QUEUED)); then words+=(--queued); fi
+  quote "${words[@]}"
 }
 
 "$command"

@@ -32,16 +32,27 @@ pop() { head -n 1 "$here/$1"; sed -i 1d "$here/$1"; }
 said=$4 text=${*: -1} worker=all
 text=${text#--command=}
 case $*/$text in
-  *ssh*git\ fetch*) said=install ;;
+  *ssh*tar\ -xzf*) said=install ;;
   *ssh*mocov3_jax.train*) said=run ;;
   *ssh*echo\ lost*) said=ask worker=0 ;;
   *ssh*KILL*) said=stop ;;
 esac
 echo "$said" >>"$here/calls"
 case $said in
-  describe) pop states ;;
-  install) ! mv "$here/broken" "$here/mended" 2>/dev/null; exit ;;
-  create | delete) ;;
+  describe) if [ "$3" = queued-resources ]; then pop turns; else pop states; fi ;;
+  scp)
+    for home in "$here"/workers/*; do cp "$5" "$home"; done 2>/dev/null
+    exit 0 ;;
+  install)
+    if mv "$here/broken" "$here/mended" 2>/dev/null; then exit 1; fi
+    for home in "$here"/workers/*; do
+      (cd "$home/mocov3_jax" && mkdir -p code &&
+        tar -xzf ../mocov3_jax.tar.gz -C code)
+    done 2>/dev/null
+    exit 0 ;;
+  create)
+    if [ -s "$here/refusals" ]; then pop refusals; exit 1; fi ;;
+  delete) ;;
   ask) if [ -e "$here/answers" ]; then pop answers; exit; fi ;;&
   *)
     for home in "$here"/workers/*; do
@@ -79,6 +90,14 @@ def script(path, text):
   path.chmod(0o755)
 
 
+def python(path):
+  """This interpreter, under another name."""
+  script(
+      path,
+      f'#!/bin/sh\nJAX_PLATFORMS=cpu exec {shlex.quote(sys.executable)} "$@"\n',
+  )
+
+
 def bash(name, *arguments, path=None, root=tiny.ROOT, **env):
   """Starts a script of launch/, with the folder `path` first in PATH."""
   env = os.environ | {'DRY_RUN': '0'} | env
@@ -102,10 +121,7 @@ def copy(folder):
   for source in [*map(tiny.ROOT.joinpath, names),
                  *tiny.ROOT.glob('requirements*.txt')]:
     (folder / source.name).symlink_to(source)
-  script(
-      folder / '.venv/bin/python',
-      f'#!/bin/sh\nJAX_PLATFORMS=cpu exec {shlex.quote(sys.executable)} "$@"\n',
-  )
+  python(folder / '.venv/bin/python')
   total = subprocess.run(
       'cat requirements*.txt | cksum', shell=True, cwd=folder, text=True,
       capture_output=True, check=True,
@@ -140,6 +156,8 @@ BAD = [
     ('tpu_vm.sh', ['creat'], ['creat', 'create, install, run']),
     ('tpu_vm.sh', ['create', '--zoen=a'], ['--zoen=a', '--zone']),
     ('tpu_vm.sh', ['create', '--name='], ['NAME is empty']),
+    ('tpu_vm.sh', ['create', '--spot', '--reserved'], ['one of them']),
+    ('tpu_vm.sh', ['install', '--repo=x'], ['--repo=x', '--create']),
     ('tpu_vm.sh', ['run', '--', '--config=a'], ['--config=a', '--workdir']),
     ('tpu_vm.sh', ['watch', '--', *TRAIN], ['watch', '--bucket', '--nfs']),
     ('tpu_vm.sh', ['logs', '--worker=x'], ['WORKER=x', 'all']),
@@ -184,8 +202,9 @@ def test_a_dry_run_on_a_tpu_prints_lines_of_shell(forbidden, command):
   lines = shlex.split(out, comments=True)
   verbs = {
       'create': {'create'}, 'delete': {'delete'},
-      'watch': {'describe', 'ssh', 'delete', 'create'},
-      'all': {'create', 'ssh', 'describe', 'delete'},
+      'install': {'scp', 'ssh'},
+      'watch': {'describe', 'scp', 'ssh', 'delete', 'create'},
+      'all': {'create', 'scp', 'ssh', 'describe', 'delete'},
   }
   found = {
       lines[i + 4] for i, word in enumerate(lines) if word == 'gcloud'
@@ -207,13 +226,13 @@ WATCHED = {
     'bad input': (['READY'], ['2'], 2, 'ask'),
     'stopped': (['READY'], ['stopped'], 143, 'ask'),
     'preempted': (
-        ['PREEMPTED', 'READY'], ['0'], 0, 'delete create install run ask'
+        ['PREEMPTED', 'READY'], ['0'], 0, 'delete create scp install run ask'
     ),
-    'broken': (['READY'] * 2, ['1', '0'], 0, 'ask stop install run ask'),
+    'broken': (['READY'] * 2, ['1', '0'], 0, 'ask stop scp install run ask'),
     'in repair': (['REPAIRING', 'READY'], ['0'], 0, 'ask'),
     'always broken': (
         ['READY'] * 3, ['1'] * 3, 1,
-        'ask stop install run ask stop install run ask',
+        'ask stop scp install run ask stop scp install run ask',
     ),
 }
 
@@ -241,6 +260,7 @@ def worker(folder, code):
   (folder / 'states').write_text('READY\n' * 9)
   home = folder / 'workers/0/mocov3_jax'
   script(home / '.venv/bin/python', '#!/bin/sh\n')
+  (home / 'code').mkdir()
   (home / 'train.code').write_text(f'{code}\n')
   return home
 
@@ -271,6 +291,69 @@ def test_a_stop_by_the_user_ends_the_watch(tmp_path):
   assert (home / 'train.stopped').exists()
 
 
+NO_CAPACITY = 'There is no more capacity in the zone'
+# How `all` ends: what gcloud says, and what is done to it.
+ALL = {
+    'complete': ([], '0', [], 0, 'create scp install run ask delete'),
+    'no capacity at first': (
+        [NO_CAPACITY] * 2, '0', [], 0,
+        'create create create scp install run ask delete',
+    ),
+    'no quota': (['Quota limit has been exceeded'], '0', [], 1,
+                 'create ssh delete'),
+    'bad input': ([], '2', [], 2, 'create scp install run ask ssh delete'),
+    'bad input, kept': ([], '2', ['--keep'], 2, 'create scp install run ask'),
+}
+
+
+@pytest.mark.parametrize('case', ALL)
+def test_no_slice_is_left_to_cost_money_without_a_word(tmp_path, case):
+  refusals, answer, flags, expected, calls = ALL[case]
+  script(tmp_path / 'gcloud', GCLOUD)
+  (tmp_path / 'states').write_text('READY\n')
+  (tmp_path / 'answers').write_text(f'{answer}\n')
+  (tmp_path / 'refusals').write_text(''.join(f'{r}\n' for r in refusals))
+  code, _, err = outcome(
+      'tpu_vm.sh', 'all', '--poll=0', '--nfs=h:/s', *flags, '--', *TRAIN,
+      path=tmp_path,
+  )
+  assert code == expected, err
+  made = (tmp_path / 'calls').read_text().split()
+  assert [call for call in made if call != 'describe'] == calls.split()
+  assert ('costs money' in err) == ('--keep' in flags)
+  assert all(refusal in err for refusal in refusals)
+
+
+def test_a_queued_slice_is_waited_for_and_asked_for_again(tmp_path):
+  script(tmp_path / 'gcloud', GCLOUD)
+  turns = ['WAITING_FOR_RESOURCES', 'ACTIVE', 'SUSPENDED', 'ACTIVE', 'ACTIVE']
+  (tmp_path / 'turns').write_text(''.join(f'{turn}\n' for turn in turns))
+  (tmp_path / 'states').write_text('READY\n')
+  (tmp_path / 'answers').write_text('0\n')
+  code, _, err = outcome(
+      'tpu_vm.sh', 'all', '--poll=0', '--nfs=h:/s', '--queued', '--', *TRAIN,
+      path=tmp_path,
+  )
+  assert code == 0, err
+  made = (tmp_path / 'calls').read_text().split()
+  assert [call for call in made if call != 'describe'] == (
+      'create scp install run delete create scp install run ask delete'
+  ).split()
+
+
+def test_a_recipe_that_the_workers_would_lack_is_refused(tmp_path):
+  name = f'configs/untracked_{os.getpid()}.py'
+  (tmp_path / 'configs').mkdir()
+  shutil.copytree(LAUNCH, tmp_path / 'launch')
+  subprocess.run(['git', 'init', '-q'], cwd=tmp_path, check=True)
+  (tmp_path / name).touch()
+  code, _, err = outcome(
+      'tpu_vm.sh', 'all', '--nfs=h:/s', '--', f'--config={name}:small',
+      '--workdir=/mnt/mocov3/a', root=tmp_path,
+  )
+  assert code == 2 and f'git add {name}' in err
+
+
 @pytest.mark.slow
 def test_two_tpu_workers_find_each_other_and_train_to_the_end(tmp_path):
   tools = tmp_path / 'tools'
@@ -278,7 +361,8 @@ def test_two_tpu_workers_find_each_other_and_train_to_the_end(tmp_path):
   script(tools / 'curl', CURL)
   (tools / 'states').write_text('READY\n' * 300)
   for worker in '01':
-    copy(tools / 'workers' / worker / 'mocov3_jax')
+    home = tools / 'workers' / worker / 'mocov3_jax'
+    python(home / '.venv/bin/python')
   code, _, err = outcome(
       'tpu_vm.sh', 'all', '--poll=1', '--restarts=0', '--nfs=h:/s', '--',
       *tiny.flags(**SHORT), f'--workdir={tmp_path / "a run"}', path=tools,
@@ -287,7 +371,11 @@ def test_two_tpu_workers_find_each_other_and_train_to_the_end(tmp_path):
   assert code == 0, err + log
   assert json.loads(log.splitlines()[-1])['step'] == 6 and '2 cpu dev' in log
   calls = (tools / 'calls').read_text().split()
-  assert calls[:3] == ['create', 'install', 'run'] and calls[-1] == 'delete'
+  assert calls[:4] == ['create', 'scp', 'install', 'run']
+  assert calls[-1] == 'delete'
+  # What ran there is what git tracks here, as it lies on the disk.
+  sent = tools / 'workers/1/mocov3_jax/code/tests/test_launch.py'
+  assert sent.read_bytes() == pathlib.Path(__file__).read_bytes()
 
 
 def test_a_dry_run_under_slurm_prints_the_step(forbidden):
