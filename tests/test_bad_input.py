@@ -355,7 +355,7 @@ def test_a_batch_that_does_not_divide_over_the_devices_is_named(tmp_path):
 
 
 def test_what_does_not_fit_into_memory_says_what_needs_less(tmp_path):
-  code, out, err = tiny.run(
+  code, out, err = tiny.call(
       'train', CONFIG, f'--workdir={tmp_path}',
       '--config.objective.queue=1000000000000',
   )
@@ -371,7 +371,7 @@ def test_checkpoints_that_are_no_folder_are_named(tmp_path):
   c = workdir.to_json(digits.get_config())
   (run / 'config.json').write_text(json.dumps(c))
   (run / 'checkpoints').write_text('mine\n')
-  code, _, err = tiny.run('train', CONFIG, f'--workdir={run}')
+  code, _, err = tiny.call('train', CONFIG, f'--workdir={run}')
   assert code == 2 and 'checkpoints' in err and 'Traceback' not in err
   assert (run / 'checkpoints').read_text() == 'mine\n'
 
@@ -381,7 +381,7 @@ def test_a_workdir_that_cannot_be_written_is_named(tmp_path, place):
   file = tmp_path / 'file'
   file.write_text('mine\n')
   run = file if place == 'a file' else file / 'run'
-  code, _, err = tiny.run('train', CONFIG, f'--workdir={run}')
+  code, _, err = tiny.call('train', CONFIG, f'--workdir={run}')
   assert code == 2 and f'--workdir={run} cannot be written' in err
   assert 'Traceback' not in err and file.read_text() == 'mine\n'
 

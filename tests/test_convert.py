@@ -66,33 +66,16 @@ RESNET = {
 }
 
 
-def random_run(path, config):
-  """A checkpoint of step 4 with random numbers everywhere."""
-  rng = np.random.default_rng(0)
-  flat = {}
-  for (collection, *rest), x in network.network_shapes(config).items():
-    fields = [collection]
-    if rest[0] != 'predictor':
-      fields.append(f'target_{collection}')
-    if collection == 'params':
-      fields.append('trace')
-    for field in fields:
-      flat[field, *rest] = rng.normal(size=x.shape).astype(np.float32)
-  our_checkpoints.write(str(path), state_dict.Weights(config, 4, flat, {}))
-
-
 @pytest.fixture(scope='module')
 def runs(tmp_path_factory):
-  """A short run of a ViT, and a random ResNet: (config, workdir) by name."""
+  """A ViT and a ResNet of random numbers: (config, workdir) by name."""
   folder = tmp_path_factory.mktemp('runs')
   found = {
       'vit': (small_config(), folder / 'vit'),
       'resnet': (small_config(**RESNET), folder / 'resnet'),
   }
-  config, path = found['vit']
-  pretrain.pretrain(config, str(path))
-  config, path = found['resnet']
-  random_run(path, config)
+  for config, path in found.values():
+    tiny.random_run(path, config)
   return found
 
 
@@ -399,7 +382,7 @@ def test_a_file_of_ours_tells_all_of_its_config(runs, tmp_path):
 
 def test_a_run_over_more_devices_than_there_are_goes_out_and_back(tmp_path):
   config = small_config(fsdp_devices=2)
-  random_run(tmp_path / 'run', config)
+  tiny.random_run(tmp_path / 'run', config)
   file = str(tmp_path / 'a.safetensors')
   convert.convert(str(tmp_path / 'run'), file)
   convert.convert(file, str(tmp_path / 'back'))

@@ -33,14 +33,9 @@ SHORT = ['--config.schedule.epochs=2', '--config.schedule.warmup_epochs=1']
 
 @pytest.fixture(scope='module')
 def run(tmp_path_factory):
-  """A very short training run to evaluate."""
-  workdir = tmp_path_factory.mktemp('trained') / 'run'
-  code, _, err = tiny.call(
-      'train', f'--workdir={workdir}',
-      *tiny.flags(**{'schedule.steps': 20, 'schedule.warmup_epochs': 0.2}),
-  )
-  assert code == 0, err
-  return workdir
+  """A checkpoint to evaluate."""
+  path = tmp_path_factory.mktemp('trained') / 'run'
+  return tiny.random_run(path, tiny.config())
 
 
 def evaluate(run, out, *arguments, how=tiny.call):
@@ -74,10 +69,10 @@ def test_every_protocol_leaves_a_result_that_says_how_it_was_obtained(
     top1 = found[f'{protocol}/top1']
     low, high = found[f'{protocol}/top1_interval']
     assert 0 <= low <= top1 <= high <= 1
-    assert found['protocol'] == protocol and found['checkpoint_step'] == 20
+    assert found['protocol'] == protocol and found['checkpoint_step'] == 4
     assert found['test_images'] == 360 and found['train_images'] == 1437
     assert found['settings']['encoder'] == found['encoder']
-    assert found['checkpoint'] == str(run / 'checkpoints' / '20')
+    assert found['checkpoint'] == str(run / 'checkpoints' / '4')
   rows = [
       json.loads(line)
       for line in (run / 'results.jsonl').read_text().splitlines()
@@ -230,18 +225,19 @@ def test_what_cannot_be_is_refused(run, tmp_path, arguments, words):
 def test_a_probe_is_tied_to_its_checkpoint_and_labels(run, tmp_path):
   mine = tmp_path / 'run'
   shutil.copytree(run, mine)
-  later = mine / 'checkpoints' / '20'
-  later.rename(tmp_path / '20')  # There is one of step 10 as well.
+  later = mine / 'checkpoints' / '4'
+  shutil.copytree(later, mine / 'checkpoints' / '3')
+  later.rename(tmp_path / '4')
   out = tmp_path / 'o'
   first = result(mine, out, LINEAR, *SHORT)
-  assert first['checkpoint_step'] == 10
+  assert first['checkpoint_step'] == 3
   assert result(mine, out, LINEAR, *SHORT)['linear/top1'] == (
       first['linear/top1']
   )
   before = (mine / 'results.jsonl').read_text()
-  (tmp_path / '20').rename(later)  # Now the newest.
+  (tmp_path / '4').rename(later)  # Now the newest.
   code, _, err = evaluate(mine, out, LINEAR, *SHORT)
-  assert code == 2 and 'checkpoint_step: 10 then, 20 now' in err, err
+  assert code == 2 and 'checkpoint_step: 3 then, 4 now' in err, err
   assert (mine / 'results.jsonl').read_text() == before
 
 

@@ -17,13 +17,7 @@ from mocov3_jax.weights import convert
 @pytest.fixture(scope='module')
 def run(tmp_path_factory):
   path = tmp_path_factory.mktemp('extract') / 'run'
-  config = tiny.config(**{
-      'schedule.steps': 3, 'schedule.warmup_epochs': 0.0,
-      'knn.every_steps': 0, 'augment.view1.blur_sigma': (0.1, 0.5),
-      'augment.view2.blur_sigma': (0.1, 0.5),
-  })
-  pretrain.pretrain(config, str(path))
-  return path
+  return tiny.random_run(path, tiny.config())
 
 
 def arrays(path):
@@ -33,7 +27,7 @@ def arrays(path):
 
 def test_features_are_the_backbones_of_each_image(run, tmp_path):
   result = extract.extract(str(run), 'digits', str(tmp_path / 'f.npz'))
-  assert result['images'] == 1797 and result['step'] == 3
+  assert result['images'] == 1797 and result['step'] == 4
   found = arrays(tmp_path / 'f.npz')
   splits = catalog.digits()
   assert (found['splits'] == 'test').sum() == len(splits.test) == 360
@@ -85,11 +79,8 @@ def test_a_flat_folder_has_names_and_no_labels(tmp_path, capsys):
   config = tiny.config(**{
       'data.source': f'folder:{tmp_path}/p', 'batch_size': 8,
       'data.mean': (0.5,) * 3, 'data.std': (0.25,) * 3,
-      'augment.view1.blur_sigma': (0.1, 0.5),
-      'augment.view2.blur_sigma': (0.1, 0.5), 'schedule.steps': 1,
-      'schedule.warmup_epochs': 0.0, 'data.max_unreadable': 1.0,
   })
-  pretrain.pretrain(config, str(tmp_path / 'run'))
+  tiny.random_run(tmp_path / 'run', config)
   result = extract.extract(
       str(tmp_path / 'run'), '', str(tmp_path / 'f.npz'), batch_size=16
   )

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import tiny
 
 from mocov3_jax import models
 from mocov3_jax.method import objectives
@@ -76,10 +77,11 @@ def step(request):
   new, metrics, _ = jax.jit(train_step, static_argnums=0)(
       method, jax.random.key(0), state, views
   )
-  online, _ = model.apply(
-      base, views, train=True, mutable=['batch_stats']
+  online, _ = tiny.apply(
+      model, base, views, train=True, mutable=['batch_stats']
   )
-  keys, _ = model.apply(
+  keys, _ = tiny.apply(
+      model,
       {'params': new.target_params, 'batch_stats': target['batch_stats']},
       views, train=True, mutable=['batch_stats'], method='encode',
   )

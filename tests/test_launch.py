@@ -39,7 +39,8 @@ case $*/$text in
 esac
 echo "$said" >>"$here/calls"
 case $said in
-  describe) if [ "$3" = queued-resources ]; then pop turns; else pop states; fi ;;
+  describe)
+    if [ "$3" = queued-resources ]; then pop turns; else pop states; fi ;;
   scp)
     for home in "$here"/workers/*; do cp "$5" "$home"; done 2>/dev/null
     exit 0 ;;

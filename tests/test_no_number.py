@@ -189,6 +189,7 @@ def test_the_monitor_counts_broken_test_images(
     pretrain.pretrain(config(photos), str(tmp_path / 'strict'))
 
 
+@pytest.mark.slow
 def test_a_run_whose_test_images_break_saves_before_it_ends(
     photos, tmp_path, monkeypatch
 ):
@@ -324,6 +325,7 @@ def test_nothing_is_drawn_or_extracted_of_what_is_not_finite(
     refuse_to_show(checkpoint, tmp_path, *['holds values|are not finite'] * 2)
 
 
+@pytest.mark.slow
 def test_a_monitor_without_labels_does_not_take_what_is_not_finite(
     photos, tmp_path
 ):

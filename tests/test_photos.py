@@ -2,8 +2,10 @@
 
 import itertools
 import json
+import os
 import shutil
 import signal
+import threading
 import time
 import types
 
@@ -15,6 +17,7 @@ import tiny
 
 from mocov3_jax.base.errors import Preempted, UserError
 from mocov3_jax.config import training as config_lib
+from mocov3_jax.data import pipeline
 from mocov3_jax.evals.evaluator import Evaluator
 from mocov3_jax.parallel import sharding
 from mocov3_jax.runs import checkpoints
@@ -227,6 +230,34 @@ def test_bad_images_before_an_interruption_are_counted(spoil, tmp_path):
     small_trainer(folder, interrupted).run(workdir)
   with pytest.raises(UserError, match='10 images .* step 0 up to step 5, '):
     small_trainer(folder).run(workdir)
+
+
+def test_a_stop_ends_the_wait_for_a_batch(spoil, tmp_path, monkeypatch):
+  trainer, workdir = small_trainer(spoil()), tmp_path / 'run'
+  never, read = threading.Event(), pipeline.BatchReader.__call__
+
+  def stuck(self, step):
+    if step == 5:
+      never.wait()
+    return read(self, step)
+
+  def stop_it():
+    log = workdir / 'metrics.jsonl'
+    while not (log.exists() and log.read_text().count('train/loss') >= 4):
+      time.sleep(0.05)
+    os.kill(os.getpid(), signal.SIGTERM)
+
+  monkeypatch.setattr(pipeline.BatchReader, '__call__', stuck)
+  threading.Thread(target=stop_it, daemon=True).start()
+  try:
+    with pytest.raises(Preempted, match='saved step 5 '):
+      trainer.run(str(workdir))
+  finally:
+    never.set()
+  # All steps are logged, the last one too, and the run goes on exactly.
+  rows = tiny.metrics(workdir)
+  assert [r['step'] for r in rows if 'train/loss' in r] == list(range(5))
+  assert small_trainer(spoil()).run(str(workdir))['step'] == 24
 
 
 def test_too_many_in_the_last_step_of_an_epoch_are_noticed(spoil, tmp_path):

@@ -15,9 +15,6 @@ from mocov3_jax.training import flops, pretrain
 from mocov3_jax.weights import state_dict
 
 TRAINING = [p for p in RECIPES if not p.stem.startswith('eval_')]
-# These run in the suite, the others in the slow tests: most of the time goes
-# into compiling much the same again, and a ResNet-50 takes a minute.
-RUN = ('digits',)
 
 
 def loaded(path):
@@ -50,13 +47,10 @@ def shrunk(c, folder):
   return c
 
 
-@pytest.mark.parametrize(
-    'path',
-    [
-        pytest.param(p, id=p.stem, marks=[pytest.mark.slow][p.stem in RUN :])
-        for p in TRAINING
-    ],
-)
+# Most of the time goes into compiling much the same again; the other tests
+# train with the recipe of digits.
+@pytest.mark.slow
+@pytest.mark.parametrize('path', TRAINING, ids=lambda p: p.stem)
 def test_a_recipe_runs_two_steps(path, folder, tmp_path):
   config = shrunk(loaded(path), folder)
   result = pretrain.pretrain(config, str(tmp_path / 'run'))

@@ -211,6 +211,7 @@ def test_evaluate_repeats_the_monitors_value(straight, tmp_path):
   assert json.loads((tmp_path / 'eval' / 'result.json').read_text()) == value
 
 
+@pytest.mark.slow
 def test_a_run_that_diverges_says_where_and_keeps_the_last_good(tmp_path):
   workdir = tmp_path / 'run'
   code, out, err = tiny.call(

@@ -59,7 +59,7 @@ def one_device():
 @pytest.mark.parametrize(
     'devices, changes',
     [
-        (8, {}),
+        pytest.param(8, {}, marks=pytest.mark.slow),
         pytest.param(8, {'fsdp_devices': 8}, marks=pytest.mark.slow),
         (8, {'fsdp_devices': 2, 'micro_batch': 4}),
         pytest.param(1, {'micro_batch': 16}, marks=pytest.mark.slow),
@@ -101,7 +101,9 @@ def test_fsdp_splits_the_large_tensors_alone():
   }
 
 
-@pytest.mark.parametrize('patch_embed', ['frozen', 'learned'])
+@pytest.mark.parametrize(
+    'patch_embed', ['frozen', pytest.param('learned', marks=pytest.mark.slow)]
+)
 def test_only_a_learned_projection_moves_in_fifty_steps(patch_embed):
   config = tiny.config(**{
       'model.patch_embed': patch_embed, 'optimizer.weight_decay': 0.5,
@@ -181,7 +183,9 @@ def test_the_gradient_in_passes_is_that_of_the_whole_batch():
     )
 
 
-@pytest.mark.parametrize('labels', [True, False])
+@pytest.mark.parametrize(
+    'labels', [True, pytest.param(False, marks=pytest.mark.slow)]
+)
 def test_monitors_take_no_more_at_once_than_a_pass_does(labels):
   at_once, results = [], []
 

@@ -196,6 +196,7 @@ def test_a_set_of_tfrecord_files_gets_the_command_that_converts(
   ) in str(error.value)
 
 
+@pytest.mark.slow
 def test_training_on_a_prepared_set_imports_no_tensorflow(folder, tmp_path):
   # The command itself, followed by a look at what it imported.
   code = (
@@ -218,12 +219,13 @@ def test_training_on_a_prepared_set_imports_no_tensorflow(folder, tmp_path):
   assert final['step'] == 12 and 0 <= final['knn/top1'] <= 1
 
 
-def test_a_set_that_is_not_prepared_exits_with_2(folder, tmp_path):
-  process = tiny.start(
-      'train', '--config=configs/cifar10.py', f'--workdir={tmp_path / "run"}',
-      env_add={'TFDS_DATA_DIR': str(folder)},
+def test_a_set_that_is_not_prepared_exits_with_2(
+    folder, tmp_path, monkeypatch
+):
+  monkeypatch.setenv('TFDS_DATA_DIR', str(folder))
+  code, out, err = tiny.call(
+      'train', '--config=configs/cifar10.py', f'--workdir={tmp_path / "run"}'
   )
-  code, out, err = tiny.finish(process)
   assert code == 2 and out == '' and 'Traceback' not in err
   assert "tfds.builder('cifar10'" in err
   assert not (tmp_path / 'run').exists()

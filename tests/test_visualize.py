@@ -20,13 +20,7 @@ from mocov3_jax.models.vit import ViT, sincos_positions
 from mocov3_jax.pictures import attention, projection, sheets
 from mocov3_jax.pictures import draw as draw_lib
 from mocov3_jax.pictures.showing import Options
-from mocov3_jax.training import pretrain
 
-SHORT = {
-    'schedule.steps': 2, 'schedule.warmup_epochs': 0.0, 'knn.every_steps': 0,
-    'augment.view1.blur_sigma': (0.1, 0.5),
-    'augment.view2.blur_sigma': (0.1, 0.5),
-}
 COLOR = {
     'data.image_size': 32, 'data.mean': (0.5,) * 3, 'data.std': (0.25,) * 3,
     'batch_size': 32,
@@ -36,8 +30,7 @@ COLOR = {
 @pytest.fixture(scope='module')
 def digits(tmp_path_factory):
   path = tmp_path_factory.mktemp('visualize') / 'digits'
-  pretrain.pretrain(tiny.config(**SHORT), str(path))
-  return str(path)
+  return str(tiny.random_run(path, tiny.config()))
 
 
 @pytest.fixture(scope='module')
@@ -46,12 +39,11 @@ def tiles(tmp_path_factory):
   folder = tmp_path_factory.mktemp('visualize')
   photos.write_tiles(folder / 'tiles', tile=40, each=5)
   (folder / 'tiles' / 'china' / 'broken.jpg').write_bytes(b'\xff\xd8')
-  config = tiny.config(**SHORT | COLOR | {
-      'data.source': f'folder:{folder}/tiles', 'data.max_unreadable': 1.0,
+  config = tiny.config(**COLOR | {
+      'data.source': f'folder:{folder}/tiles',
       'model.scan': True, 'model.remat': True, 'model.depth': 2,
   })
-  pretrain.pretrain(config, str(folder / 'run'))
-  return str(folder / 'run')
+  return str(tiny.random_run(folder / 'run', config))
 
 
 def size(path):

@@ -11,9 +11,12 @@ import warnings
 
 from absl import logging
 import jax
+import numpy as np
 
 from mocov3_jax import __main__
 from mocov3_jax.config import training as config_lib
+from mocov3_jax.runs import network
+from mocov3_jax.weights import our_checkpoints, state_dict
 
 ROOT = pathlib.Path(__file__).parent.parent
 
@@ -93,6 +96,24 @@ def metrics(workdir):
     row.pop('train/images_per_second', None)
     row.pop('data/wait_seconds', None)
   return rows
+
+
+def random_run(path, config, step=4):
+  """A run with one checkpoint, of random numbers: no training is compiled."""
+  rng = np.random.default_rng(0)
+  flat = {}
+  for (collection, *rest), x in network.network_shapes(config).items():
+    fields = [collection]
+    if rest[0] != 'predictor':
+      fields.append(f'target_{collection}')
+    if collection == 'params':
+      fields += ['trace'] if config.optimizer.name == 'lars' else ['mu', 'nu']
+    for field in fields:
+      array = rng.normal(scale=0.2, size=x.shape).astype(np.float32)
+      positive = field == 'nu' or rest[-1] == 'var'
+      flat[field, *rest] = abs(array) if positive else array
+  our_checkpoints.write(str(path), state_dict.Weights(config, step, flat, {}))
+  return path
 
 
 def init(module, key, x, *rest, **options):

@@ -75,6 +75,16 @@ def leave_at_ctrl_c() -> Iterator[None]:
     os.close(reading)
 
 
+def leave_saved(code: int) -> None:
+  """Exits after a complete save."""
+  sys.stdout.flush()
+  sys.stderr.flush()
+  if jax.distributed.is_initialized():
+    sys.exit(code)  # The other processes of the run leave as well.
+  # At once: a thread may still wait for a file that never comes.
+  os._exit(code)
+
+
 def leave(code: int) -> None:
   """Exits, at once where other processes might never answer the farewell."""
   sys.stdout.flush()

@@ -222,7 +222,7 @@ def execute(main: Callable[[list[str]], int]) -> None:
     # Past Python's own exit, which can crash while XLA compiles in a thread.
     os._exit(code)
   elif code == PREEMPTED:
-    sys.exit(code)  # The other processes of the run leave as well.
+    exits.leave_saved(code)
   elif code:
     exits.leave(code)
 

@@ -9,6 +9,8 @@ the last full batch is dropped, as in the original.
 from collections.abc import Callable, Iterator
 import dataclasses
 import functools
+import queue
+import threading
 from typing import NamedTuple
 
 import cv2
@@ -27,6 +29,8 @@ CROPS, REPLACEMENTS, RECOLOURS = 1, 2, 3
 RECOLOUR_WORDS = 32
 # Other examples tried in place of an unreadable one.
 TRIES = 50
+# Seconds between two looks whether to go on waiting for a batch.
+LOOK = 0.2
 # Shape of the crop by which an image is read again, to say what is wrong.
 REREAD = 224, 224, 3
 
@@ -259,6 +263,38 @@ def train_batches(
   steps = grain.MapDataset.range(first_step, last_step)
   options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=prefetch)
   return iter(steps.map(reader).to_iter_dataset(options))
+
+
+def until_asked(
+    batches: Iterator[Batch], stop_asked: Callable[[], bool]
+) -> Iterator[Batch]:
+  """Yields batches, and ends if it is asked to while it waits for one.
+
+  What reads the batch then, such as a file on a network that does not answer,
+  goes on in a thread that nobody waits for.
+  """
+  outcomes = queue.SimpleQueue()
+
+  def read():
+    try:
+      outcomes.put((next(batches, None), None))
+    except Exception as e:
+      outcomes.put((None, e))
+
+  while True:
+    threading.Thread(target=read, daemon=True).start()
+    while True:
+      try:
+        batch, error = outcomes.get(timeout=LOOK)
+        break
+      except queue.Empty:
+        if stop_asked():
+          return
+    if error is not None:
+      raise error
+    if batch is None:
+      return
+    yield batch
 
 
 def eval_batches(

@@ -61,7 +61,7 @@ def run(
   Args:
     state: donated to the first step.
     step_fn: (state, batch) -> (state, scalar metrics), jitted.
-    batches: one on-device batch a step.
+    batches: one on-device batch a step; the run ends early with them.
     start, stop: updates done before, and after.
     log: gets the metrics of every step, in order.
     hooks: run in order where due.
@@ -77,7 +77,10 @@ def run(
   done = start
   while done < stop:
     with jax.transfer_guard('disallow'):
-      state, metrics = step_fn(state, next(batches))
+      batch = next(batches, None)
+      if batch is None:
+        break
+      state, metrics = step_fn(state, batch)
       if pending is not None:
         log(*_fetch(*pending))
     pending = (done, metrics)
@@ -91,6 +94,8 @@ def run(
       hook.run(done, state)
     if ending:
       break
+  if pending is not None:
+    log(*_fetch(*pending))
   return state, done
 
 

@@ -242,6 +242,9 @@ class Trainer:
     batches = pipeline.train_batches(
         self.reader, start, self.plan.total_steps, self.config.data.prefetch
     )
+    # Several processes leave together, at a step that all of them do.
+    if jax.process_count() == 1:
+      batches = pipeline.until_asked(batches, stop_asked)
     while True:
       before = time.perf_counter()
       batch = next(batches, None)
