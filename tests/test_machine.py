@@ -187,3 +187,34 @@ def test_after_such_a_wait_ctrl_c_is_what_it_was():
   with exits.leave_at_ctrl_c():
     assert signal.getsignal(signal.SIGINT) is not before
   assert signal.getsignal(signal.SIGINT) is before
+
+
+@pytest.mark.parametrize('vendor, platforms, told', [
+    ('0x8086', '', True), ('0x1ae0', '', False), ('0x8086', 'tpu,cpu', False),
+])
+def test_libtpu_is_left_alone_where_there_may_be_a_tpu(
+    monkeypatch, tmp_path, vendor, platforms, told
+):
+  (tmp_path / '0000:00:04.0').mkdir()
+  (tmp_path / '0000:00:04.0' / 'vendor').write_text(f'{vendor}\n')
+  monkeypatch.setenv('JAX_PLATFORMS', platforms)
+  monkeypatch.setattr(os, 'environ', {
+      k: v for k, v in os.environ.items() if not k.startswith('TPU_')
+  })
+  command_line.quieten_libtpu(str(tmp_path))
+  assert ('TPU_WORKER_HOSTNAMES' in os.environ) == told
+
+
+def test_a_compiler_for_tpus_says_nothing_where_there_is_none(tmp_path):
+  pytest.importorskip('libtpu')
+  environment = {
+      k: v for k, v in os.environ.items()
+      if k != 'JAX_PLATFORMS' and not k.startswith('TPU_')
+  }
+  done = subprocess.run(
+      [sys.executable, '-m', 'mocov3_jax.train', '--config=configs/digits.py',
+       '--config.fsdp_devices=3', f'--workdir={tmp_path / "run"}'],
+      cwd=tiny.ROOT, env=environment, capture_output=True, text=True,
+  )
+  assert done.returncode == 2 and 'fsdp_devices=3' in done.stderr
+  assert done.stderr.startswith('error: ') and 'INVALID' not in done.stderr

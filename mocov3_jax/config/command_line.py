@@ -6,6 +6,7 @@ import glob
 import json
 import logging as logging_lib
 import os
+import pathlib
 import re
 import sys
 from typing import Any
@@ -38,6 +39,9 @@ OTHER_BACKEND = (
     'Allowed: a backend that this machine has, by JAX_PLATFORMS=cpu and the '
     'like; without that variable JAX takes the best one.'
 )
+
+# Google's number on the PCI bus.
+TPU_VENDOR = '0x1ae0'
 
 # What a command does once its flags are read: returns the results, or None in
 # all processes of a run but the first.
@@ -172,6 +176,7 @@ def run(
     raised.
   """
   _quieten()
+  quieten_libtpu()
   try:
     command_flags = Flags(argv)
     action = define(command_flags)
@@ -241,6 +246,27 @@ def _quieten() -> None:
       default(unraisable)
 
   sys.unraisablehook = hook
+
+
+def quieten_libtpu(devices: str = '/sys/bus/pci/devices') -> None:
+  """Tells libtpu not to look for a TPU that this machine does not have.
+
+  Where it is installed, as `plan` wants it, each start of JAX would print
+  several lines about the host names of a slice.
+
+  Args:
+    devices: the folder of the machine's PCI devices.
+  """
+  vendors = pathlib.Path(devices).glob('*/vendor')
+  if 'tpu' in os.getenv('JAX_PLATFORMS', '') or any(
+      vendor.read_text().strip() == TPU_VENDOR for vendor in vendors
+  ):
+    return
+  for name, value in (
+      ('TPU_SKIP_MDS_QUERY', '1'), ('TPU_WORKER_ID', '0'),
+      ('TPU_WORKER_HOSTNAMES', 'localhost'), ('TPU_ACCELERATOR_TYPE', 'v5e-1'),
+  ):
+    os.environ.setdefault(name, value)
 
 
 def _choose(words: list[str], allowed: dict[str, Action]) -> str:
