@@ -203,18 +203,3 @@ def test_libtpu_is_left_alone_where_there_may_be_a_tpu(
   })
   command_line.quieten_libtpu(str(tmp_path))
   assert ('TPU_WORKER_HOSTNAMES' in os.environ) == told
-
-
-def test_a_compiler_for_tpus_says_nothing_where_there_is_none(tmp_path):
-  pytest.importorskip('libtpu')
-  environment = {
-      k: v for k, v in os.environ.items()
-      if k != 'JAX_PLATFORMS' and not k.startswith('TPU_')
-  }
-  done = subprocess.run(
-      [sys.executable, '-m', 'mocov3_jax.train', '--config=configs/digits.py',
-       '--config.fsdp_devices=3', f'--workdir={tmp_path / "run"}'],
-      cwd=tiny.ROOT, env=environment, capture_output=True, text=True,
-  )
-  assert done.returncode == 2 and 'fsdp_devices=3' in done.stderr
-  assert done.stderr.startswith('error: ') and 'INVALID' not in done.stderr
