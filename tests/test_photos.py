@@ -266,6 +266,7 @@ def test_too_many_in_the_last_step_of_an_epoch_are_noticed(spoil, tmp_path):
     small_trainer(folder).run(str(tmp_path / 'run'))
 
 
+@pytest.mark.slow
 def test_a_folder_without_labels_gets_other_monitors(tmp_path):
   folder = tmp_path / 'flat'
   photos.write_tiles(folder, tile=48, each=8, nested=False)

@@ -66,6 +66,7 @@ def test_fewer_images_than_a_batch_are_shown_all_the_same(tmp_path):
     views.preview(c, str(out), count=6)
 
 
+@pytest.mark.slow
 def test_the_views_are_those_of_the_first_step():
   c = tiny.config()
   images = np.arange(3 * 64, dtype=np.uint8).reshape(3, 8, 8, 1)

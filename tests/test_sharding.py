@@ -127,6 +127,7 @@ def test_only_a_learned_projection_moves_in_fifty_steps(patch_embed):
   assert all(m['grad_max/last_block'] > 0 for m in history)
 
 
+@pytest.mark.slow
 def test_a_step_reports_what_a_study_of_stability_needs():
   _, history, _, _ = run_steps(tiny.config(), 1, steps=2)
   assert history[0]['train/lr'] == 0.0 < history[1]['train/lr']

@@ -60,6 +60,17 @@ def start(command, *arguments, env_add=None):
   )
 
 
+def here():
+  """What makes a process compute as this one does, to the bit.
+
+  They share compiled programs then, as well.
+  """
+  return {
+      'XLA_FLAGS': os.environ['XLA_FLAGS'].replace('_level=1', '_level=0'),
+      'JAX_NUM_CPU_DEVICES': str(jax.device_count()),
+  }
+
+
 def finish(process, timeout=300):
   """Waits; returns (exit code, stdout, stderr)."""
   out, err = process.communicate(timeout=timeout)
