@@ -361,9 +361,12 @@ def test_readouts_and_positions(readout, positions, tokens):
     'change',
     [
         {'mlp_norm': 'batch'},
-        {'patch_embed': 'conv'},
-        {'patch_embed': 'batch_norm'},
-        {'name': 'resnet18', 'dim': 4, 'depth': 0, 'num_heads': 0},
+        pytest.param({'patch_embed': 'conv'}, marks=pytest.mark.slow),
+        pytest.param({'patch_embed': 'batch_norm'}, marks=pytest.mark.slow),
+        pytest.param(
+            {'name': 'resnet18', 'dim': 4, 'depth': 0, 'num_heads': 0},
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_batchnorm_in_the_backbone_sees_each_view_alone(change):
@@ -487,7 +490,10 @@ def test_batch_norm_evens_out_the_tokens():
   np.testing.assert_allclose(jnp.std(tokens, (0, 1, 2)), 1, atol=1e-3)
 
 
-@pytest.mark.parametrize('kind', ['learned', 'clipped', 'weight_norm'])
+@pytest.mark.parametrize('kind', [
+    'learned', pytest.param('clipped', marks=pytest.mark.slow),
+    pytest.param('weight_norm', marks=pytest.mark.slow),
+])
 def test_only_the_frozen_projection_gets_no_gradient(kind):
   for name in kind, 'frozen':
     _, grads = outputs_and_gradients(network(patch_embed=name))

@@ -83,6 +83,7 @@ def test_two_processes_have_the_losses_of_one(one, two):
   np.testing.assert_allclose(losses(workdir), losses(one), rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_the_first_process_alone_speaks_and_writes(two):
   workdir, results = two
   (_, out, err), (_, other_out, other_err) = results

@@ -99,9 +99,8 @@ def test_the_same_line_again_changes_nothing(straight):
   assert before == {name: (workdir / name).read_text() for name in kept}
 
 
-@pytest.mark.parametrize(
-    'rows', [pytest.param(1, marks=pytest.mark.slow), 22]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize('rows', [1, 22])
 def test_resume_after_kill_equals_uninterrupted(tmp_path, straight, rows):
   workdir = tmp_path / 'run'
   code, _, _ = kill_at(rows, workdir, signal.SIGKILL)
