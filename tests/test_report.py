@@ -13,6 +13,7 @@ import fake_runs
 from hypothesis import given
 from hypothesis import strategies as st
 import matplotlib
+from matplotlib.figure import Figure
 import numpy as np
 from PIL import Image
 import pytest
@@ -20,7 +21,8 @@ import tiny
 
 from mocov3_jax.base.errors import UserError
 from mocov3_jax.config import training as config_lib
-from mocov3_jax.reports import data, report, tables, thinning, verdict
+from mocov3_jax.reports import charts as report_charts
+from mocov3_jax.reports import data, panels, report, tables, thinning, verdict
 from mocov3_jax.reports import figure as report_figure
 from mocov3_jax.reports import page as report_page
 from mocov3_jax.runs import history, workdir
@@ -42,6 +44,10 @@ def made(sweep):
 @pytest.fixture(scope='module')
 def page(made):
   return report_page.page(made, '2026-01-01')
+
+
+def load(folders):
+  return data.make(map(history.read, history.find(list(map(str, folders)))))
 
 
 def one(folder, **options):
@@ -183,8 +189,10 @@ def test_the_csv_has_the_facts_of_the_table(made):
   assert '\r\n' in text
   read = list(csv.DictReader(io.StringIO(text, newline='')))
   rows = data.table(made)
-  assert list(read[0])[:4] == [
-      'run', 'model.patch_embed', 'optimizer.lr_per_256', 'seed'
+  # What became of the runs comes first.
+  assert list(read[0])[:3] == ['run', 'status', 'collapsed']
+  assert list(read[0])[-3:] == [
+      'model.patch_embed', 'optimizer.lr_per_256', 'seed'
   ]
   assert len(read) == len(rows) == 12
   for line, row in zip(read, rows, strict=True):
@@ -196,6 +204,74 @@ def test_the_csv_has_the_facts_of_the_table(made):
   assert (wild['leader'], wild['leader_steps']) == ('patch_embed', '3.0')
   calm, = (r for r in read if r['run'] == 'lr0.01_frozen_1')
   assert (calm['dips'], calm['spikes'], calm['leader']) == ('0', '0', '')
+
+
+UNLIKE = {
+    'model.name': ('vit_s', 'vit_b', 'vit_ti'), 'model.depth': (0, 4, 3),
+    'head.out_dim': (256, 128, 64), 'optimizer.lr_per_256': (1e-4, 2e-4, 3e-4),
+    'schedule.steps': (0, 600, 600),
+}
+
+
+def unlike(folder):
+  """Three runs with little in common."""
+  return load(
+      fake_runs.write(
+          folder / name, fake_runs.rows(600, seed=number),
+          **{field: values[number] for field, values in UNLIKE.items()},
+      ) for number, name in enumerate(('small', 'large', 'least'))
+  )
+
+
+def test_runs_with_little_in_common_are_called_by_their_names(tmp_path):
+  made = unlike(tmp_path)
+  assert list(data.settings(made)) == ['small', 'large', 'least']
+  text = tables.sweep(made)
+  head = re.findall(r'<th scope="col"[^>]*>([^<]*)', text)
+  assert head[:6] == ['setting', 'seeds', 'done', 'diverged', 'knn, mean', 'sd']
+  assert {'name', 'depth', 'lr_per_256'} < set(head[6:])
+  assert '<th scope="row">large</th>' in text
+
+
+def test_a_zero_that_is_no_number_is_told_as_what_it_stands_for(tmp_path):
+  text = tables.configs(unlike(tmp_path))
+  assert '<td>as model.name has it</td><td>4</td>' in text
+  assert '<td>by epochs</td><td>600</td>' in text
+
+
+@pytest.mark.parametrize('other, compared', [
+    ({'images': 1437, 'classes': 10}, True),
+    ({'images': 5000, 'classes': 10}, False),
+    ({'images': 1437, 'classes': 10, 'names_sha256': 'ab'}, True),
+])
+def test_runs_on_different_images_are_not_compared(tmp_path, other, compared):
+  made = load(
+      fake_runs.write(
+          tmp_path / str(rate), fake_runs.rows(100), data=found,
+          **{'optimizer.lr_per_256': rate},
+      ) for rate, found in ((0.01, None), (0.02, other))
+  )
+  assert (data.varied(made) is not None) == compared
+  assert bool(panels.sweep(made, 100).items) == compared
+  assert ('not compared' in verdict.verdict(made)) != compared
+
+
+def test_accuracy_is_drawn_from_0_to_100_percent(tmp_path):
+  made = load(
+      fake_runs.write(
+          tmp_path / f'{rate}_{seed}', fake_runs.rows(100, final=final),
+          seed=seed, **{'optimizer.lr_per_256': rate},
+      ) for rate in (0.01, 0.02) for seed, final in enumerate((0.35, 1.0))
+  )
+  panel = panels.sweep(made, 100)
+  errors = [i for i in panel.items if isinstance(i, panels.Line)]
+  assert any(max(np.add(i.y, i.errors)) > 1 for i in errors)  # Beyond it.
+  layout = report_charts.chart(panel, made.runs)['layout']
+  assert layout['yaxis']['autorangeoptions'] == {'clipmin': 0, 'clipmax': 1}
+  drawn = Figure().add_subplot()
+  report_figure._draw(drawn, panel)
+  low, high = drawn.get_ylim()
+  assert 0 <= low < high <= 1
 
 
 def report_figure_size(content):
@@ -231,16 +307,16 @@ def drawn(made):
   return figure, {axes.get_title('left'): axes for axes in figure.axes}
 
 
-def panels(made):
+def titles(made):
   return [title.split(' (')[0] for title in drawn(made)[1]]
 
 
 def test_the_figure_shows_what_the_page_shows_without_labels(tmp_path, made):
   without = one(tmp_path / 'a' / 'run', labels=False)
-  assert panels(without)[:2] == ['effective rank of the features', 'loss']
-  assert panels(made)[:2] == ['kNN accuracy', 'loss']
+  assert titles(without)[:2] == ['effective rank of the features', 'loss']
+  assert titles(made)[:2] == ['kNN accuracy', 'loss']
   both = data.Report([made.runs[0], without.runs[0]], {}, [])
-  assert panels(both)[:3] == [
+  assert titles(both)[:3] == [
       'kNN accuracy', 'effective rank of the features', 'loss'
   ]
 

@@ -36,12 +36,14 @@ class Knob:
       rounding), but not what it computes.
     added: whether the field is younger than the first version, and its default
       is what versions without it did.
+    zero: what a 0 stands for, if that is no number.
   """
 
   default: Any
   allowed: Range | None = None
   free: bool = False
   added: bool = False
+  zero: str = ''
 
 
 # A tree of dicts with knobs as leaves.

@@ -46,7 +46,7 @@ def schema() -> Schema:
       # Images per device and pass through the trunk. It bounds the memory of
       # the activations and costs a second forward pass; the result is the
       # same. 0 = all images of the device at once.
-      'micro_batch': Knob(0, NOT_NEGATIVE, free=True),
+      'micro_batch': Knob(0, NOT_NEGATIVE, free=True, zero='all at once'),
       # Devices over which parameters, target, statistics and optimizer state
       # are split (FSDP). 1 = each device holds all of them. The result is the
       # same.
@@ -65,7 +65,7 @@ def schema() -> Schema:
           # the release does.
           'epochs': Knob(300.0, NOT_NEGATIVE),
           # Optimizer steps in all; 0 = as many as `epochs` gives.
-          'steps': Knob(0, NOT_NEGATIVE),
+          'steps': Knob(0, NOT_NEGATIVE, zero='by epochs'),
           # Epochs of linear warm-up from 0, before half a cosine to 0. Paper
           # s5: 40.
           'warmup_epochs': Knob(40.0, NOT_NEGATIVE),
@@ -73,12 +73,12 @@ def schema() -> Schema:
       'knn': {
           # Steps between two runs of the kNN monitor; 0 = only where a
           # checkpoint is saved. Paper App. A: "every tens of iterations".
-          'every_steps': Knob(50, NOT_NEGATIVE, free=True),
+          'every_steps': Knob(50, NOT_NEGATIVE, free=True, zero='at saves'),
           # Images in the bank and to classify, evenly spaced over the splits;
           # 0 = all. They bound the time of the monitor; the defaults are as
           # large as CIFAR's splits.
-          'bank_images': Knob(50_000, NOT_NEGATIVE),
-          'query_images': Knob(10_000, NOT_NEGATIVE),
+          'bank_images': Knob(50_000, NOT_NEGATIVE, zero='all'),
+          'query_images': Knob(10_000, NOT_NEGATIVE, zero='all'),
           # Share of the training images in a second monitor, a queue of the
           # features that training itself computes, used at every step; 0 =
           # none. It needs labels. Paper App. A: 0.1.
@@ -185,17 +185,21 @@ def view(blur_prob: float, solarize_prob: float) -> Schema:
   }
 
 
+# What a 0 of the model's sizes stands for.
+OF_NAME = 'as model.name has it'
+
+
 def _model() -> Schema:
   return {
       # Backbone: 'vit_ti', 'vit_s', 'vit_b', 'vit_l', 'vit_h' (paper, tables
       # 2 and 3), 'resnet18', 'resnet34', 'resnet50', 'resnet101'.
       'name': Knob('vit_s'),
       # Width of a ViT's tokens or of a ResNet's stem; 0 = that of `name`.
-      'dim': Knob(0, NOT_NEGATIVE),
+      'dim': Knob(0, NOT_NEGATIVE, zero=OF_NAME),
       # ViT: blocks and attention heads; 0 = those of `name`, and one block
       # fewer with the convolutional stem.
-      'depth': Knob(0, NOT_NEGATIVE),
-      'num_heads': Knob(0, NOT_NEGATIVE),
+      'depth': Knob(0, NOT_NEGATIVE, zero=OF_NAME),
+      'num_heads': Knob(0, NOT_NEGATIVE, zero=OF_NAME),
       # ViT: side of a patch, pixels.
       'patch_size': Knob(16, AT_LEAST_ONE),
       # ViT: the patch projection. 'frozen' = random and not trained, which

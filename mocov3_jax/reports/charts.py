@@ -97,7 +97,9 @@ def _layout(panel: Panel) -> go.Layout:
       'rangemode': 'tozero' if panel.from_zero else 'normal',
   }
   if panel.y_kind == 'share':
-    y['tickformat'] = '.3~p'
+    y |= {
+        'tickformat': '.3~p', 'autorangeoptions': {'clipmin': 0, 'clipmax': 1}
+    }
   if panel.y_kind == 'multiple':
     y |= {
         'type': 'log', 'ticksuffix': '×', 'tickformat': '~g',

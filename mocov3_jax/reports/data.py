@@ -38,6 +38,8 @@ COLORS = (
 )
 # Lengths of line and gap, pixels; in this order, as colours come again.
 DASHES = ('', '8,3,2,3', '2,3', '9,4', '14,4', '14,3,2,3')
+# A setting that differs in more fields than this is called by its runs.
+TOLD = 3
 # What `facts` tells beside the name, the config and the evaluations.
 FACTS = (
     'status', 'collapsed', 'stuck', 'step', 'knn/top1_init', 'knn/top1',
@@ -248,10 +250,13 @@ def facts(run: ReportedRun, fields: Iterable[str] = ()) -> dict[str, Any]:
 def columns(report: Report) -> list[str]:
   """Returns the names of all facts that any run has, in a fixed order."""
   known = dict.fromkeys(key for row in table(report) for key in row)
-  order = ['run', *report.fields, *FACTS]
-  return [name for name in order if name in known] + sorted(
-      name for name in known if name not in order
+  # What became of the runs first, then how they were set.
+  outcomes = [name for name in ('run', *FACTS) if name in known]
+  others = sorted(
+      name for name in known
+      if name not in FACTS and name not in report.fields and name != 'run'
   )
+  return outcomes + others + list(report.fields)
 
 
 def table(report: Report) -> list[dict[str, Any]]:
@@ -275,8 +280,10 @@ def varied(report: Report) -> str | None:
   """Returns the numeric field of the grid that has the most values.
 
   Returns None if there is none, or if several have as many: then no one axis
-  shows the sweep.
+  shows the sweep. The same goes for runs on different images.
   """
+  if not comparable(report):
+    return None
   sizes = {
       field: len(set(report.fields[field])) for field in report.grid
       if all(
@@ -288,19 +295,41 @@ def varied(report: Report) -> str | None:
   return most[0] if len(most) == 1 else None
 
 
+def comparable(report: Report) -> bool:
+  """Returns whether the runs are on the same images, as far as is known."""
+  first, *others = (run.record for run in report.runs)
+  return all(
+      _same(first.data, run.data) if first.data and run.data else
+      first.config['data.source'] == run.config['data.source']
+      for run in others
+  )
+
+
+def _same(one: dict[str, Any], other: dict[str, Any]) -> bool:
+  return all(one[name] == other[name] for name in one.keys() & other.keys())
+
+
 def settings(report: Report) -> dict[str, list[int]]:
   """Returns the settings that a sweep compares over its varied field.
 
   Returns:
     The label of each setting, by the other fields of the grid, and the numbers
-    of its runs.
+    of its runs. Where those fields are many, the label names runs.
   """
   field = varied(report)
   others = [name for name in report.grid if name != field]
   found: dict[str, list[int]] = {}
   for number, run in enumerate(report.runs):
     found.setdefault(label(run.record.config, others), []).append(number)
-  return found
+  if len(others) <= TOLD:
+    return found
+  return {called(report, numbers): numbers for numbers in found.values()}
+
+
+def called(report: Report, numbers: Sequence[int]) -> str:
+  """Returns what a setting is called by its runs."""
+  first, *others = (report.runs[number].name for number in numbers)
+  return first + (f' and {len(others)} more' if others else '')
 
 
 def short(fields: Sequence[str]) -> list[str]:
@@ -315,6 +344,6 @@ def short(fields: Sequence[str]) -> list[str]:
 def label(row: dict[str, Any], fields: Sequence[str]) -> str:
   """Returns a point of the grid, as 'patch_embed frozen, lr_per_256 0.03'."""
   return ', '.join(
-      f'{name} {sweep_table.show_value(row[field])}'
+      f'{name} {sweep_table.show_field(field, row[field])}'
       for name, field in zip(short(fields), fields, strict=True)
   )

@@ -195,6 +195,8 @@ def _draw(axes: Any, panel: Panel) -> None:
     axes.set_ylim(bottom=0)
   if panel.y_kind == 'share':
     axes.yaxis.set_major_formatter(PercentFormatter(1))
+    low, high = axes.get_ylim()
+    axes.set_ylim(max(low, 0), min(high, 1))
   if panel.y_kind == 'multiple':
     axes.set_yscale('log')
     axes.yaxis.set_major_formatter(FuncFormatter(lambda v, _: f'{v:g}×'))
@@ -229,7 +231,7 @@ def _marks(axes: Any, marks: Marks) -> None:
   look = {'ms': 6, 'alpha': 0.5} if marks.faint else {'ms': 8, 'mec': 'white'}
   axes.plot(
       marks.x, marks.y, SYMBOLS[marks.symbol], color=marks.color,
-      mfc='none' if hollow else marks.color, **look,
+      mfc='none' if hollow else marks.color, clip_on=False, **look,
   )
 
 

@@ -89,7 +89,7 @@ def runs(report: Report) -> str:
         _newest(results[number][name]) if name in row else NONE
         for name in evaluations
     ]
-    cells += [_value(row[field]) for field in fields]
+    cells += [_value(field, row[field]) for field in fields]
     body.append(cells)
   buttons = ''.join(
       f'<button type="button" data-all="{value}">{text}</button>'
@@ -175,27 +175,41 @@ def sweep(report: Report) -> str:
   rows = sweep_table.aggregate([run.record for run in report.runs], report.grid)
   metrics = sweep_table.metrics_of(rows)
   counts = ['seeds', 'done', 'diverged']
-  head = [*data.short(report.grid), *counts]
+  # A few fields tell the setting; of many, only the first are told, last.
+  few = len(report.grid) <= data.TOLD
+  told = report.grid if few else report.grid[:FIELDS_IN_TABLE]
+  names = [] if few else _settings(report)
+  head = [*(data.short(told) if few else ['setting']), *counts]
+  first = len(head) - len(counts)
   for metric in metrics:
     head += [f'{_evaluation(metric)}, mean', 'sd']
+  numeric = range(first, len(head))
+  head += [] if few else data.short(told)
   body = []
-  for row in rows:
-    cells = [_value(row[field]) for field in report.grid]
+  for number, row in enumerate(rows):
+    values = [_value(field, row[field]) for field in told]
+    cells = [*values] if few else [escape(names[number])]
     cells += [str(row[name]) for name in counts]
     for metric in metrics:
       known = f'{metric}_mean' in row
       sd = row[f'{metric}_sd'] if known else None
       cells.append(verdict.percent(row[f'{metric}_mean']) if known else NONE)
       cells.append(NONE if sd is None else verdict.percent(sd))
-    body.append(cells)
+    body.append(cells if few else cells + values)
   return (
       '<h2>Settings</h2><p class="about">Mean and standard deviation over the '
       'seeds, of the runs that are done.</p>'
-      + table(
-          'Settings', map(escape, head), body,
-          range(len(report.grid), len(head)),
-      )
+      + table('Settings', map(escape, head), body, numeric)
   )
+
+
+def _settings(report: Report) -> list[str]:
+  """Returns what each row of `aggregate` is called, by its runs."""
+  found: dict[str, list[int]] = {}
+  for number, run in enumerate(report.runs):
+    key = json.dumps([run.record.config[field] for field in report.grid])
+    found.setdefault(key, []).append(number)
+  return [data.called(report, numbers) for numbers in found.values()]
 
 
 def configs(report: Report) -> str:
@@ -208,13 +222,13 @@ def configs(report: Report) -> str:
             'Fields that differ',
             ['field', *(escape(run.name) for run in report.runs)],
             [
-                [escape(field), *(_value(value) for value in values)]
+                [escape(field), *(_value(field, value) for value in values)]
                 for field, values in report.fields.items()
             ],
         ),
     ]
   common = [
-      [escape(field), _value(value)]
+      [escape(field), _value(field, value)]
       for field, value in report.runs[0].record.config.items()
       if field not in report.fields
   ]
@@ -227,8 +241,8 @@ def configs(report: Report) -> str:
   return ''.join(parts)
 
 
-def _value(value: Any) -> str:
-  return escape(sweep_table.show_value(value))
+def _value(field: str, value: Any) -> str:
+  return escape(sweep_table.show_field(field, value))
 
 
 def _environments(report: Report) -> str:

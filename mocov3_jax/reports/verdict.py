@@ -55,6 +55,11 @@ def _accuracy(report: Report) -> str:
   last, first = percent(best['knn/top1']), percent(best['knn/top1_init'])
   if len(report.runs) == 1:
     return f'Its last kNN accuracy is {last}; at step 0 it was {first}.'
+  if not data.comparable(report):
+    return (
+        'The runs are on different images, so their accuracies are not '
+        'compared.'
+    )
   return (
       f'The highest last kNN accuracy is {last}, of {best["run"]}; at step 0 '
       f'it was {first}.'

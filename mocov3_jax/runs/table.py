@@ -7,10 +7,12 @@ from typing import Any
 
 from etils import epath
 
+from mocov3_jax.config import knobs, training
 from mocov3_jax.runs import history as runs_lib
 
 MONITOR = 'knn/top1'
 COUNTS = ('seeds', 'done', 'diverged', 'unfinished')
+KNOBS = knobs.flatten(training.schema())
 Row = dict[str, Any]
 
 
@@ -119,7 +121,7 @@ def as_text(rows: Sequence[Row], names: dict[str, str]) -> str:
   table = [[*names.values(), *COUNTS[1:], *metrics]]
   for row in rows:
     table.append(
-        [show_value(row[field]) for field in names]
+        [show_field(field, row[field]) for field in names]
         + [str(row[count]) for count in COUNTS[1:]]
         + [_mean_and_sd(row, metric) for metric in metrics]
     )
@@ -138,6 +140,19 @@ def show_value(value: Any) -> str:
     comma = ',' if len(value) == 1 else ''
     return f'({",".join(map(show_value, value))}{comma})'
   return repr(value) if isinstance(value, float) else str(value)
+
+
+def show_field(field: str, value: Any) -> str:
+  """Returns the value of a field; where a 0 is no number, what it stands for.
+
+  Args:
+    field: its dotted name.
+    value: what the config of a pre-training run has.
+  """
+  knob = KNOBS[field] if field in KNOBS else None
+  if knob is not None and knob.zero and value == 0:
+    return knob.zero
+  return show_value(value)
 
 
 def _mean_and_sd(row: Row, metric: str) -> str:
