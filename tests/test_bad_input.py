@@ -23,6 +23,14 @@ CASES = {
         'train', [CONFIG, '--config.optimizer.b3=1'],
         ['optimizer.b3=1', 'Allowed: optimizer.b1, optimizer.b2'],
     ),
+    'a switch that is none': (
+        'train', [CONFIG, '--noconfig.seed'],
+        ['--noconfig.seed', 'True or False', 'Use --config.seed=VALUE'],
+    ),
+    'a switch that is not known': (
+        'train', [CONFIG, '--noconfig.model.rematt'],
+        ['--noconfig.model.rematt', 'Did you mean model.remat?'],
+    ),
     'a field of another kind of config': (
         'evaluate', [CONFIG, '--config.checkpoint=docs'],
         ["'checkpoint'", "an evaluation's config", 'configs/eval_knn.py'],

@@ -275,6 +275,18 @@ def test_what_does_not_fit_is_listed_and_nothing_written(
   assert not (tmp_path / 'run').exists()
 
 
+@pytest.mark.parametrize('prefix', ['module.', 'module.backbone.'])
+def test_prefixes_of_wrappers_in_safetensors_are_understood(tmp_path, prefix):
+  def wrap(tensors):
+    for name in list(tensors):
+      tensors[f'{prefix}{name}'] = tensors.pop(name)
+
+  file = tmp_path / 'a.safetensors'
+  backbone_file(file, wrap)
+  result = convert.convert(str(file), str(tmp_path / 'run'), num_heads=2)
+  assert result['tensors'] == 17
+
+
 def test_leftovers_that_are_named_are_left_out(tmp_path, capsys):
   backbone_file(
       tmp_path / 'a.safetensors',

@@ -205,6 +205,36 @@ def test_a_checkpoint_is_saved_by_time_as_well(spoil, tmp_path, monkeypatch):
   assert saved == [total]
 
 
+def test_the_initial_state_is_saved_and_kept(spoil, tmp_path):
+  trainer = small_trainer(spoil())
+  trainer.config.save.initial = True
+  trainer.config.save.every_steps = 4
+  trainer.run(str(tmp_path / 'run'))
+  saved = {int(p.name) for p in (tmp_path / 'run' / 'checkpoints').iterdir()}
+  assert saved >= {0, 20, 24} and 8 not in saved
+  shutil.rmtree(tmp_path / 'run' / 'checkpoints' / '24')
+  assert small_trainer(spoil()).run(str(tmp_path / 'run'))['step'] == 24
+
+
+def test_unreadable_images_are_named_as_they_are_met(spoil, tmp_path, capsys):
+  trainer = small_trainer(spoil(range(2), 2))
+  trainer.config.data.max_unreadable = 1.0
+  trainer.run(str(tmp_path / 'run'))
+  said = capsys.readouterr().err
+  lines = (tmp_path / 'run' / 'bad_images.txt').read_text().splitlines()
+  assert len(lines) == 4
+  for line in lines:
+    name, why = line.split('\t')
+    assert said.count(f'unreadable: {name}: {why}\n') == 1
+  # Of many, the list has all.
+  trainer = small_trainer(spoil(range(4), 5))
+  trainer.config.data.max_unreadable = 1.0
+  trainer.run(str(tmp_path / 'many'))
+  said = capsys.readouterr().err
+  assert said.count('unreadable: ') == 11
+  assert f'more are listed in {tmp_path}/many/bad_images.txt' in said
+
+
 def test_the_same_line_goes_on_once_the_files_are_mended(spoil, tmp_path):
   folder, workdir = spoil(range(8), 2), str(tmp_path / 'run')
   # The eighth is noticed while one more step is being computed.

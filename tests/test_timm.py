@@ -4,7 +4,6 @@ from flax.traverse_util import unflatten_dict
 import jax
 import numpy as np
 import pytest
-import test_convert
 import tiny
 
 from mocov3_jax import models
@@ -69,7 +68,7 @@ def test_full_size_backbones_agree(tmp_path, ours, theirs, arguments):
 def test_every_full_checkpoint_fills_timms_model(tmp_path):
   # The export of a whole run: names, shapes, metadata.
   config = tiny.config()
-  test_convert.random_run(tmp_path / 'run', config)
+  tiny.random_run(tmp_path / 'run', config)
   for encoder in 'query', 'momentum':
     for suffix in '.safetensors', '.pth':
       file = tmp_path / f'{encoder}{suffix}'

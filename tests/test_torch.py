@@ -20,7 +20,13 @@ from mocov3_jax.method.train_step import Method, TrainState, train_step
 from mocov3_jax.models import heads, resnet
 from mocov3_jax.runs import network
 from mocov3_jax.training import pretrain
-from mocov3_jax.weights import convert, state_dict, torch_names, torch_optimizer
+from mocov3_jax.weights import (
+  convert,
+  state_dict,
+  torch_checkpoints,
+  torch_names,
+  torch_optimizer,
+)
 
 torch = pytest.importorskip('torch')
 torch_moco = pytest.importorskip('torch_moco')
@@ -135,8 +141,9 @@ def test_round_trip_through_the_release_is_exact(runs, tmp_path):
     )
 
 
-def test_a_converted_run_can_be_continued(runs, tmp_path):
-  config, run = runs['vit']
+def test_a_converted_run_can_be_continued(tmp_path):
+  config, run = test_convert.small_config(), tmp_path / 'run'
+  pretrain.pretrain(config, str(run))
   file, back = tmp_path / 'a.pth.tar', tmp_path / 'back'
   # From step 2: a workdir that had only got so far.
   convert.convert(f'{run}/checkpoints/2', str(file))
@@ -271,7 +278,7 @@ def test_the_releases_linear_probe_and_deit_files_are_read(tmp_path):
 @pytest.mark.parametrize(
     'content, words',
     [
-        ({'net': {'a': torch.zeros(1)}}, "weights under 'net'"),
+        ({'net': {'a': torch.zeros(1)}}, 'neither a ViT nor a ResNet'),
         (
             {'model': {'a': torch.zeros(1)}, 'model_ema': {
                 'a': torch.zeros(1)}},
@@ -287,8 +294,11 @@ def test_the_releases_linear_probe_and_deit_files_are_read(tmp_path):
              'optimizer': {'state': {0: {'momentum_buffer': torch.zeros(1)}}}},
             'neither a ViT nor a ResNet',
         ),
-        ({'state_dict': {'base_encoder.norm.weight': torch.zeros(1)},
-          'optimizer': {'state': [1]}}, 'cannot be read'),
+        (
+            {'student': {'a': torch.zeros(1)}, 'teacher': {
+                'a': torch.zeros(1)}},
+            "--ignore=student takes 'teacher'",
+        ),
         ([torch.zeros(1)], 'holds a list'),
     ],
     ids=lambda x: str(x)[:20],
@@ -315,6 +325,60 @@ def test_prefixes_of_wrappers_and_parameters_are_understood(tmp_path):
   assert result['tensors'] == 17
 
 
+def test_a_file_with_a_teacher_and_a_student_gives_either(tmp_path):
+  test_convert.backbone_file(tmp_path / 'a.safetensors', lambda t: None)
+  tensors = test_convert.weight_files.read(tmp_path / 'a.safetensors').tensors
+  content = {
+      owner: {
+          f'{prefix}backbone.{n}': factor * torch.tensor(x)
+          for n, x in tensors.items()
+      } | {f'{prefix}head.mlp.0.weight': torch.zeros(3, 16)}
+      for owner, prefix, factor in (
+          ('student', 'module.', 1.0), ('teacher', '', 2.0)
+      )
+  }
+  # The positions are a table.
+  for state in content.values():
+    for name in state:
+      if name.endswith('pos_embed'):
+        state[name] = torch.tensor(tensors['pos_embed'])
+  torch.save(content | {'optimizer': {'lr': 1e-3}, 'epoch': 3},
+             tmp_path / 'dino.pth')
+  for keep, drop, factor in (
+      ('student', 'teacher', 1.0), ('teacher', 'student', 2.0)
+  ):
+    result = convert.convert(
+        str(tmp_path / 'dino.pth'), str(tmp_path / keep), num_heads=2,
+        ignore=(drop, 'head.mlp.*'),
+    )
+    assert result['tensors'] == 17
+    kernel = test_convert.leaves(tmp_path / keep)[
+        'params', 'backbone', 'norm', 'scale'
+    ]
+    np.testing.assert_array_equal(kernel, factor * tensors['norm.weight'])
+
+
+@pytest.mark.parametrize('optimizer', [
+    {'lr': 0.1}, [1, 2], {'state': [1]}, {'state': {'a': {}}}, 'none',
+], ids=str)
+def test_an_unfamiliar_optimizer_is_left_out(tmp_path, optimizer, capsys):
+  config = test_convert.small_config()
+  tensors = {
+      n: torch.tensor(x)
+      for n, x in test_convert.release_tensors(config).items()
+  }
+  torch.save(
+      {'state_dict': tensors, 'optimizer': optimizer}, tmp_path / 'a.pth.tar'
+  )
+  result = convert.convert(
+      str(tmp_path / 'a.pth.tar'), str(tmp_path / 'run'), config=config
+  )
+  assert not result['can_continue']
+  out, err = capsys.readouterr()
+  assert 'optimizer' in out and 'not a state of the release' in out
+  assert 'train cannot continue' in err
+
+
 def test_epochs_are_those_of_the_release(tmp_path):
   config = tiny.config(batch_size=4096)
   for step, epoch in (312, 1), (93_600, 300), (311, 0):
@@ -325,7 +389,7 @@ def test_epochs_are_those_of_the_release(tmp_path):
     }
     source = state_dict.Weights(config, step, flat, {})
     file = tmp_path / f'{step}.pth.tar'
-    test_convert.torch_weights.write(file, source, 'query')
+    torch_checkpoints.write(file, source, 'query')
     content = torch.load(file, weights_only=True)
     assert content['epoch'] == epoch
     assert 'optimizer' not in content  # There was none.

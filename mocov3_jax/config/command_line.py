@@ -10,6 +10,7 @@ import pathlib
 import re
 import sys
 from typing import Any
+import warnings
 
 from absl import flags, logging
 from ml_collections import ConfigDict, config_flags
@@ -236,6 +237,8 @@ def _quieten() -> None:
   # Orbax's and JAX's informative messages would drown the progress. What ends
   # one of Orbax's threads, it prints whole, and raises as well.
   logging.set_verbosity(logging.FATAL)
+  # Pillow's remarks on damaged metadata do not say of which file.
+  warnings.filterwarnings('ignore', module=r'PIL\.')
   # TensorStore leaves hundreds of broken asyncio tasks behind a checkpoint
   # that cannot be read, and each is reported beside our one message.
   logging_lib.getLogger('asyncio').setLevel(logging_lib.CRITICAL)
@@ -289,6 +292,12 @@ def _flag_message(text: str, argv: list[str]) -> str:
     return f'{unusable}: get_config() returned nothing'
   if missing:
     return f'required: {", ".join(f"--{name}=..." for name in missing)}'
+  negated = re.search(r"Unknown command line flag 'noconfig\.([\w.]+)'", text)
+  if negated:
+    return (
+        f'--noconfig.{negated[1]} is for fields that are True or False. Use '
+        f'--config.{negated[1]}=VALUE.'
+    )
   if text.startswith('Unknown command line flag'):
     text += '. A field of the config is set by --config.GROUP.FIELD=VALUE.'
   return text
@@ -303,9 +312,9 @@ def _config_message(error: Exception, argv: list[str]) -> str:
   name, *hint = str(text).splitlines() or ['']
   name = name.strip('\'"')
   for given in argv:
-    path = given.split('=')[0]
-    if path.startswith('--config.') and name in path.split('.'):
-      advice = _advice(path.removeprefix('--config.'))
+    field = re.match(r'--?(?:no)?config\.([^=]*)', given)
+    if field and name in field[1].split('.'):
+      advice = _advice(field[1])
       return f'{given}: there is no config field {name!r}. {advice}'
   why = ' '.join([name, *hint])
   return f'--config={_config_path(argv)} cannot be used: {kind}: {why}'

@@ -86,6 +86,8 @@ def schema() -> Schema:
       'save': {
           'every_steps': Knob(1000, AT_LEAST_ONE, free=True),
           'every_minutes': Knob(15.0, NOT_NEGATIVE, free=True),
+          # Save the initial state as well, step 0, and keep it for comparisons.
+          'initial': Knob(False, free=True),
           'keep_latest': Knob(1, AT_LEAST_ONE, free=True),
           'keep_best': Knob(0, NOT_NEGATIVE, free=True),
       },

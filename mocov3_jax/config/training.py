@@ -99,6 +99,8 @@ def schema() -> Schema:
           # Minutes after which one more is saved, without an evaluation, for
           # machines that end without a word; 0 = by steps alone.
           'every_minutes': Knob(15.0, NOT_NEGATIVE, free=True),
+          # Save the initial state as well, step 0, and keep it for comparisons.
+          'initial': Knob(False, free=True),
           # Newest checkpoints kept, and best ones by kNN kept beside them.
           'keep_latest': Knob(2, AT_LEAST_ONE, free=True),
           'keep_best': Knob(1, NOT_NEGATIVE, free=True),

@@ -7,9 +7,9 @@ the last full batch is dropped, as in the original.
 """
 
 from collections.abc import Callable, Iterator
+from concurrent import futures
 import dataclasses
 import functools
-import queue
 import threading
 from typing import NamedTuple
 
@@ -273,28 +273,21 @@ def until_asked(
   What reads the batch then, such as a file on a network that does not answer,
   goes on in a thread that nobody waits for.
   """
-  outcomes = queue.SimpleQueue()
-
-  def read():
+  def read(found):
     try:
-      outcomes.put((next(batches, None), None))
+      found.set_result(next(batches, None))
     except Exception as e:
-      outcomes.put((None, e))
+      found.set_exception(e)
 
   while True:
-    threading.Thread(target=read, daemon=True).start()
-    while True:
-      try:
-        batch, error = outcomes.get(timeout=LOOK)
-        break
-      except queue.Empty:
-        if stop_asked():
-          return
-    if error is not None:
-      raise error
-    if batch is None:
+    found = futures.Future()
+    threading.Thread(target=read, args=[found], daemon=True).start()
+    while not futures.wait([found], timeout=LOOK).done:
+      if stop_asked():
+        return
+    if found.result() is None:
       return
-    yield batch
+    yield found.result()
 
 
 def eval_batches(

@@ -27,6 +27,7 @@ class Checkpoints:
   def __init__(
       self, workdir: epath.Path, keep_latest: int, keep_best: int,
       warn: Callable[[str], None], best_metric: str | None = None,
+      keep_initial: bool = False,
   ):
     """Opens checkpoints/ in `workdir`, removing what a kill left half-written.
 
@@ -36,6 +37,7 @@ class Checkpoints:
       keep_best: best ones kept beside those.
       warn: is told of each damaged checkpoint.
       best_metric: by which they are the best; None = by none.
+      keep_initial: whether one of step 0 is kept beside all of them.
     """
     self._warn = warn
     self._folder = workdir / 'checkpoints'
@@ -43,6 +45,7 @@ class Checkpoints:
     self._best_metric = best_metric
     best = lambda metrics: metrics[best_metric]
     policies = checkpoint_managers.AnyPreservationPolicy([
+        checkpoint_managers.CustomSteps([0] if keep_initial else []),
         checkpoint_managers.LatestN(keep_latest),
         checkpoint_managers.BestN(
             get_metric_fn=best, n=keep_best,

@@ -102,7 +102,7 @@ class Trainer:
       workdir = stack.enter_context(self._claim(path))
       checkpoints = stack.enter_context(contextlib.closing(Checkpoints(
           workdir, save.keep_latest, save.keep_best, console.say,
-          best_metric(self.evaluators),
+          best_metric(self.evaluators), save.initial,
       )))
       step = sharding.jit_step(
           self.init, host_flags.reporting(self.step), self.mesh, self.constants
@@ -150,7 +150,7 @@ class Trainer:
             if saves(step) or evaluator.is_due(step):
               values |= measured(evaluator, step, state)
           log.evaluation(step, values)
-          if step and saves(step):
+          if saves(step) and (step or save.initial):
             save_now(step, state, values)
 
       def measured(

@@ -9,15 +9,19 @@ from etils import epath
 import jax
 from ml_collections import ConfigDict
 
+from mocov3_jax.base import console
 from mocov3_jax.base.errors import UserError
 from mocov3_jax.config.training import Plan
 from mocov3_jax.data import pipeline
 from mocov3_jax.data.pipeline import Batch, BatchReader
+from mocov3_jax.evals.features import NAMED
 from mocov3_jax.training.host_flags import UNREADABLE
 
 
 class UnreadableImages:
   """Lists unreadable images, and counts them against `data.max_unreadable`.
+
+  The first ones are named on stderr as they are met, as well.
 
   The list is bad_images.txt in the workdir: name and reason, a line per image.
   The count is that of all processes, and starts anew with each epoch.
@@ -46,6 +50,7 @@ class UnreadableImages:
     self._path = workdir / (
         f'bad_images.{number}.txt' if number else 'bad_images.txt'
     )
+    self._said = 0
     self._listed = set()
     if self._path.exists():
       with open(self._path, errors='surrogateescape') as file:
@@ -66,7 +71,16 @@ class UnreadableImages:
     for index in batch.unreadable[batch.unreadable >= 0].tolist():
       name = source.name(index)
       if _escaped(name) not in self._listed:
-        self.add({name: pipeline.why_unreadable(source, index)})
+        why = pipeline.why_unreadable(source, index)
+        self.add({name: why})
+        self._say(f'unreadable: {_escaped(name)}: {why}')
+
+  def _say(self, text: str) -> None:
+    self._said += 1
+    if self._said <= NAMED:
+      console.say(text)
+    elif self._said == NAMED + 1:
+      console.say(f'unreadable: more are listed in {self._path}')
 
   def add(self, unreadable: Mapping[str, str]) -> None:
     """Adds images, names and reasons, to the list if they are not there."""

@@ -1,7 +1,7 @@
 """Files of weights: PyTorch's, read without running code, and safetensors."""
 
 import argparse
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 import dataclasses
 import pickle
 import re
@@ -23,6 +23,9 @@ SUFFIXES = (*TORCH_SUFFIXES, SAFETENSORS)
 DESCRIPTION = 'mocov3_jax'
 # Where a PyTorch file may hold its state_dict.
 STATES = ('state_dict', 'model')
+# What wrappers put before the names of a state_dict: DistributedDataParallel,
+# torch.compile, and trainers (of DINO, say) that hold a backbone and a head.
+WRAPPERS = re.compile(r'^((module|_orig_mod|backbone)\.)+')
 # Rounding of the half precisions, relative.
 HALVES = {'float16': 2.0**-11, 'bfloat16': 2.0**-8}
 
@@ -33,7 +36,8 @@ class File:
 
   Attributes:
     tensors: the state_dict, without prefixes of wrappers ('module.').
-    optimizer: its state by the number of the parameter; empty if none.
+    optimizer: its state by the number of the parameter; empty if there is
+      none, or one of another kind than PyTorch's optimizers save.
     extra: names of what else is there.
     description: JSON, what a file of ours tells of itself; '' if none.
     rounding: of the values of the coarsest tensor, relative.
@@ -90,10 +94,29 @@ def _read_safetensors(path: epath.Path) -> File:
   found = safetensors_numpy.load_file(path)
   with safetensors.safe_open(path, 'numpy') as file:
     metadata = file.metadata() or {}
-  tensors = {name: _widened(x) for name, x in found.items()}
+  names = _unwrapped(path, found)
+  tensors = {names[name]: _widened(x) for name, x in found.items()}
   description = metadata[DESCRIPTION] if DESCRIPTION in metadata else ''
   rounding = max(map(_rounding, found.values()), default=0.0)
   return File(tensors, {}, (), description, rounding)
+
+
+def _unwrapped(path: epath.Path, names: Iterable[str]) -> dict[str, str]:
+  """Returns the names of a state_dict without prefixes of wrappers.
+
+  Raises:
+    UserError: if two of them become the same.
+  """
+  found = {name: WRAPPERS.sub('', str(name)) for name in names}
+  both = {}
+  for name, short in found.items():
+    if short in both:
+      raise UserError(
+          f'--from={path} holds {short} twice, as {both[short]} and {name}. '
+          'Use a file with one network.'
+      )
+    both[short] = name
+  return found
 
 
 def _widened(x: np.ndarray) -> np.ndarray:
@@ -124,23 +147,22 @@ def _read_torch(path: epath.Path, ignore: tuple[str, ...]) -> File:
       if isinstance(value, dict) and name != 'optimizer'
       and any(isinstance(x, torch.Tensor) for x in value.values())
   }
-  chosen = next((name for name in STATES if name in states), None)
-  others = sorted(states.keys() - {chosen, *ignore})
+  wanted = [name for name in states if name not in ignore]
+  chosen = next((name for name in STATES if name in wanted), None)
+  if chosen is None and len(wanted) == 1:
+    chosen = wanted[0]
+  others = [name for name in wanted if name != chosen]
   if others:
+    keep = chosen or wanted[-1]
+    drop = ','.join(name for name in wanted if name != keep)
     raise UserError(
         f'--from={path} holds weights under {", ".join(map(repr, states))}. '
-        f'Allowed: a state_dict under {" or ".join(map(repr, STATES))}, or '
-        'bare; name others to leave out in --ignore.'
+        f'Name those to leave out: --ignore={drop} takes {keep!r}.'
     )
   state = content if chosen is None else states[chosen]
   raw = {n: x for n, x in state.items() if isinstance(x, torch.Tensor)}
-  tensors = {}
-  for name, x in raw.items():
-    # Of DistributedDataParallel and torch.compile.
-    name = re.sub(r'^((module|_orig_mod)\.)+', '', str(name))
-    if name in tensors:
-      raise UserError(f'--from={path} holds {name} twice, as {[*raw]}')
-    tensors[name] = _array(x)
+  names = _unwrapped(path, raw)
+  tensors = {names[name]: _array(x) for name, x in raw.items()}
   extra = () if chosen is None else tuple(map(str, content))
   described = DESCRIPTION in content
   dtypes = {str(x.dtype).removeprefix('torch.') for x in raw.values()}
@@ -152,12 +174,13 @@ def _read_torch(path: epath.Path, ignore: tuple[str, ...]) -> File:
 
 
 def _optimizer(content: dict[str, Any]) -> dict[int, dict[str, Any]]:
-  if 'optimizer' not in content or not content['optimizer']:
-    return {}
-  return {
-      int(index): {slot: _array(x) for slot, x in slots.items()}
-      for index, slots in content['optimizer']['state'].items()
-  }
+  try:
+    return {
+        int(index): {slot: _array(x) for slot, x in slots.items()}
+        for index, slots in content['optimizer']['state'].items()
+    }
+  except (KeyError, TypeError, ValueError, AttributeError):
+    return {}  # Of another kind, or none.
 
 
 def _array(x: Any) -> np.ndarray:

@@ -52,7 +52,8 @@ def read(
   dropped = _dropped(source, file, ignore)
   full = any(name.startswith('base_encoder.') for name in file.tensors)
   assumed = ()
-  if config is None:
+  told = config is not None
+  if not told:
     config = _described(source, file)
   # What the optimizer's state means, only a recipe can tell.
   moments = file.optimizer if full and config is not None else {}
@@ -82,7 +83,10 @@ def read(
       n: 'not a weight' for n in file.extra if n not in kept | {*dropped}
   }
   if 'optimizer' in left_out and full:
-    left_out['optimizer'] = 'kept only with --config, the recipe of the run'
+    left_out['optimizer'] = (
+        'not a state of the release' if told else
+        'kept only with --config, the recipe of the run'
+    )
   return Weights(config, step, flat | moments, names, assumed), left_out
 
 
