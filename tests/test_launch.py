@@ -649,6 +649,13 @@ def test_the_jobset_trains_on_a_slice_that_is_whole():
   assert job['completions'] * chips == math.prod(map(int, topology.split('x')))
   assert job['backoffLimit'] == 0 and pod['restartPolicy'] == 'Never'
   assert jobset['spec']['failurePolicy']['maxRestarts'] > 0
+  assert jobset['metadata']['annotations'] == {
+      'alpha.jobset.sigs.k8s.io/exclusive-topology':
+      'cloud.google.com/gke-nodepool'
+  }
+  annotations = job['template']['metadata']['annotations']
+  for limit in 'cpu', 'memory', 'ephemeral-storage':
+    assert annotations[f'gke-gcsfuse/{limit}-limit'] == '0'
   assert pod['terminationGracePeriodSeconds'] > 60
   (mount,) = container['volumeMounts']
   assert mount['name'] == pod['volumes'][0]['name']
