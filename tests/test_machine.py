@@ -203,3 +203,24 @@ def test_libtpu_is_left_alone_where_there_may_be_a_tpu(
   })
   command_line.quieten_libtpu(str(tmp_path))
   assert ('TPU_WORKER_HOSTNAMES' in os.environ) == told
+
+
+def test_decoders_are_hidden_and_the_last_words_of_a_crash_are_not():
+  code = (
+      'import os, sys\n'
+      'from mocov3_jax.base import console\n'
+      'console.hide_decoders()\n'
+      'console.say("before")\n'
+      'os.write(2, b"Corrupt JPEG data: 3 extraneous bytes before marker\\n")\n'
+      'os.write(2, b"ZIPDecode: Decoding error at scanline 0.\\n")\n'
+      'os.write(2, b"F0000 what the library says\\n")\n'
+      'os.abort()\n'
+  )
+  done = subprocess.run(
+      [sys.executable, '-c', code], cwd=tiny.ROOT, capture_output=True,
+      text=True,
+  )
+  assert done.returncode == -signal.SIGABRT
+  assert sorted(done.stderr.splitlines()) == [
+      'F0000 what the library says', 'before'
+  ]

@@ -223,6 +223,7 @@ def run(
 
 def execute(main: Callable[[list[str]], int]) -> None:
   """Runs the command of this process, and exits with its code."""
+  console.hide_decoders()
   code = main(sys.argv)
   if code == INTERRUPTED:
     # Past Python's own exit, which can crash while XLA compiles in a thread.
