@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import io
+import json
 import random
 import shutil
 import signal
@@ -203,3 +204,77 @@ def test_a_damaged_image_is_read_or_unreadable_and_nothing_else(name):
         f'alone, {neither} by neither')
   # What Pillow reads, we read.
   assert theirs == 0 and both > 0
+
+
+# --- Runs ------------------------------------------------------------------
+
+RUN = {
+    'schedule.steps': 20, 'schedule.warmup_epochs': 0.2, 'save.keep_latest': 2,
+}
+JSON_FILES = 'config.json', 'data.json', 'result.json'
+
+
+@pytest.fixture(scope='module')
+def whole(tmp_path_factory):
+  """A run that is done, and what its evaluation and its repetition give."""
+  path = tmp_path_factory.mktemp('whole') / 'run'
+  code, out, err = tiny.call('train', f'--workdir={path}', *tiny.flags(**RUN))
+  assert code == 0, err
+  return path, json.loads(out.splitlines()[-1])['knn/top1']
+
+
+def damage(rng, run):
+  """Damages one file of a run; returns its name, and whether it can be seen."""
+  newest = max((run / 'checkpoints').iterdir(), key=lambda p: int(p.name))
+  inside = [p for p in newest.rglob('*') if p.is_file()]
+  file = rng.choice([
+      *(run / name for name in JSON_FILES), run / 'metrics.jsonl',
+      *rng.sample(inside, 4),
+  ])
+  data = file.read_bytes()
+  if file.name == 'metrics.jsonl':  # A crash can damage its end alone.
+    place = len(data) - rng.randrange(1, 60)
+  else:
+    place = rng.randrange(max(1, len(data)))
+  kind = rng.choice(['cut', 'gone', 'flipped'])
+  if kind == 'gone' and file.name != 'metrics.jsonl':
+    file.unlink()
+  elif kind == 'flipped' and data:
+    value = data[place] ^ 1 << rng.randrange(8)
+    file.write_bytes(data[:place] + bytes([value]) + data[place + 1:])
+    # Another digit, letter or number is as good to a reader as the first.
+    return f'{file} {kind} at {place}', False
+  else:
+    file.write_bytes(data[:place])
+  return f'{file} {kind} at {place}', True
+
+
+def test_a_damaged_run_is_never_read_as_another_without_a_word(
+    whole, tmp_path
+):
+  run, top1 = whole
+  rng, counts = random.Random(0), {}
+  for number in range(DAMAGES):
+    mine, out = tmp_path / 'run', tmp_path / 'knn'
+    shutil.copytree(run, mine)
+    what, visible = damage(rng, mine)
+    for command, flags in (
+        ('report', [str(mine), f'--out={tmp_path / "r.csv"}']),
+        ('evaluate', ['--config=configs/eval_knn.py', f'--workdir={out}',
+                      f'--config.checkpoint={mine}']),
+        ('train', [f'--workdir={mine}', *tiny.flags(**RUN)]),
+    ):
+      with time_limit((number, what, command)):
+        code, said, err = tiny.call(command, *flags)
+      where = f'{number}: {command} after {what}\n{err}'
+      assert code in (0, 2) and 'Traceback' not in err, where
+      if code == 2:
+        assert err.count('error: ') == 1, where
+      elif command != 'report' and visible:
+        found = json.loads(said.splitlines()[-1])['knn/top1']
+        assert found == top1 or 'damaged' in err, where
+      counts[command, code] = counts.get((command, code), 0) + 1
+    for path in mine, out:
+      shutil.rmtree(path, ignore_errors=True)
+    (tmp_path / 'r.csv').unlink(missing_ok=True)
+  print(counts)

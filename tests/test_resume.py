@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import time
 
@@ -245,3 +246,18 @@ def test_kill_at_any_moment_then_resume(tmp_path, straight):
   code, _, err = tiny.call('train', *arguments(workdir))
   assert code == 0, err
   assert_same_run(workdir, straight[0])
+
+
+def test_an_evaluation_whose_row_was_lost_is_made_again(straight, tmp_path):
+  workdir = tmp_path / 'run'
+  shutil.copytree(straight[0], workdir)
+  log = workdir / 'metrics.jsonl'
+  lines = log.read_text().splitlines(keepends=True)
+  assert 'knn/top1' in lines[-1]
+  log.write_text(''.join(lines[:-1]) + lines[-1][:20])
+  code, out, err = tiny.call('train', *arguments(workdir))
+  assert code == 0 and 'has lost what was measured' in err, err
+  assert json.loads(out.splitlines()[-1])['knn/top1'] == (
+      straight[1]['knn/top1']
+  )
+  assert tiny.metrics(workdir) == tiny.metrics(straight[0])

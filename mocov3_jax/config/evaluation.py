@@ -19,6 +19,7 @@ from mocov3_jax.config.knobs import (
   Knob,
   Range,
   Schema,
+  within,
 )
 
 # What `protocol` may be.
@@ -42,7 +43,7 @@ def schema() -> Schema:
       # target's; or 'random', as the run had it before its first step.
       'encoder': Knob('query'),
       # Images per forward pass, or per step of training, over all devices.
-      'batch_size': Knob(256, AT_LEAST_ONE),
+      'batch_size': Knob(256, within(1, 2**24)),
       # Seeds heads, order, augmentation and the choice of `labels_per_class`.
       'seed': Knob(0, SEED),
       'data': {
@@ -55,8 +56,8 @@ def schema() -> Schema:
           # all.
           'labels_per_class': Knob(0, NOT_NEGATIVE),
           # As in training.
-          'prefetch': Knob(4, AT_LEAST_ONE, free=True),
-          'threads': Knob(0, NOT_NEGATIVE, free=True),
+          'prefetch': Knob(4, within(1, 1024), free=True),
+          'threads': Knob(0, within(0, 1024), free=True),
           'max_unreadable': Knob(0.01, SHARE, free=True),
       },
       # The view that 'linear' and 'finetune' train on. Paper s5: crop and flip
@@ -73,7 +74,7 @@ def schema() -> Schema:
           # Passes over the data.
           'epochs': Knob(90.0, NOT_NEGATIVE),
           # Optimizer steps in all; 0 = as many as `epochs` gives.
-          'steps': Knob(0, NOT_NEGATIVE),
+          'steps': Knob(0, within(0, 2**31 - 1)),
           # Epochs of linear warm-up ('finetune').
           'warmup_epochs': Knob(0.0, NOT_NEGATIVE),
       },

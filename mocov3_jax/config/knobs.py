@@ -50,13 +50,21 @@ class Knob:
 Schema = dict[str, Any]
 
 AT_LEAST_ONE = Range('at least 1', lambda v: v >= 1)
-AT_LEAST_TWO = Range('at least 2', lambda v: v >= 2)
 NOT_NEGATIVE = Range('0 or more', lambda v: v >= 0)
 POSITIVE = Range('above 0', lambda v: v > 0)
 SHARE = Range('from 0 to 1', lambda v: 0 <= v <= 1)
 SHARE_ABOVE_ZERO = Range('above 0, at most 1', lambda v: 0 < v <= 1)
 BELOW_ONE = Range('from 0 to below 1', lambda v: 0 <= v < 1)
 SEED = Range('from 0 to below 2**32', lambda v: 0 <= v < 2**32)
+
+
+def within(low: int, high: int) -> Range:
+  """Returns the range of whole numbers from `low` to `high`.
+
+  The upper bounds of sizes are beyond what anybody trains, and keep a config
+  from elsewhere from asking for a billion layers.
+  """
+  return Range(f'from {low:,} to {high:,}', lambda v: low <= v <= high)
 
 
 def flatten(tree: dict[str, Any]) -> dict[str, Any]:
@@ -84,13 +92,28 @@ def check(schema: Schema, config: ConfigDict) -> None:
   """Checks that a config has the fields of `schema`, within their ranges.
 
   Raises:
-    UserError: for a field too many or too few, or the first out of its range.
+    UserError: for a field too many or too few, the first of another type than
+      its default, or the first out of its range.
   """
   require_fields(config, schema)
   values = flatten(config.to_dict())
   for field, knob in flatten(schema).items():
+    if not _alike(knob.default, values[field]):
+      raise UserError(
+          f'{field}={values[field]!r} is of another type. Allowed: as the '
+          f'default, {knob.default!r}.'
+      )
     if knob.allowed is not None:
       require(field, values[field], knob.allowed)
+
+
+def _alike(default: Any, value: Any) -> bool:
+  """Returns whether a value, perhaps read from JSON, is of a default's type."""
+  if isinstance(default, tuple):
+    return isinstance(value, (tuple, list))
+  if isinstance(default, float):  # A whole number does as well.
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+  return type(value) is type(default)
 
 
 def require(field: str, value: Any, allowed: Range) -> None:

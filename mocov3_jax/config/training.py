@@ -14,7 +14,6 @@ from mocov3_jax.base.errors import UserError
 from mocov3_jax.config import knobs
 from mocov3_jax.config.knobs import (
   AT_LEAST_ONE,
-  AT_LEAST_TWO,
   BELOW_ONE,
   NOT_NEGATIVE,
   POSITIVE,
@@ -24,6 +23,7 @@ from mocov3_jax.config.knobs import (
   Knob,
   Range,
   Schema,
+  within,
 )
 
 # Images of ImageNet's training set.
@@ -42,7 +42,7 @@ def schema() -> Schema:
       'seed': Knob(0, SEED),
       # Images per optimizer step over all devices. Paper s5: 4096. A single one
       # would have nothing to be told apart from, and no statistics.
-      'batch_size': Knob(4096, AT_LEAST_TWO),
+      'batch_size': Knob(4096, within(2, 2**24)),
       # Images per device and pass through the trunk. It bounds the memory of
       # the activations and costs a second forward pass; the result is the
       # same. 0 = all images of the device at once.
@@ -65,7 +65,7 @@ def schema() -> Schema:
           # the release does.
           'epochs': Knob(300.0, NOT_NEGATIVE),
           # Optimizer steps in all; 0 = as many as `epochs` gives.
-          'steps': Knob(0, NOT_NEGATIVE, zero='by epochs'),
+          'steps': Knob(0, within(0, 2**31 - 1), zero='by epochs'),
           # Epochs of linear warm-up from 0, before half a cosine to 0. Paper
           # s5: 40.
           'warmup_epochs': Knob(40.0, NOT_NEGATIVE),
@@ -122,7 +122,7 @@ def _data() -> Schema:
       # user's cache folder. A machine that does not last needs another one.
       'listing_cache': Knob('', free=True),
       # Side of the square crop that the model sees, pixels. Paper s5: 224.
-      'image_size': Knob(224, AT_LEAST_ONE),
+      'image_size': Knob(224, within(1, 8192)),
       # Mean and standard deviation of each channel, of pixels in [0, 1]. The
       # release has ImageNet's.
       'mean': Knob(
@@ -137,9 +137,9 @@ def _data() -> Schema:
           ),
       ),
       # Batches read ahead of the device (uint8, in the host's memory).
-      'prefetch': Knob(4, AT_LEAST_ONE, free=True),
+      'prefetch': Knob(4, within(1, 1024), free=True),
       # Threads that read and decode images; 0 = one per core.
-      'threads': Knob(0, NOT_NEGATIVE, free=True),
+      'threads': Knob(0, within(0, 1024), free=True),
       # Training stops when more than this share of an epoch's images could
       # not be read (each is replaced by another image).
       'max_unreadable': Knob(0.01, SHARE, free=True),
@@ -197,13 +197,13 @@ def _model() -> Schema:
       # 2 and 3), 'resnet18', 'resnet34', 'resnet50', 'resnet101'.
       'name': Knob('vit_s'),
       # Width of a ViT's tokens or of a ResNet's stem; 0 = that of `name`.
-      'dim': Knob(0, NOT_NEGATIVE, zero=OF_NAME),
+      'dim': Knob(0, within(0, 2**16), zero=OF_NAME),
       # ViT: blocks and attention heads; 0 = those of `name`, and one block
       # fewer with the convolutional stem.
-      'depth': Knob(0, NOT_NEGATIVE, zero=OF_NAME),
-      'num_heads': Knob(0, NOT_NEGATIVE, zero=OF_NAME),
+      'depth': Knob(0, within(0, 256), zero=OF_NAME),
+      'num_heads': Knob(0, within(0, 1024), zero=OF_NAME),
       # ViT: side of a patch, pixels.
-      'patch_size': Knob(16, AT_LEAST_ONE),
+      'patch_size': Knob(16, within(1, 8192)),
       # ViT: the patch projection. 'frozen' = random and not trained, which
       # paper s4.2 finds stable; 'learned' = trained like the rest; 'clipped' =
       # learned, with its gradient clipped (optimizer.patch_embed_clip);
@@ -239,11 +239,11 @@ def _head() -> Schema:
       # Layers of the projector and the predictor MLP. Paper s5: 3 and 2 for
       # ViT; release: 2 and 2 for ResNet. 0 = no predictor (paper s6.2: 75.5
       # instead of 76.5 %).
-      'projector_layers': Knob(3, AT_LEAST_ONE),
-      'predictor_layers': Knob(2, NOT_NEGATIVE),
+      'projector_layers': Knob(3, within(1, 16)),
+      'predictor_layers': Knob(2, within(0, 16)),
       # Hidden and output width of both. Paper s5.
-      'hidden_dim': Knob(4096, AT_LEAST_ONE),
-      'out_dim': Knob(256, AT_LEAST_TWO),
+      'hidden_dim': Knob(4096, within(1, 2**20)),
+      'out_dim': Knob(256, within(2, 2**20)),
       # BatchNorm (no scale, no offset) on their outputs. The release has none
       # on ResNet's predictor; paper App. A has none at all in BYOL with ViT.
       'projector_out_bn': Knob(True),
@@ -252,7 +252,7 @@ def _head() -> Schema:
       # BatchNorm 74.4 instead of 76.5 %.
       'hidden_bn': Knob(True),
       # SwAV: prototypes in place of a predictor (arXiv 2006.09882: 3000).
-      'prototypes': Knob(0, NOT_NEGATIVE),
+      'prototypes': Knob(0, within(0, 2**24)),
   }
 
 
@@ -272,7 +272,7 @@ def _objective() -> Schema:
       # SwAV (arXiv 2006.09882): smoothness of the codes, and rounds of
       # balancing them.
       'sinkhorn_epsilon': Knob(0.05, POSITIVE),
-      'sinkhorn_iterations': Knob(3, AT_LEAST_ONE),
+      'sinkhorn_iterations': Knob(3, within(1, 1000)),
       # Momentum of the target network at the start, and how it moves:
       # 'constant', or 'cosine' = by half a cosine to 1 at the end. Paper s6.2:
       # 0.99; release: cosine.

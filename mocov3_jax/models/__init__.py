@@ -36,6 +36,8 @@ RESNETS = {
 # Fields of ViT that are those of config.model; a ResNet has none of them.
 VIT_OPTIONS = ('positions', 'readout', 'mlp_norm', 'remat', 'scan')
 DTYPES = {'float32': jnp.float32, 'bfloat16': jnp.bfloat16}
+# Patches of an image: 4096 pixels in patches of 16.
+MOST_TOKENS = 2**16
 
 
 @flax.struct.dataclass
@@ -213,6 +215,12 @@ def _check_vit(vit: ViT, image_size: int) -> None:
     raise UserError(
         f'data.image_size={image_size} is not a whole number of patches of '
         f'model.patch_size={vit.patch_size}. Allowed: a multiple of it.'
+    )
+  tokens = (image_size // vit.patch_size) ** 2
+  if tokens > MOST_TOKENS:
+    raise UserError(
+        f'data.image_size={image_size} is {tokens:,} patches of '
+        f'model.patch_size={vit.patch_size}. Allowed: up to {MOST_TOKENS:,}.'
     )
   if vit.patch_embed == 'conv':
     size = vit.patch_size

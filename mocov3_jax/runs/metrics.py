@@ -124,6 +124,8 @@ class MetricWriter:
   def flush(self) -> None:
     """Puts on disk what a continuation from here will not write again."""
     if self._active:
+      # A checkpoint is on the disk after a crash of the machine; so are these.
+      os.fsync(self._file.fileno())
       self._board.flush()
 
   def close(self) -> None:

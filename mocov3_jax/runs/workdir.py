@@ -224,10 +224,11 @@ def complete(
     where: what holds it, for messages.
 
   Raises:
-    UserError: see `knobs.completed`.
+    UserError: see `knobs.completed` and `knobs.check`.
   """
   try:
     found, absent = knobs.completed(config.to_dict(), schema)
+    knobs.check(schema, ConfigDict(found))
   except UserError as e:
     raise UserError(f'{where}: {e}') from e
   if absent:

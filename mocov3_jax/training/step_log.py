@@ -78,6 +78,13 @@ class StepLog:
     self.note(f'step {step}/{self._plan.total_steps}{self._words(values)}')
     self._warn(step, values)
 
+  def lacks_evaluation(self, step: int) -> bool:
+    """Returns whether no row tells of the state at `step`, where one should."""
+    mains = {e.main for e in self._evaluators}
+    return bool(mains) and not any(
+        row['step'] == step and mains & row.keys() for row in self.rows
+    )
+
   def diverged(self, step: int) -> None:
     """Logs that a metric became NaN or infinite at `step`."""
     self._writer.write(step, {'train/diverged': 1.0})

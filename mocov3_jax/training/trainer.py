@@ -181,6 +181,12 @@ class Trainer:
 
       if start == 0:
         evaluate_and_save(0, state)
+      elif saves(start) and log.lacks_evaluation(start):
+        log.note(
+            f'metrics.jsonl has lost what was measured at step {start}; it is '
+            'measured again'
+        )
+        evaluate_and_save(start, state)
       with self._divergence_explained(log, checkpoints):
         state, done = loop.run(
             state, step, self._batches(
