@@ -22,6 +22,7 @@ from mocov3_jax.data import sources
 from mocov3_jax.evals import confidence, logistic
 from mocov3_jax.evals.opened import Opened
 from mocov3_jax.method import optimizers
+from mocov3_jax.parallel import sharding
 from mocov3_jax.protocols import finetune
 from mocov3_jax.protocols import setup as setup_lib
 from mocov3_jax.runs import metrics, network
@@ -142,6 +143,32 @@ def test_a_network_that_was_trained_is_used_like_any_other(
   step = out / 'checkpoints' / str(found['step'])
   code, _, err = evaluate(step, tmp_path / 'no', '--config=configs/eval_knn.py')
   assert code == 2 and 'is the workdir of an evaluation' in err
+
+
+@pytest.mark.parametrize('classes', [3, ['a'], [1] * 10, {'a': 1}])
+def test_names_of_classes_that_do_not_fit_are_refused(
+    run, tmp_path, classes
+):
+  c = tiny.config()
+  tree = {'params': {
+      'backbone': network.restore(
+          network.find(str(run)), sharding.make_mesh()
+      )[0]['backbone'],
+      'classifier': {'kernel': np.ones((16, 10), np.float32),
+                     'bias': np.zeros(10, np.float32)},
+  }}
+  network.write(str(tmp_path / 'net'), c, 1, tree)
+  flags = [
+      f'--checkpoint={tmp_path / "net"}', f'--predict={tmp_path / "p.csv"}'
+  ]
+  (tmp_path / 'net' / 'classes.json').write_text(
+      json.dumps({'classes': classes})
+  )
+  code, _, err = tiny.call('extract', *flags)
+  assert code == 2 and 'does not name the 10 classes' in err
+  (tmp_path / 'net' / 'classes.json').unlink()
+  assert tiny.call('extract', *flags)[0] == 0
+  assert (tmp_path / 'p.csv').read_text().splitlines()[1].split(',')[2] == '0'
 
 
 def test_a_training_that_was_not_finished_says_what_to_do(run, tmp_path):

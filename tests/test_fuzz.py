@@ -71,12 +71,49 @@ def values_of(knob):
   return st.one_of(NUMBERS, FLOATS)
 
 
+# Names that may stand in a field; what is not here keeps its default.
+NAMES = {
+    'model.patch_embed': [
+        'frozen', 'learned', 'clipped', 'batch_norm', 'weight_norm'
+    ],
+    'model.positions': ['sincos', 'learned', 'none'],
+    'model.readout': ['cls', 'norm_pool', 'pool'],
+    'model.dtype': ['float32', 'bfloat16'],
+    'objective.name': ['moco_v3', 'byol', 'simclr'],
+    'objective.momentum_schedule': ['cosine', 'constant'],
+    'optimizer.name': ['adamw', 'lars', 'lamb'],
+}
+
+
+def mild_values_of(name, knob):
+  """Values with which most configs can be trained."""
+  default = tiny.config().to_dict()
+  for part in name.split('.'):
+    default = default[part]
+  if isinstance(default, bool):
+    return st.sampled_from(['true', 'false'])
+  if isinstance(default, str):
+    return st.sampled_from(NAMES[name] if name in NAMES else [default])
+  if isinstance(default, tuple):
+    return st.just(f'({",".join(map(str, default))},)')
+  near = [default, 2 * default, default / 2, default + 1, 0, 1]
+  near = [type(default)(x) for x in near]
+  return st.sampled_from(
+      [str(x) for x in near if knob.allowed is None or knob.allowed.holds(x)]
+  )
+
+
 FIELDS = knobs.flatten(training.schema())
-OVERRIDES = st.lists(
+NAME_LISTS = st.lists(
     st.sampled_from(sorted(FIELDS)), min_size=1, max_size=5, unique=True
-).flatmap(lambda names: st.fixed_dictionaries(
-    {name: values_of(FIELDS[name]) for name in names}
-))
+)
+OVERRIDES = st.one_of(
+    NAME_LISTS.flatmap(lambda names: st.tuples(st.just(False),
+        st.fixed_dictionaries({n: values_of(FIELDS[n]) for n in names}))),
+    NAME_LISTS.flatmap(lambda names: st.tuples(st.just(True),
+        st.fixed_dictionaries(
+            {n: mild_values_of(n, FIELDS[n]) for n in names}))),
+)
 
 
 def test_no_set_of_overrides_ends_in_a_traceback(tmp_path):
@@ -87,10 +124,12 @@ def test_no_set_of_overrides_ends_in_a_traceback(tmp_path):
       phases=[Phase.generate], suppress_health_check=list(HealthCheck),
   )
   @given(OVERRIDES)
-  def check(overrides):
+  def check(drawn):
     nonlocal count
+    mild, overrides = drawn
     count += 1
-    trains = count % TRAINED_EVERY == 0
+    tried = sum(trains for trains, _ in codes)
+    trains = mild and tried < count // TRAINED_EVERY
     flags = [f'--config.{name}={value}' for name, value in overrides.items()]
     steps = ['--config.schedule.steps=2'] * trains
     # Where nothing can be written, a run ends once all of its input is known.
@@ -111,7 +150,7 @@ def test_no_set_of_overrides_ends_in_a_traceback(tmp_path):
   trained = [code for trains, code in codes if trains]
   print(f'{len(codes)} sets; {len(trained)} tried for two steps, of which '
         f'{trained.count(0)} trained')
-  assert len(codes) >= CONFIGS
+  assert len(codes) >= CONFIGS and trained.count(0) > len(trained) // 4
 
 
 # --- Images ----------------------------------------------------------------
@@ -249,6 +288,8 @@ def damage(rng, run):
   return f'{file} {kind} at {place}', True
 
 
+# What TensorStore leaves behind a checkpoint that cannot be read.
+@pytest.mark.filterwarnings('ignore::pytest.PytestUnraisableExceptionWarning')
 def test_a_damaged_run_is_never_read_as_another_without_a_word(
     whole, tmp_path
 ):

@@ -189,10 +189,14 @@ def restore_classifier(
   file = trained.folder.parent.parent / CLASSES
   found = files.read_object(file)
   classes = found['classes'] if 'classes' in found else []
-  if classes and len(classes) != len(restored['bias']):
+  count = len(restored['bias'])
+  if classes and not (
+      isinstance(classes, list) and len(classes) == count
+      and all(isinstance(name, str) for name in classes)
+  ):
     raise UserError(
-        f'{file} names {len(classes)} classes, and the classifier has '
-        f'{len(restored["bias"])}.'
+        f'{file} does not name the {count} classes of the classifier. Use the '
+        'file that the evaluation wrote, or none, for numbers.'
     )
   return restored, classes
 
