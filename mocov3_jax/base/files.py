@@ -2,13 +2,20 @@
 
 from collections.abc import Iterator
 import contextlib
+import errno
 import json
 import os
+import secrets
+import stat
 from typing import Any, BinaryIO
 
 from etils import epath
 
 from mocov3_jax.base.errors import UserError
+
+# Files and folders in the folder of a run, and bytes of its JSON files, at
+# most: far more than a run writes.
+MOST_ENTRIES, MOST_JSON = 100_000, 2**24
 
 
 def absolute(path: str, field: str = 'the path') -> epath.Path:
@@ -65,6 +72,85 @@ def new_output(path: str, suffix: str, field: str = '--out') -> epath.Path:
   return found
 
 
+def require_plain(folder: epath.Path) -> None:
+  """Checks that a run's folder holds nothing but files and folders.
+
+  Links in it could lead whatever reads or writes there to other places, and
+  pipes and devices have no end. The folder itself may be reached by a link.
+
+  Raises:
+    UserError: with the first that is neither, or if there are too many.
+  """
+  count = 0
+  waiting = [os.fspath(folder)]
+  while waiting:
+    with os.scandir(waiting.pop()) as entries:
+      for entry in entries:
+        count += 1
+        if count > MOST_ENTRIES:
+          raise UserError(
+              f'{folder} holds more than {MOST_ENTRIES:,} files. Use the '
+              'folder of one run.'
+          )
+        if entry.is_dir(follow_symlinks=False):
+          waiting.append(entry.path)
+        elif not entry.is_file(follow_symlinks=False):
+          what = 'a link' if entry.is_symlink() else 'a pipe or a device'
+          raise UserError(
+              f'{entry.path} is {what}, which has no place in the folder of a '
+              'run. Replace it by what it stands for, or remove it.'
+          )
+
+
+def open_own(path: epath.Path, mode: str, **options: Any) -> Any:
+  """Opens a file of a run, as `open` does, if it is a file and no link.
+
+  Raises:
+    UserError: if it is anything else.
+    OSError: as `open`.
+  """
+  def opener(name, flags):
+    return os.open(
+        name, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o666
+    )
+
+  try:
+    file = open(path, mode, opener=opener, **options)
+    if stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+      return file
+    file.close()
+  except OSError as e:
+    if e.errno not in (errno.ELOOP, errno.ENXIO, errno.EISDIR):
+      raise
+  raise UserError(
+      f'{path} is no regular file, but a link, a pipe or the like. Replace it '
+      'by a file, or remove it.'
+  )
+
+
+def read_own(path: epath.Path, most: int) -> bytes | None:
+  """Reads a file of a run; None if there is none.
+
+  Args:
+    path: of the file.
+    most: bytes that it may have.
+
+  Raises:
+    UserError: if it is larger, or no regular file.
+  """
+  try:
+    with open_own(path, 'rb') as file:
+      size = os.fstat(file.fileno()).st_size
+      if size <= most:
+        return file.read()
+  except FileNotFoundError:
+    return None
+  raise UserError(
+      f'{path} has {size:,} bytes, more than the {most:,} that a run writes '
+      'there.'
+  )
+
+
 @contextlib.contextmanager
 def open_whole(
     path: epath.Path, field: str = '', parents: bool = False
@@ -85,12 +171,13 @@ def open_whole(
   Raises:
     UserError: if the file that `field` names cannot be written.
   """
-  # Several processes may write one file at once, such as a listing.
-  part = path.with_name(f'{path.name}.{os.getpid()}.part')
+  # A name that nobody can have put there before: several processes may write
+  # one file, and others may have a say in the folder.
+  part = path.with_name(f'.{path.name[:60]}.{secrets.token_hex(8)}.part')
   try:
     if parents:
       path.parent.mkdir(parents=True, exist_ok=True)
-    with open(part, 'wb') as file:
+    with open(part, 'xb') as file:
       yield file
       # Or a crash of the machine could leave an empty file by that name.
       file.flush()
@@ -103,6 +190,9 @@ def open_whole(
         f'{field}={path} cannot be written: {e.strerror or e}. Allowed: a '
         'place this user may write to.'
     ) from e
+  finally:
+    with contextlib.suppress(OSError):  # If something failed before.
+      os.unlink(part)
 
 
 def write_json(path: epath.Path, value: Any) -> None:
@@ -111,21 +201,34 @@ def write_json(path: epath.Path, value: Any) -> None:
     file.write((json.dumps(value, indent=2) + '\n').encode())
 
 
+def parse(text: str | bytes) -> Any:
+  """Parses JSON from outside.
+
+  Raises:
+    ValueError: if it is none, or nested without end.
+  """
+  try:
+    return json.loads(text)
+  except RecursionError as e:
+    raise ValueError('it is nested too deeply') from e
+
+
 def read_object(path: epath.Path) -> dict[str, Any]:
   """Reads a JSON object that a run wrote; empty if there is no file.
 
   Raises:
-    UserError: if the file holds none.
+    UserError: if the file holds none, is too large, or is no regular file.
   """
-  if not path.exists():
+  data = read_own(path, MOST_JSON)
+  if data is None:
     return {}
   try:
-    found = json.loads(path.read_text())
+    found = parse(data)
     if not isinstance(found, dict):
       raise ValueError(f'it holds {type(found).__name__}, no object')
   except ValueError as e:
     raise UserError(
-        f'{path} is damaged: {e}. Allowed: the JSON object that a run wrote; '
-        'or no such file, if it cannot be had.'
+        f'{path} is damaged: {str(e)[:200]}. Allowed: the JSON object that a '
+        'run wrote; or no such file, if it cannot be had.'
     ) from e
   return found

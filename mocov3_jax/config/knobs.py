@@ -97,14 +97,28 @@ def check(schema: Schema, config: ConfigDict) -> None:
   """
   require_fields(config, schema)
   values = flatten(config.to_dict())
+  check_types(schema, values)
   for field, knob in flatten(schema).items():
-    if not _alike(knob.default, values[field]):
-      raise UserError(
-          f'{field}={values[field]!r} is of another type. Allowed: as the '
-          f'default, {knob.default!r}.'
-      )
     if knob.allowed is not None:
       require(field, values[field], knob.allowed)
+
+
+def check_types(schema: Schema, values: dict[str, Any]) -> None:
+  """Checks those fields of a config that `schema` knows.
+
+  Args:
+    schema: of this version.
+    values: of the config, by dotted name; perhaps of another version.
+
+  Raises:
+    UserError: for the first of another type than its default.
+  """
+  for field, knob in flatten(schema).items():
+    if field in values and not _alike(knob.default, values[field]):
+      raise UserError(
+          f'{field}={str(values[field])[:200]!r} is of another type. Allowed: '
+          f'as the default, {knob.default!r}.'
+      )
 
 
 def _alike(default: Any, value: Any) -> bool:

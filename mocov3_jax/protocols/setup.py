@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import itertools
 import json
+import os
 from typing import Any
 
 from etils import epath
@@ -266,11 +267,12 @@ def record(
 
 def _append(path: epath.Path, results: dict[str, Any]) -> None:
   try:
-    before = path.read_bytes() if path.exists() else b''
-    # A line that a kill cut off ends here, or both would be lost.
-    end = '\n' if before and not before.endswith(b'\n') else ''
-    with path.open('a') as file:
-      file.write(f'{end}{json.dumps(results)}\n')
+    with files.open_own(path, 'a+b') as file:
+      # A line that a kill cut off ends here, or both would be lost.
+      size = file.seek(0, os.SEEK_END)
+      file.seek(max(0, size - 1))
+      end = '\n' if file.read(1) not in (b'', b'\n') else ''
+      file.write(f'{end}{json.dumps(results)}\n'.encode())
   except OSError as e:  # The run may be somebody else's.
     console.say(
         f'warning: {path} cannot be written ({e.strerror}); the result is in '

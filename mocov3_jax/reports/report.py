@@ -1,10 +1,12 @@
 """A report on runs, in the format that is asked for."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 import csv
 import datetime
 import io
 from typing import Any
+
+from etils import epath
 
 from mocov3_jax.base import files
 from mocov3_jax.base.errors import UserError, unknown
@@ -48,7 +50,7 @@ def report(
     )
   found = history.find(paths)
   note(f'{len(found)} run(s); looking for dips and spikes')
-  made = data.make(map(history.read, found))
+  made = data.make(_readable(found, note))
   note(f'writing {path}')
   date = date or datetime.date.today().isoformat()
   content = {
@@ -59,6 +61,24 @@ def report(
   with files.open_whole(path, '--out') as file:
     file.write(content)
   return {'out': str(path), **data.counts(made), 'bytes': len(content)}
+
+
+def _readable(
+    folders: Sequence[epath.Path], note: Callable[[str], None]
+) -> Iterator[history.Run]:
+  """Yields the runs that can be read; of the others, says why not."""
+  refused = []
+  for folder in folders:
+    try:
+      run = history.read(folder)
+    except UserError as e:
+      refused.append(e)
+      if len(folders) > 1:
+        note(f'left out: {e}')
+    else:
+      yield run
+  if len(refused) == len(folders):
+    raise refused[-1]
 
 
 def _format(suffix: str, out: str, given: str) -> str:

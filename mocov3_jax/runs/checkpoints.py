@@ -14,7 +14,7 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers
 
 from mocov3_jax.base.errors import UserError, is_of_environment
-from mocov3_jax.base.files import absolute
+from mocov3_jax.base.files import absolute, require_plain
 
 PyTree = Any
 # Name of the state within checkpoints/<step>/.
@@ -69,7 +69,7 @@ class Checkpoints:
     # Orbax reads all of them when it starts, and gives up at a broken one.
     for folder in self._folder.iterdir():
       file = folder / 'metrics' / 'metrics'
-      if folder.name.isdigit() and file.exists():
+      if _is_step(folder.name) and file.exists():
         try:
           json.loads(file.read_text())
         except ValueError as e:
@@ -218,8 +218,14 @@ def find(path: str) -> tuple[epath.Path, epath.Path]:
     The workdir of the run, and the folder of the checkpoint.
 
   Raises:
-    UserError: if `path` is neither.
+    UserError: if `path` is neither, or holds links.
   """
+  run, checkpoint = _found(path)
+  require_plain(run)
+  return run, checkpoint
+
+
+def _found(path: str) -> tuple[epath.Path, epath.Path]:
   if path:
     folder = absolute(path)
     if folder.is_file():
@@ -230,18 +236,23 @@ def find(path: str) -> tuple[epath.Path, epath.Path]:
     if (folder / 'checkpoints').is_dir():
       steps = [
           int(p.name) for p in (folder / 'checkpoints').iterdir()
-          if p.name.isdigit()
+          if _is_step(p.name)
       ]
       if steps:
         return folder, folder / 'checkpoints' / str(max(steps))
     run = folder.parent.parent
-    if folder.name.isdigit() and folder.is_dir():
+    if _is_step(folder.name) and folder.is_dir():
       if (run / 'config.json').exists():
         return run, folder
   raise UserError(
       f'checkpoint={path!r} is not a checkpoint. Allowed: the workdir of a '
       'run that has saved one, or one of its folders checkpoints/<step>.'
   )
+
+
+def _is_step(name: str) -> bool:
+  # Other digits, such as a superscript two, are no numbers to int().
+  return name.isascii() and name.isdigit() and len(name) <= 10
 
 
 def held(folder: epath.Path) -> set[tuple[str, str]]:

@@ -2,17 +2,20 @@
 
 from collections.abc import Iterable, Iterator, Sequence
 import dataclasses
+import math
 from typing import Any
 
 from etils import epath
 
 from mocov3_jax.base import files
 from mocov3_jax.base.errors import UserError
-from mocov3_jax.config import knobs
+from mocov3_jax.config import knobs, training
 from mocov3_jax.runs import locks, metrics
 from mocov3_jax.runs import workdir as workdir_lib
 
 SWEEP = 'sweep.json'
+# What no run is without, in any version.
+NEEDED = 'batch_size', 'data.source', 'seed'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,18 +54,70 @@ def read(folder: epath.Path, rows: bool = True) -> Run:
   Raises:
     UserError: if the folder is not the workdir of a pre-training run.
   """
+  files.require_plain(folder)
   config = workdir_lib.read_config(folder)
   workdir_lib.refuse_evaluation(config, folder)
+  flat = knobs.flatten(config.to_dict())
+  lacking = [field for field in NEEDED if field not in flat]
+  if lacking:
+    raise UserError(
+        f'{folder / "config.json"} is damaged: it lacks {", ".join(lacking)}.'
+    )
+  try:
+    knobs.check_types(training.schema(), flat)
+    knobs.require('batch_size', flat['batch_size'], knobs.AT_LEAST_ONE)
+  except UserError as e:
+    raise UserError(f'{folder}: {e}') from e
+  data = files.read_object(folder / 'data.json')
+  result = files.read_object(folder / 'result.json')
+  for path, found, fields in (
+      ('data.json', data, ('images', 'classes')),
+      ('result.json', result, ('step', 'knn/top1')),
+  ):
+    for field in fields:
+      if field in found and not _is_number(found[field]):
+        raise UserError(
+            f'{folder / path} is damaged: {field} is no number.'
+        )
+  environment = files.read_object(folder / 'environment.json')
   return Run(
       folder=folder,
-      config=knobs.flatten(config.to_dict()),
+      config=flat,
       rows=metrics.read_metrics(folder / 'metrics.jsonl') if rows else [],
       status=status(folder),
-      result=files.read_object(folder / 'result.json'),
-      evaluations=metrics.read_lines(folder / 'results.jsonl'),
-      data=files.read_object(folder / 'data.json'),
-      environment=files.read_object(folder / 'environment.json'),
+      result=result,
+      evaluations=[
+          line for line in metrics.read_lines(folder / 'results.jsonl')
+          if _is_evaluation(line)
+      ],
+      data=data,
+      # What a run writes there, and nothing that somebody else put there.
+      environment={
+          name: value for name, value in environment.items()
+          if name in workdir_lib.ENVIRONMENT
+          and isinstance(value, (str, int)) and len(str(value)) <= 200
+      },
   )
+
+
+def _is_number(value: Any) -> bool:
+  return isinstance(value, (int, float)) and math.isfinite(value)
+
+
+def _is_evaluation(line: dict[str, Any]) -> bool:
+  """Returns whether a line of results.jsonl is what `evaluate` writes."""
+  try:
+    return (
+        isinstance(line['checkpoint_step'], int)
+        and all(
+            isinstance(line[name], str)
+            for name in ('workdir', 'protocol', 'encoder')
+        )
+        and isinstance(line['settings']['data']['labels_per_class'], int)
+        and _is_number(line[f'{line["protocol"]}/top1'])
+    )
+  except (KeyError, TypeError):
+    return False
 
 
 def status(folder: epath.Path) -> str:
@@ -84,15 +139,14 @@ def status(folder: epath.Path) -> str:
 
 def in_use(folder: epath.Path) -> bool:
   """Returns whether a process has claimed the workdir (`workdir.claimed`)."""
-  path = folder / '.lock'
-  if not path.exists():
-    return False
-  with open(path) as file:
-    try:
+  try:
+    with files.open_own(folder / '.lock', 'r') as file:
       # Shared, so that two who ask do not take each other for the run.
       locks.lock(file, shared=True)
-    except BlockingIOError:
-      return True
+  except FileNotFoundError:
+    pass
+  except BlockingIOError:
+    return True
   return False
 
 
@@ -118,8 +172,7 @@ def _folders(path: str, folder: epath.Path) -> Iterator[epath.Path]:
   inside = [
       p for p in (folder.iterdir() if folder.is_dir() else ())
       if (p / 'config.json').exists() and (p / 'metrics.jsonl').exists()
-      # Evaluations may lie beside the runs.
-      and 'protocol' not in workdir_lib.read_config(p)
+      and not _is_evaluations(p)
   ]
   if not inside:
     raise UserError(
@@ -127,6 +180,14 @@ def _folders(path: str, folder: epath.Path) -> Iterator[epath.Path]:
         'a run, or a folder that holds some, such as that of a sweep.'
     )
   yield from inside
+
+
+def _is_evaluations(folder: epath.Path) -> bool:
+  # Evaluations may lie beside the runs.
+  try:
+    return 'protocol' in workdir_lib.read_config(folder)
+  except UserError:
+    return False  # Whoever reads it hears of it.
 
 
 def aligned(runs: Sequence[Run]) -> list[Run]:

@@ -2,58 +2,96 @@
 
 import json
 import os
-from typing import Any
+from typing import Any, BinaryIO
 
 from etils import epath
 
 from mocov3_jax.base import files
+from mocov3_jax.base.errors import UserError
 
 Values = dict[str, float]
 # Bytes of a row of metrics.jsonl, at most.
 LONGEST_ROW = 2**16
+# Names of metrics in a file, at most; a run with 40 blocks logs about 200.
+MOST_NAMES = 4096
 
 
 def read_metrics(path: epath.Path) -> list[dict[str, Any]]:
-  """Reads the rows of a metrics.jsonl as `read_lines`; each has its 'step'."""
-  return [
-      row for row in read_lines(path)
-      if 'step' in row and isinstance(row['step'], int)
-  ]
+  """Reads the rows of a metrics.jsonl as `read_lines`.
+
+  Returns:
+    Dicts of numbers; 'step', an int, is in each.
+
+  Raises:
+    UserError: as `read_lines`, or if it has more than MOST_NAMES metrics.
+  """
+  names, rows = set(), []
+  for row in read_lines(path):
+    row = {name: value for name, value in row.items() if _is_number(value)}
+    if 'step' in row and type(row['step']) is int and row['step'] >= 0:
+      names.update(row)
+      rows.append(row)
+    if len(names) > MOST_NAMES:
+      raise UserError(
+          f'{path} has more than {MOST_NAMES:,} metrics, which no run logs.'
+      )
+  return rows
+
+
+def _is_number(value: Any) -> bool:
+  if type(value) is int:
+    return abs(value) < 2**63
+  return type(value) is float
 
 
 def read_lines(path: epath.Path) -> list[dict[str, Any]]:
   """Reads a metrics.jsonl or results.jsonl, without lines a kill cut off.
 
   Returns:
-    One dict a line; empty if there is no file.
+    One dict a line; empty if there is no file. Lines longer than LONGEST_ROW
+    are left out.
+
+  Raises:
+    UserError: if it is no regular file.
   """
-  if not path.exists():
-    return []
   rows = []
-  # A crash of the machine may leave anything at the end.
-  for line in path.read_bytes().decode(errors='replace').splitlines():
-    try:
-      row = json.loads(line)
-    except json.JSONDecodeError:
-      continue
-    if isinstance(row, dict):
-      rows.append(row)
+  try:
+    with files.open_own(path, 'rb') as file:
+      # A crash of the machine may leave anything at the end.
+      while line := file.readline(LONGEST_ROW):
+        if len(line) == LONGEST_ROW and not line.endswith(b'\n'):
+          _skip_line(file)
+        elif row := _row(line):
+          rows.append(row)
+  except FileNotFoundError:
+    pass
   return rows
+
+
+def _skip_line(file: BinaryIO) -> None:
+  while (line := file.readline(LONGEST_ROW)) and not line.endswith(b'\n'):
+    pass
+
+
+def _row(line: bytes) -> dict[str, Any]:
+  """Returns the object of a line; empty if it holds none."""
+  try:
+    found = files.parse(line.decode(errors='replace'))
+  except ValueError:
+    return {}
+  return found if isinstance(found, dict) else {}
 
 
 def read_last(path: epath.Path) -> dict[str, Any]:
   """Reads the last row of a metrics.jsonl alone; empty if there is none."""
-  if not path.exists():
+  try:
+    with files.open_own(path, 'rb') as file:
+      file.seek(max(0, os.fstat(file.fileno()).st_size - LONGEST_ROW))
+      lines = file.read(LONGEST_ROW).splitlines()
+  except FileNotFoundError:
     return {}
-  with open(path, 'rb') as file:
-    file.seek(max(0, os.fstat(file.fileno()).st_size - LONGEST_ROW))
-    lines = file.read().decode(errors='replace').splitlines()
   for line in reversed(lines):
-    try:
-      row = json.loads(line)
-    except json.JSONDecodeError:
-      continue  # Cut off by a kill, or by the place where reading began.
-    if isinstance(row, dict):
+    if row := _row(line):  # Or cut off by a kill, or where reading began.
       return row
   return {}
 
@@ -90,7 +128,7 @@ class MetricWriter:
     text = ''.join(json.dumps(row) + '\n' for row in rows)
     with files.open_whole(self._path) as file:
       file.write(text.encode())
-    self._file = self._path.open('a')
+    self._file = files.open_own(self._path, 'a')
     # Imports PyTorch where that is installed: seconds, and 0.4 GiB.
     from tensorboardX import SummaryWriter
 

@@ -25,6 +25,12 @@ OUTPUTS = (
     'metrics.jsonl', 'network', 'result.json', 'results.jsonl', 'tensorboard',
 )
 
+# What environment.json holds: versions of these packages, and the machine.
+PACKAGES = 'jax', 'jaxlib', 'flax', 'optax', 'numpy'
+ENVIRONMENT = (
+    *PACKAGES, 'python', 'backend', 'device', 'devices', 'processes'
+)
+
 # In data.json, which version of reading images a run began with.
 READING = 'reading'
 LONGER = (
@@ -64,6 +70,7 @@ def claimed(
   workdir = files.absolute(path)
   try:
     workdir.mkdir(parents=True, exist_ok=True)
+    files.require_plain(workdir)
     with _locked(path, workdir):
       if (workdir / 'config.json').exists():
         _check_same(path, workdir, config, schema)
@@ -113,7 +120,7 @@ def _check_unused(path: str, workdir: epath.Path) -> None:
 
 @contextlib.contextmanager
 def _locked(path: str, workdir: epath.Path) -> Iterator[None]:
-  with open(workdir / '.lock', 'w') as file:
+  with files.open_own(workdir / '.lock', 'w') as file:
     for attempt in range(20):
       try:
         if not locks.lock(file):
@@ -179,13 +186,14 @@ def read_config(workdir: epath.Path) -> ConfigDict:
     UserError: if there is none, or it is damaged.
   """
   path = workdir / 'config.json'
-  if not path.exists():
+  found = files.read_object(path)
+  if not found and not path.exists():
     raise UserError(
         f'{workdir} is not the workdir of a run: it has no config.json.'
     )
   try:
-    return ConfigDict(json.loads(path.read_text()))
-  except (ValueError, TypeError) as e:
+    return ConfigDict(found)
+  except (ValueError, TypeError, AttributeError) as e:
     raise UserError(
         f'{path} is damaged: {e}. Allowed: the JSON object that a run wrote.'
     ) from e
@@ -247,7 +255,7 @@ def begin(workdir: epath.Path, mesh: Mesh) -> None:
   (workdir / 'result.json').unlink(missing_ok=True)
   found = {
       package: importlib.metadata.version(package)
-      for package in ('jax', 'jaxlib', 'flax', 'optax', 'numpy')
+      for package in PACKAGES
   } | {
       'python': platform.python_version(),
       'backend': jax.default_backend(),

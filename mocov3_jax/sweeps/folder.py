@@ -81,10 +81,10 @@ def _described(grid: Grid) -> dict[str, Any]:
 
 def _read(folder: epath.Path) -> dict[str, Any]:
   path = folder / history.SWEEP
-  if not path.exists():
+  found = files.read_object(path)
+  if not found:
     return {}
   try:
-    found = json.loads(path.read_text())
     _base(found), found['seeds'], [run['name'] for run in found['runs']]
     return found
   except (ValueError, KeyError, TypeError) as e:
@@ -116,7 +116,7 @@ def keep(
   ]
   try:
     folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / '.lock', 'w') as file:
+    with files.open_own(folder / '.lock', 'w') as file:
       locks.lock(file, wait=True)  # Sweeps that share it start at once.
       before = _read(folder)
       if before:

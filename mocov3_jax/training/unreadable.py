@@ -1,6 +1,7 @@
 """Images of a run that could not be read: their list, number and limit."""
 
 from collections.abc import Mapping, Sequence
+import contextlib
 import json
 import os
 from typing import Any
@@ -9,7 +10,7 @@ from etils import epath
 import jax
 from ml_collections import ConfigDict
 
-from mocov3_jax.base import console
+from mocov3_jax.base import console, files
 from mocov3_jax.base.errors import UserError
 from mocov3_jax.config.training import Plan
 from mocov3_jax.data import pipeline
@@ -52,9 +53,10 @@ class UnreadableImages:
     )
     self._said = 0
     self._listed = set()
-    if self._path.exists():
-      with open(self._path, errors='surrogateescape') as file:
-        self._listed = {line.split('\t')[0] for line in file}
+    with contextlib.suppress(FileNotFoundError), files.open_own(
+        self._path, 'r', errors='surrogateescape'
+    ) as file:
+      self._listed = {line.split('\t')[0] for line in file}
     # What rows left out by log.every_steps had is not counted again.
     self._counted_from = start - start % plan.steps_per_epoch
     self._count = sum(
@@ -89,7 +91,9 @@ class UnreadableImages:
       if name in self._listed:
         continue
       self._listed.add(name)
-      with open(self._path, 'a', errors='surrogateescape') as file:
+      with files.open_own(
+          self._path, 'a', errors='surrogateescape'
+      ) as file:
         file.write(f'{name}\t{why}\n')
         file.flush()
         os.fsync(file.fileno())
