@@ -181,8 +181,18 @@ done
 if ! [[ $WORKER =~ ^([0-9]{1,5}|all)$ ]]; then
   fail "WORKER=$WORKER. Allowed: a worker's number, or all."
 fi
-if [[ $BUCKET == *[:/]* ]]; then
+# No setting may be taken for an option of gcloud, gcsfuse or mount.
+if ! [[ $NAME =~ ^[a-z][a-z0-9-]*$ ]]; then
+  fail "NAME=$NAME. Allowed: small letters, digits and -, a letter first."
+fi
+if ! [[ $BUCKET =~ ^([a-z0-9][a-z0-9._-]*)?$ ]]; then
   fail "BUCKET=$BUCKET. Allowed: the name alone, without gs:// and folders."
+fi
+if ! [[ $NFS =~ ^([A-Za-z0-9][A-Za-z0-9.-]*:/.*)?$ ]]; then
+  fail "NFS=$NFS. Allowed: HOST:/SHARE."
+fi
+if ! [[ $GCSFUSE =~ ^[0-9][0-9.]*$ ]]; then
+  fail "GCSFUSE=$GCSFUSE. Allowed: a version, as 3.0.0."
 fi
 if [ -n "$BUCKET" ] && [ -n "$NFS" ]; then
   fail "BUCKET=$BUCKET and NFS=$NFS. Allowed: one of them."

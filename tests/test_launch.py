@@ -163,6 +163,10 @@ BAD = [
     ('tpu_vm.sh', ['watch', '--', *TRAIN], ['watch', '--bucket', '--nfs']),
     ('tpu_vm.sh', ['logs', '--worker=x'], ['WORKER=x', 'all']),
     ('tpu_vm.sh', ['create', '--bucket=gs://b'], ['gs://b', 'name alone']),
+    ('tpu_vm.sh', ['create', '--bucket=-o=x'], ['BUCKET=-o=x', 'name alone']),
+    ('tpu_vm.sh', ['create', '--nfs=-o x:/y'], ['NFS=-o x:/y', 'HOST:/SHARE']),
+    ('tpu_vm.sh', ['create', '--name=--format=x'], ['NAME=--format=x']),
+    ('tpu_vm.sh', ['create', '--gcsfuse=1 x'], ['GCSFUSE=1 x', '3.0.0']),
     ('tpu_vm.sh', ['logs', '--poll=1s'], ['POLL=1s', 'whole number']),
     ('slurm.sbatch', ['--config=a'], ['--config=a', '--workdir=DIR']),
     ('slurm.sbatch', ['seed=1'], ['seed=1', '--name=value']),
@@ -649,6 +653,9 @@ def test_the_jobset_trains_on_a_slice_that_is_whole():
   assert job['completions'] * chips == math.prod(map(int, topology.split('x')))
   assert job['backoffLimit'] == 0 and pod['restartPolicy'] == 'Never'
   assert jobset['spec']['failurePolicy']['maxRestarts'] > 0
+  container, = job['template']['spec']['containers']
+  assert container['securityContext']['runAsNonRoot']
+  assert 'privileged' not in container['securityContext']
   assert jobset['metadata']['annotations'] == {
       'alpha.jobset.sigs.k8s.io/exclusive-topology':
       'cloud.google.com/gke-nodepool'

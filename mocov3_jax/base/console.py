@@ -14,8 +14,21 @@ DECODERS = (
 
 
 def say(text: str) -> None:
-  """Prints a line at once."""
+  """Prints lines at once; what would steer a terminal is spelled out."""
+  text = '\n'.join(map(shown, text.split('\n')))
   print(text, file=sys.stderr, flush=True)
+
+
+def shown(text: str) -> str:
+  """Returns a text that others chose, such as a name, as one printable line.
+
+  Line ends, escapes, marks of direction and the like become \\n, \\x1b, ...
+  """
+  if text.isprintable():
+    return text
+  return ''.join(
+      c if c.isprintable() or c == '\t' else repr(c)[1:-1] for c in text
+  )
 
 
 def say_in_handler(text: str) -> None:

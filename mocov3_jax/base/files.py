@@ -16,6 +16,8 @@ from mocov3_jax.base.errors import UserError
 # Files and folders in the folder of a run, and bytes of its JSON files, at
 # most: far more than a run writes.
 MOST_ENTRIES, MOST_JSON = 100_000, 2**24
+# With what a formula begins in a spreadsheet.
+FORMULA = '=', '+', '-', '@', '\t', '\r'
 
 
 def absolute(path: str, field: str = 'the path') -> epath.Path:
@@ -199,6 +201,16 @@ def write_json(path: epath.Path, value: Any) -> None:
   """Writes a JSON value, indented, whole or not at all."""
   with open_whole(path) as file:
     file.write((json.dumps(value, indent=2) + '\n').encode())
+
+
+def csv_text(value: Any) -> Any:
+  """Returns a cell that a spreadsheet takes for text, if it is a text.
+
+  One that begins as a formula does gets an apostrophe before it.
+  """
+  if isinstance(value, str) and value.startswith(FORMULA):
+    return f"'{value}"
+  return value
 
 
 def parse(text: str | bytes) -> Any:

@@ -10,6 +10,13 @@ from mocov3_jax.data.metadata import stripped
 
 # Here and not at the first image: Pillow loads its formats without a lock.
 Image.init()
+# What is tried, whatever else Pillow knows: some of its formats start other
+# programs. Folders are not searched for TIFF files, but some are called .jpg.
+FORMATS = 'JPEG', 'PNG', 'WEBP', 'BMP', 'GIF', 'TIFF'
+# Pixels of an image, scans of a progressive JPEG, and pixels times scans, at
+# most: a small file may ask for minutes and gigabytes.
+MOST_PIXELS, MOST_SCANS, MOST_WORK = 50_000_000, 64, 1_000_000_000
+SCAN = b'\xff\xda'
 # EXIF tag of the orientation, and how each of its values is undone.
 ORIENTATION = 0x0112
 TURNS = {
@@ -51,13 +58,14 @@ class Encoded:
     """Reads the header.
 
     Args:
-      data: of a JPEG, PNG, WebP, BMP or GIF file (any format Pillow reads).
+      data: of an image file in one of FORMATS.
 
     Raises:
-      Unreadable: if there is none.
+      Unreadable: if there is none, or it is beyond the limits above.
     """
     self._data = data
     self._image = _open(data)
+    _check_size(self._image, data)
     self.width, self.height = self._image.size
     self._orientation = _orientation(self._image)
     if self._orientation >= 5:
@@ -127,20 +135,36 @@ class Encoded:
     return np.ascontiguousarray(TURNS[self._orientation](image))
 
 
+def _check_size(image: Image.Image, data: bytes) -> None:
+  pixels = image.width * image.height
+  if pixels > MOST_PIXELS:
+    raise Unreadable(
+        f'{image.width} x {image.height} pixels are more than {MOST_PIXELS:,}'
+    )
+  if image.format in ('JPEG', 'MPO') and 'progressive' in image.info:
+    scans = data.count(SCAN)
+    if scans > MOST_SCANS or scans * pixels > MOST_WORK:
+      raise Unreadable(f'{scans} scans of {pixels:,} pixels are too many')
+
+
 def _open(data: bytes) -> Image.Image:
   try:
-    return Image.open(io.BytesIO(data))
+    return _opened(data)
   except Exception as e:  # Pillow raises many kinds.
     for exif in True, False:
       plain = stripped(data, exif)
       if plain is not None:
         try:
-          return Image.open(io.BytesIO(plain))
+          return _opened(plain)
         except Exception:
           pass  # It is not the metadata.
     if isinstance(e, UnidentifiedImageError):
       raise Unreadable('not an image') from e
     raise Unreadable(str(e)) from e
+
+
+def _opened(data: bytes) -> Image.Image:
+  return Image.open(io.BytesIO(data), formats=FORMATS)
 
 
 def _orientation(image: Image.Image) -> int:

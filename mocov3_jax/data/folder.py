@@ -4,6 +4,7 @@ import csv
 import dataclasses
 import io
 import os
+import stat
 
 from etils import epath
 import numpy as np
@@ -16,6 +17,9 @@ from mocov3_jax.data.layout import NAMED, listed
 from mocov3_jax.data.listing import SUFFIXES, Listing, cached_walk
 from mocov3_jax.data.sources import Source, Splits, Subset, hold_out
 
+# Bytes of an image file, at most.
+MOST_BYTES = 2**28
+
 
 @dataclasses.dataclass(frozen=True)
 class FolderSource:
@@ -23,7 +27,7 @@ class FolderSource:
 
   Attributes:
     root: of the tree.
-    paths: bytes [N], relative to it.
+    paths: bytes objects [N], relative to it.
     all_labels: int32 [N], -1 where there is none.
     classes: their names; none without labels.
   """
@@ -45,8 +49,16 @@ class FolderSource:
       Unreadable: if it cannot be read.
     """
     try:
-      with open(os.path.join(self.root, self.paths[index]), 'rb') as file:
-        return file.read()
+      path = os.path.join(self.root, self.paths[index])
+      with open(path, 'rb', opener=_without_waiting) as file:
+        status = os.fstat(file.fileno())
+        if not stat.S_ISREG(status.st_mode):
+          raise Unreadable('no regular file')
+        if status.st_size > MOST_BYTES:
+          raise Unreadable(
+              f'{status.st_size:,} bytes are more than {MOST_BYTES:,}'
+          )
+        return file.read(MOST_BYTES)
     except OSError as e:
       raise Unreadable(e.strerror or str(e)) from e
 
@@ -57,6 +69,11 @@ class FolderSource:
   def name(self, index: int) -> str:
     """Returns the path of the file, relative to the root."""
     return os.fsdecode(self.paths[index])
+
+
+def _without_waiting(path: bytes, flags: int) -> int:
+  # A pipe that took the place of an image would have no end.
+  return os.open(path, flags | os.O_NONBLOCK)
 
 
 def load(path: str, labels: str, cache: epath.Path | None) -> Splits:

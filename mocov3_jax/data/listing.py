@@ -4,6 +4,7 @@ import collections
 import hashlib
 import io
 import os
+import stat
 import time
 from typing import NamedTuple
 import zipfile
@@ -22,20 +23,27 @@ SUFFIXES = (
 # of its time stamp; its listing is not kept.
 SETTLED = 2.0
 # Of what is kept; another one is not read.
-FORMAT = b'2'
+FORMAT = b'3'
 # In how many ways links may lead to one folder: without a limit, folders full
 # of links to each other would be listed for ever.
 MOST_WAYS = 100
 # What numpy raises for a damaged archive.
-DAMAGED = (ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error)
+DAMAGED = (
+    ValueError, KeyError, EOFError, MemoryError, zipfile.BadZipFile, zlib.error
+)
+# Bytes of a listing that is kept, at most: some ten million images.
+MOST_BYTES = 2**30
+# What no path of a listing has: the beginning of an absolute one, and ways up.
+OUTSIDE = b'\0/', b'\0../', b'/../', b'/..\0', b'\0..\0'
 
 
 class Listing(NamedTuple):
   """What a tree holds.
 
   Attributes:
-    paths: bytes [N], of the images, relative to the root, sorted.
-    folders: bytes [F], likewise, the root as b''.
+    paths: bytes objects [N], of the images, relative to the root, sorted. (An
+      array of bytes would give each the length of the longest.)
+    folders: bytes objects [F], likewise, the root as b''.
     stamps: int64 [F, 2], when each folder and its entry last changed, ns.
     reliable: whether a change of the tree will change these.
     broken_links: how many links lead nowhere, or to a folder they lie in.
@@ -111,8 +119,8 @@ def walk(root: bytes) -> Listing:
   stamps = np.array(stamps, np.int64)
   reliable = stamps[:, 0].all() and not devices & _fuse_devices()
   return Listing(
-      np.sort(np.array(paths, np.bytes_)), np.array(folders, np.bytes_),
-      stamps, bool(reliable), broken_links, others,
+      np.array(sorted(paths), object), np.array(folders, object), stamps,
+      bool(reliable), broken_links, others,
   )
 
 
@@ -148,17 +156,36 @@ def cached_walk(root: bytes, cache: epath.Path | None) -> Listing:
   digest = hashlib.sha256(key).hexdigest()[:16]
   file = cache / f'{digest}.npz'
   try:
-    with np.load(io.BytesIO(file.read_bytes())) as saved:
-      listing = Listing(*(saved[name] for name in Listing._fields))
-    if _is_current(root, listing):
+    listing = _load(file)
+    if listing is not None and _is_current(root, listing):
       return listing
-  except (OSError, *DAMAGED):
+  except (OSError, UserError, *DAMAGED):
     pass  # None yet, or no longer any use.
   listing = walk(root)
   settled = time.time() - listing.stamps.max() / 1e9 > SETTLED
   if listing.reliable and settled:
     _store(file, listing)
   return listing
+
+
+def _load(file: epath.Path) -> Listing | None:
+  """Returns what `_store` has kept; None if there is none.
+
+  Raises:
+    UserError, OSError, or one of DAMAGED: for anything else.
+  """
+  data = files.read_own(file, MOST_BYTES)
+  # Where anybody may write, anybody may have written it.
+  if data is None or os.stat(file.parent).st_mode & stat.S_IWOTH:
+    return None
+  with np.load(io.BytesIO(data), allow_pickle=False) as saved:
+    found = {name: saved[name] for name in Listing._fields}
+  for name in 'paths', 'folders':
+    text = found[name].tobytes()
+    if any(part in b'\0%b\0' % text for part in OUTSIDE):
+      raise ValueError('it leads out of the folder')
+    found[name] = np.array(text.split(b'\0'), object)
+  return Listing(**found)
 
 
 def _is_current(root: bytes, listing: Listing) -> bool:
@@ -173,7 +200,13 @@ def _is_current(root: bytes, listing: Listing) -> bool:
 
 def _store(file: epath.Path, listing: Listing) -> None:
   buffer = io.BytesIO()
-  np.savez_compressed(buffer, **listing._asdict())
+  joined = {
+      name: np.frombuffer(b'\0'.join(paths.tolist()), np.uint8)
+      for name, paths in (
+          ('paths', listing.paths), ('folders', listing.folders)
+      )
+  }
+  np.savez_compressed(buffer, **(listing._asdict() | joined))
   try:
     # Paths are nobody else's business, and what is listed here is read.
     file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)

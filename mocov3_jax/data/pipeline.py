@@ -17,6 +17,7 @@ import cv2
 import grain
 import numpy as np
 
+from mocov3_jax.base import console
 from mocov3_jax.base.errors import UserError
 from mocov3_jax.data import crops
 from mocov3_jax.data.decode import Encoded, Unreadable
@@ -187,7 +188,7 @@ class BatchReader:
         self.read_into(out, index, place)
         return index
       except Unreadable as e:
-        why = f'{self.source.name(index)}: {e}'
+        why = f'{console.shown(self.source.name(index))}: {e}'
     raise UserError(
         f'{TRIES + 1} images in a row could not be read; the last is {why}'
     )

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from mocov3_jax.base import files
+from mocov3_jax.base import console, files
 from mocov3_jax.base.errors import UserError, unknown
 from mocov3_jax.data import sources
 from mocov3_jax.evals import features
@@ -19,6 +19,8 @@ LAYERS = {
     'backbone': (('backbone',), 'features'),
     'projector': (('backbone', 'projector'), 'project'),
 }
+# Bytes of the names of images in a table, at most.
+MOST_NAMES = 2**31
 # Classes that are written of an image, the likeliest first.
 GUESSES = 5
 
@@ -104,9 +106,17 @@ def _rows(
     images: sources.Source,
 ) -> dict[str, np.ndarray]:
   values, readable = forward(params, batch_stats, images)
+  names = [images.name(i) for i in readable.tolist()]
+  longest = max(names, key=len)
+  if 4 * len(longest) * len(names) > MOST_NAMES:
+    raise UserError(
+        f'the names of {len(names):,} images do not fit into a table: each '
+        f'takes as much as the longest, which has {len(longest):,} letters: '
+        f'{console.shown(longest)[:100]}... Use a folder without it.'
+    )
   return {
       'features': np.asarray(jax.device_get(values)),
-      'names': np.array([images.name(i) for i in readable.tolist()]),
+      'names': np.array(names),
       'labels': images.labels(readable).astype(np.int32),
       'splits': np.full(len(readable), split),
   }
@@ -161,10 +171,11 @@ def predictions(
   )])
   for row, name in enumerate(table['names']):
     chosen = chances[row, order[row]]
-    writer.writerow([name, labels[row], *(
+    cells = [str(name), str(labels[row]), *(
         cell for guess, chance in zip(guesses[row], chosen, strict=True)
-        for cell in (guess, f'{chance:.6f}')
-    )])
+        for cell in (str(guess), f'{chance:.6f}')
+    )]
+    writer.writerow(map(files.csv_text, cells))
   known = np.isin(labels, classes)
   if not known.any():
     return text.getvalue(), {}

@@ -75,21 +75,23 @@ class ReadingLog:
         new.append(name)
     if processes.is_primary():
       for name in new[:NAMED]:
-        console.say(f'unreadable: {name}: {self.unreadable[name]}')
+        console.say(
+            f'unreadable: {console.shown(name)}: {self.unreadable[name]}'
+        )
       if len(new) > NAMED:
         console.say(f'unreadable: {len(new) - NAMED} more')
     if len(bad) == len(source):
       raise UserError(
           f'none of {len(source)} images could be read, from '
-          f'{source.name(0)} on'
+          f'{console.shown(source.name(0))} on'
       )
     if len(bad) > self.most * len(source):
       raise UserError(
           f'{len(bad)} of {len(source)} images to evaluate on could not be '
           f'read, more than data.max_unreadable={self.most} of them; '
-          f'{source.name(bad[0])} is the first. Allowed: the files mended or '
-          'taken away, or a higher data.max_unreadable, to leave them out of '
-          'every accuracy.'
+          f'{console.shown(source.name(bad[0]))} is the first. Allowed: the '
+          'files mended or taken away, or a higher data.max_unreadable, to '
+          'leave them out of every accuracy.'
       )
     return np.flatnonzero(unreadable[: len(source)] < 0)
 
@@ -111,7 +113,8 @@ def require_finite(
   if len(bad):
     raise NonFiniteFeatures(
         f'the features of {len(bad)} of {len(places)} images are not finite, '
-        f'those of {source.name(places[bad[0]])} first: the network gives no '
+        f'those of {console.shown(source.name(places[bad[0]]))} first: the '
+        'network gives no '
         'numbers for them. Allowed: weights that do; an earlier checkpoint; '
         'model.dtype=float32.'
     )

@@ -2,9 +2,11 @@
 
 from collections.abc import Iterator
 import contextlib
+import ipaddress
 import json
 import os
 import re
+import socket
 from typing import Any
 import zlib
 
@@ -62,6 +64,7 @@ def start(
       console.say(f'waiting for the other processes of this run at {where}')
       jax.distributed.initialize(
           coordinator, num_processes, process_id,
+          coordinator_bind_address=_bind_address(coordinator),
           heartbeat_timeout_seconds=HEARTBEAT,
       )
   except (RuntimeError, ValueError) as e:
@@ -69,6 +72,31 @@ def start(
         f'the {num_processes or ""} processes of this run did not meet at '
         f'{where}: {str(e).splitlines()[0]}'
     ) from e
+
+
+def _bind_address(coordinator: str | None) -> str | None:
+  """Returns where the coordinator is to listen: at the address that was given.
+
+  None is JAX's own choice, all interfaces. That is left for a name which on
+  this machine means itself (as many machines' own name does), since the others
+  reach it elsewhere; and for an address that is not one of this machine's.
+  """
+  if coordinator is None:
+    return None
+  host, _, port = coordinator.rpartition(':')
+  host = host.strip('[]')
+  try:
+    found = socket.getaddrinfo(host, 0, type=socket.SOCK_STREAM)
+  except OSError:
+    return None
+  for family, kind, _, _, address in found:
+    number = ipaddress.ip_address(address[0].partition('%')[0])
+    if number.is_loopback and host not in ('localhost', address[0]):
+      continue
+    with contextlib.suppress(OSError), socket.socket(family, kind) as s:
+      s.bind(address)
+      return f'[{number}]:{port}' if number.version == 6 else f'{number}:{port}'
+  return None
 
 
 def environment_alone() -> dict[str, str]:

@@ -48,7 +48,7 @@ def _trace(item: Line | Marks | Level) -> dict[str, Any]:
         'size': 11, 'line': {'width': 1, 'color': '#ffffff'},
     }
     return points | {
-        'mode': 'markers', 'text': item.texts,
+        'mode': 'markers', 'text': [_text(text) for text in item.texts],
         'marker': {'symbol': item.symbol, 'color': item.color, **look},
     }
   points |= {'mode': 'lines', 'line': {
@@ -67,17 +67,21 @@ def _rounded(values: Iterable[float]) -> list[float]:
 
 
 def _tooltip(panel: Panel, item: Line | Marks | Level) -> str:
-  # plotly would obey tags and %{...} in the name of a run.
-  name = escape(item.name, quote=False).replace('%', '&#37;')
+  name = _text(item.name)
   if isinstance(item, Marks):
     return f'<b>{name}</b><br>%{{text}}<extra></extra>'
   # The page can change steps into epochs, and the title with them.
   x = (
       '%{xaxis.title.text} %{x:,.3~f}' if panel.over_steps else
-      f'{_short(panel.x_title)} %{{x:.4~g}}'
+      f'{_text(_short(panel.x_title))} %{{x:.4~g}}'
   )
   y = '%{y:.1%}' if panel.y_kind == 'share' else '%{y:.4~g}'
   return f'<b>{name}</b><br>{x}<br>{panel.y_title} {y}<extra></extra>'
+
+
+def _text(text: str) -> str:
+  """Returns a text of others as text, where plotly obeys tags and %{...}."""
+  return escape(text, quote=False).replace('%', '&#37;')
 
 
 def _short(title: str) -> str:
@@ -87,7 +91,7 @@ def _short(title: str) -> str:
 
 def _layout(panel: Panel) -> go.Layout:
   axis = {'automargin': True, 'zeroline': False}
-  x = axis | {'title': {'text': panel.x_title}, 'tickformat': ',~r'}
+  x = axis | {'title': {'text': _text(panel.x_title)}, 'tickformat': ',~r'}
   if panel.x_log:
     x['type'] = 'log'
   if panel.x_ticks:
@@ -110,7 +114,7 @@ def _layout(panel: Panel) -> go.Layout:
       margin={'l': 8, 'r': 12, 't': 32, 'b': 8},
       paper_bgcolor=CLEAR, plot_bgcolor=CLEAR, modebar={'bgcolor': CLEAR},
       xaxis=x, yaxis=y, meta={
-          'steps': panel.over_steps, 'x': _short(panel.x_title),
+          'steps': panel.over_steps, 'x': _text(_short(panel.x_title)),
           'y': panel.y_title, 'percent': panel.y_kind == 'share',
           'one': panel.one_run,
       },

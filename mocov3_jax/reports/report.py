@@ -97,7 +97,11 @@ def _format(suffix: str, out: str, given: str) -> str:
 def as_csv(made: data.Report) -> str:
   """Returns the table of runs (RFC 4180); what is not known is left empty."""
   file = io.StringIO(newline='')
-  writer = csv.DictWriter(file, data.columns(made))
-  writer.writeheader()
-  writer.writerows(data.table(made))
+  columns = data.columns(made)
+  writer = csv.DictWriter(file, columns)
+  writer.writerow({name: files.csv_text(name) for name in columns})
+  writer.writerows(
+      {name: files.csv_text(value) for name, value in row.items()}
+      for row in data.table(made)
+  )
   return file.getvalue()

@@ -79,6 +79,8 @@ def read(folder: epath.Path, rows: bool = True) -> Run:
         raise UserError(
             f'{folder / path} is damaged: {field} is no number.'
         )
+  if result and 'step' not in result:
+    raise UserError(f'{folder / "result.json"} is damaged: it lacks step.')
   environment = files.read_object(folder / 'environment.json')
   return Run(
       folder=folder,

@@ -117,14 +117,14 @@ def _report(
   width = max(map(len, [*weights.names.values(), *left_out]), default=0)
   for path, array in weights.flat.items():
     if path in written:
-      name = weights.names[path]
+      name = console.shown(weights.names[path])
       print(f'{name:{width}}  ->  {written[path]}  {array.shape}')
   # Such as two moments of each tensor, which would bury the rest.
   lost = collections.Counter(p[0] for p in weights.flat if p not in written)
   for kind, count in lost.items():
     print(f'{kind}: {count} tensors  ->  (not in the target)')
   for name, reason in left_out.items():
-    print(f'{name:{width}}  ->  (left out: {reason})')
+    print(f'{console.shown(name):{width}}  ->  (left out: {reason})')
   for text in weights.assumed:
     console.say(f'note: assumed {text}')
   config = weights.config

@@ -7,6 +7,7 @@ import pickle
 import re
 from typing import Any
 import warnings
+import zipfile
 
 from etils import epath
 import numpy as np
@@ -130,6 +131,7 @@ def _rounding(x: np.ndarray) -> float:
 
 def _read_torch(path: epath.Path, ignore: tuple[str, ...]) -> File:
   torch = import_torch()
+  _check_archive(path)
   # Tensors and plain containers only; nothing in the file is executed.
   # DeiT's training saves its arguments as well, a harmless namespace.
   with warnings.catch_warnings(), torch.serialization.safe_globals(
@@ -161,6 +163,13 @@ def _read_torch(path: epath.Path, ignore: tuple[str, ...]) -> File:
     )
   state = content if chosen is None else states[chosen]
   raw = {n: x for n, x in state.items() if isinstance(x, torch.Tensor)}
+  size = path.stat().length
+  for name, x in raw.items():
+    if x.numel() * x.element_size() > size:
+      raise UserError(
+          f'--from={path} is refused: {name} has {x.numel():,} values, more '
+          'than the file holds.'
+      )
   names = _unwrapped(path, raw)
   tensors = {names[name]: _array(x) for name, x in raw.items()}
   extra = () if chosen is None else tuple(map(str, content))
@@ -171,6 +180,22 @@ def _read_torch(path: epath.Path, ignore: tuple[str, ...]) -> File:
       str(content[DESCRIPTION]) if described else '',
       max((HALVES[name] for name in dtypes if name in HALVES), default=0.0),
   )
+
+
+def _check_archive(path: epath.Path) -> None:
+  """Refuses a PyTorch file that would grow as it is read; theirs do not."""
+  if not zipfile.is_zipfile(path):
+    return
+  with zipfile.ZipFile(path) as archive:
+    members = archive.infolist()
+  stored = all(m.compress_type == zipfile.ZIP_STORED for m in members)
+  total = sum(m.file_size for m in members)
+  if not stored or total > path.stat().length:
+    raise UserError(
+        f'--from={path} is refused: it is compressed, or claims to hold more '
+        f'than its {path.stat().length:,} bytes. Use a file as torch.save '
+        'writes it.'
+    )
 
 
 def _optimizer(content: dict[str, Any]) -> dict[int, dict[str, Any]]:

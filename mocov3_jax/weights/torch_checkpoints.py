@@ -11,6 +11,7 @@ from ml_collections import ConfigDict
 import numpy as np
 
 from mocov3_jax import models
+from mocov3_jax.base import files as base_files
 from mocov3_jax.base.errors import UserError
 from mocov3_jax.config import checks
 from mocov3_jax.config import training as config_lib
@@ -145,7 +146,7 @@ def _described(source: str, file: files.File) -> ConfigDict | None:
     return None
   try:
     return workdir_lib.complete(
-        ConfigDict(json.loads(file.description)['config']),
+        ConfigDict(base_files.parse(file.description)['config']),
         config_lib.schema(), source,
     )
   except (
@@ -226,12 +227,18 @@ def _classes(config: ConfigDict, tensors: Mapping[str, np.ndarray]) -> int:
 def _step(tensors: Mapping[str, np.ndarray], description: str) -> int:
   if description:
     with contextlib.suppress(ValueError, KeyError, TypeError):
-      return int(json.loads(description)['step'])
+      return _whole(base_files.parse(description)['step'])
   # Both views of a step pass each BatchNorm of the query encoder.
   counts = [
       int(x) for n, x in tensors.items() if n.endswith(COUNTER) and not x.ndim
   ]
   return max(counts, default=0) // 2
+
+
+def _whole(step: Any) -> int:
+  if type(step) is not int or not 0 <= step < 2**31:
+    raise ValueError(f'step {step!r}')
+  return step
 
 
 def write(
