@@ -82,6 +82,22 @@ def test_a_run_that_leads_elsewhere_is_refused_and_nothing_is_written(
   }
 
 
+def test_a_run_that_removes_files_meanwhile_is_read(run, tmp_path, monkeypatch):
+  mine = tmp_path / 'run'
+  shutil.copytree(run, mine)
+  scan, gone = os.scandir, []
+
+  def vanishing(path):
+    if not gone and 'checkpoints' in str(path):
+      gone.append(path)
+      shutil.rmtree(path)
+    return scan(path)
+
+  monkeypatch.setattr(os, 'scandir', vanishing)
+  files.require_plain(files.absolute(str(mine)))
+  assert gone
+
+
 def test_a_workdir_that_is_reached_by_a_link_is_fine(run, tmp_path):
   (tmp_path / 'linked').symlink_to(run)
   code, _, err = tiny.call(
@@ -195,7 +211,7 @@ def test_long_lines_and_many_names_in_metrics_have_a_bound(tmp_path):
   path = tmp_path / 'metrics.jsonl'
   row = b'{"step": 1, "train/loss": 2.0}\n'
   long = b'{"x": "' + b'y' * 2**22 + b'"}\n'
-  path.write_bytes(row + long + row + b'z' * 10**6)
+  path.write_bytes(row + long + row + b'z' * 2**22)
   assert [r['step'] for r in metrics.read_metrics(path)] == [1, 1]
   path.write_text(''.join(
       json.dumps({'step': n, f'grad_max/{n}': 1.0}) + '\n'

@@ -3,6 +3,7 @@
 Needs Chromium and its driver on the PATH (Debian: chromium-driver).
 """
 
+import collections
 import json
 import shutil
 import time
@@ -10,6 +11,7 @@ import time
 import fake_runs
 import pytest
 from selenium import webdriver
+from selenium.common.exceptions import NoAlertPresentException
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.ui import Select, WebDriverWait
@@ -265,3 +267,58 @@ def test_what_can_be_focused_is_seen_to_be(browser):
     item.send_keys(Keys.TAB)
   ids = {chart.get_property('id') for chart in plots(browser)}
   assert ids | {'theme', 'run-0', 'unit', 'one-run', 'summary'} <= set(reached)
+
+
+# Without a slash, since folders have such names, and without a comma, at which
+# the page breaks names.
+TAGS = '<img src=x onerror=alert(1)><a href=x>%{y}<script>alert(2)'
+
+
+def planted(root, text):
+  """Two runs in which every text that a run may choose is this one."""
+  for number in range(2):
+    lines = fake_runs.rows(100, seed=number, dip_at=(40,), spike_at=(30,))
+    for row in lines:
+      if 'train/loss' in row:
+        row[f'grad_max/{text}'] = 1.0 + (row['step'] == 30) * 50
+    path = fake_runs.write(
+        root / f'{number}{text}', lines, seed=number,
+        data={'images': 1437, 'classes': 10, text: text},
+        environment={'jax': text, 'device': text, text: text},
+        evaluations=[(text, 0.5)],
+        **{'data.source': f'folder:{number}{text}', 'model.name': text},
+    )
+    c = json.loads((path / 'config.json').read_text())
+    c[text] = {text: f'{number}{text}'}
+    (path / 'config.json').write_text(json.dumps(c))
+  made = data.make(map(history.read, history.find([str(root)])))
+  file = root / 'page.html'
+  file.write_text(report_page.page(made, '2026-01-01'))
+  return file.as_uri()
+
+
+def elements(browser):
+  return collections.Counter(browser.execute_script(
+      'return [...document.querySelectorAll("*")].map(e => e.tagName)'
+  ))
+
+
+def test_texts_of_others_make_no_element_no_link_and_no_request(
+    browser, tmp_path
+):
+  found = {}
+  for name, text in ('plain', 'plain'), ('hostile', TAGS):
+    browser.get(planted(tmp_path / name, text))
+    WebDriverWait(browser, 60).until(lambda d: d.execute_script(
+        'return document.documentElement.dataset.ready'
+    ))
+    with pytest.raises(NoAlertPresentException):
+      browser.switch_to.alert.accept()
+    found[name] = elements(browser)
+    # Whatever is shown of a point is text as well.
+    for chart in plots(browser):
+      chart.send_keys(Keys.ARROW_RIGHT)
+      chart.send_keys(Keys.ARROW_UP)
+    assert not browser.find_elements(By.CSS_SELECTOR, 'img, iframe, a[href=x]')
+  links = {n: c['A'] for n, c in found.items()}
+  assert found['hostile'] == found['plain'], links

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 import contextlib
 import errno
+import itertools
 import json
 import os
 import secrets
@@ -86,22 +87,26 @@ def require_plain(folder: epath.Path) -> None:
   count = 0
   waiting = [os.fspath(folder)]
   while waiting:
-    with os.scandir(waiting.pop()) as entries:
-      for entry in entries:
-        count += 1
-        if count > MOST_ENTRIES:
-          raise UserError(
-              f'{folder} holds more than {MOST_ENTRIES:,} files. Use the '
-              'folder of one run.'
-          )
-        if entry.is_dir(follow_symlinks=False):
-          waiting.append(entry.path)
-        elif not entry.is_file(follow_symlinks=False):
-          what = 'a link' if entry.is_symlink() else 'a pipe or a device'
-          raise UserError(
-              f'{entry.path} is {what}, which has no place in the folder of a '
-              'run. Replace it by what it stands for, or remove it.'
-          )
+    try:
+      with os.scandir(waiting.pop()) as found:
+        entries = list(itertools.islice(found, MOST_ENTRIES))
+    except FileNotFoundError:  # The run goes on, and removes old checkpoints.
+      continue
+    count += len(entries)
+    if count >= MOST_ENTRIES:
+      raise UserError(
+          f'{folder} holds {MOST_ENTRIES:,} files or more. Use the folder of '
+          'one run.'
+      )
+    for entry in entries:
+      if entry.is_dir(follow_symlinks=False):
+        waiting.append(entry.path)
+      elif not entry.is_file(follow_symlinks=False):
+        what = 'a link' if entry.is_symlink() else 'a pipe or a device'
+        raise UserError(
+            f'{entry.path} is {what}, which has no place in the folder of a '
+            'run. Replace it by what it stands for, or remove it.'
+        )
 
 
 def open_own(path: epath.Path, mode: str, **options: Any) -> Any:

@@ -178,6 +178,9 @@ def _load(file: epath.Path) -> Listing | None:
   # Where anybody may write, anybody may have written it.
   if data is None or os.stat(file.parent).st_mode & stat.S_IWOTH:
     return None
+  with zipfile.ZipFile(io.BytesIO(data)) as archive:
+    if sum(member.file_size for member in archive.infolist()) > MOST_BYTES:
+      raise ValueError('it is larger than a listing')
   with np.load(io.BytesIO(data), allow_pickle=False) as saved:
     found = {name: saved[name] for name in Listing._fields}
   for name in 'paths', 'folders':

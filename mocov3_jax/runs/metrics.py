@@ -11,7 +11,7 @@ from mocov3_jax.base.errors import UserError
 
 Values = dict[str, float]
 # Bytes of a row of metrics.jsonl, at most.
-LONGEST_ROW = 2**16
+LONGEST_ROW = 2**20
 # Names of metrics in a file, at most; a run with 40 blocks logs about 200.
 MOST_NAMES = 4096
 
