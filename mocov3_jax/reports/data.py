@@ -318,12 +318,23 @@ def settings(report: Report) -> dict[str, list[int]]:
   """
   field = varied(report)
   others = [name for name in report.grid if name != field]
+  return {
+      label(report.runs[numbers[0]].record.config, others)
+      if len(others) <= TOLD else called(report, numbers): numbers
+      for numbers in grouped(report, others)
+  }
+
+
+def grouped(report: Report, fields: Sequence[str]) -> list[list[int]]:
+  """Returns the numbers of the runs that have the same values of these fields.
+
+  Groups come in the order of their first runs, as those of `table.aggregate`.
+  """
   found: dict[str, list[int]] = {}
   for number, run in enumerate(report.runs):
-    found.setdefault(label(run.record.config, others), []).append(number)
-  if len(others) <= TOLD:
-    return found
-  return {called(report, numbers): numbers for numbers in found.values()}
+    values = json.dumps([run.record.config[field] for field in fields])
+    found.setdefault(values, []).append(number)
+  return list(found.values())
 
 
 def called(report: Report, numbers: Sequence[int]) -> str:

@@ -178,7 +178,7 @@ def sweep(report: Report) -> str:
   # A few fields tell the setting; of many, only the first are told, last.
   few = len(report.grid) <= data.TOLD
   told = report.grid if few else report.grid[:FIELDS_IN_TABLE]
-  names = [] if few else _settings(report)
+  groups = data.grouped(report, report.grid)
   head = [*(data.short(told) if few else ['setting']), *counts]
   first = len(head) - len(counts)
   for metric in metrics:
@@ -186,9 +186,9 @@ def sweep(report: Report) -> str:
   numeric = range(first, len(head))
   head += [] if few else data.short(told)
   body = []
-  for number, row in enumerate(rows):
+  for numbers, row in zip(groups, rows, strict=True):
     values = [_value(field, row[field]) for field in told]
-    cells = [*values] if few else [escape(names[number])]
+    cells = [*values] if few else [escape(data.called(report, numbers))]
     cells += [str(row[name]) for name in counts]
     for metric in metrics:
       known = f'{metric}_mean' in row
@@ -201,15 +201,6 @@ def sweep(report: Report) -> str:
       'seeds, of the runs that are done.</p>'
       + table('Settings', map(escape, head), body, numeric)
   )
-
-
-def _settings(report: Report) -> list[str]:
-  """Returns what each row of `aggregate` is called, by its runs."""
-  found: dict[str, list[int]] = {}
-  for number, run in enumerate(report.runs):
-    key = json.dumps([run.record.config[field] for field in report.grid])
-    found.setdefault(key, []).append(number)
-  return [data.called(report, numbers) for numbers in found.values()]
 
 
 def configs(report: Report) -> str:
