@@ -50,6 +50,7 @@ class Setup:
     variables: 'params' and 'batch_stats' of the backbone, on every device.
     log: knows what `extract` could not read.
     random: () -> such variables of the run's network before its first step.
+    source, labels: of the images, as `config.data` of a run names them.
   """
 
   config: ConfigDict
@@ -62,6 +63,8 @@ class Setup:
       default_factory=features.ReadingLog
   )
   random: Callable[[], PyTree] | None = None
+  source: str = ''
+  labels: str = ''
 
 
 def prepare(config: ConfigDict) -> Setup:
@@ -92,7 +95,7 @@ def prepare(config: ConfigDict) -> Setup:
       config, opened.run, splits, opened.mesh,
       opened.extractor(config.batch_size, log=log),
       _named(opened.variables(config.encoder)), log,
-      lambda: _named(opened.variables(RANDOM)),
+      lambda: _named(opened.variables(RANDOM)), opened.spec, opened.labels,
   )
 
 

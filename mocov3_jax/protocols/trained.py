@@ -87,11 +87,7 @@ def leave_network(
     classifier: 'kernel' [D, C] and 'bias' [C], on its features.
   """
   config = setup.run.config.copy_and_resolve_references().unlock()
-  data = setup.config.data
-  if data.source:  # Else the images are those of the run.
-    config.data.source = data.source
-  if data.source or data.labels != 'auto':
-    config.data.labels = data.labels
+  config.data.source, config.data.labels = setup.source, setup.labels
   tree = {name: part for name, part in backbone.items() if part}
   tree['params'] = tree['params'] | {'classifier': classifier}
   network.write(
