@@ -9,6 +9,7 @@ import json
 import os
 import pathlib
 import resource
+import runpy
 import shutil
 import socket
 import struct
@@ -37,8 +38,11 @@ ESCAPE = 'x\x1b]0;title\x07'
 
 @pytest.fixture(scope='module')
 def run(tmp_path_factory):
+  """One that `train` with `tiny.flags` goes on with."""
   path = tmp_path_factory.mktemp('hostile') / 'run'
-  return tiny.random_run(path, tiny.config())
+  config = runpy.run_path(tiny.ROOT / 'configs' / 'digits.py')['get_config']()
+  config.update_from_flattened_dict(tiny.flat_overrides())
+  return tiny.random_run(path, config)
 
 
 # --- Links, pipes and devices ----------------------------------------------
@@ -521,6 +525,196 @@ def test_a_compressed_pytorch_file_is_refused_before_it_is_read(tmp_path):
         'convert', f'--from={tmp_path / name}', f'--to={tmp_path / "run"}'
     )
     assert code == 2 and words in err.replace('\n', ' '), err
+
+
+def forge(run, **changes):
+  """Has one array of a run's checkpoint described as another one."""
+  import tensorstore
+
+  store = tensorstore.KvStore.open({
+      'driver': 'ocdbt', 'base': f'file://{run}/checkpoints/4/state/'
+  }).result()
+  name = 'params.backbone.blocks_0.attn.proj.kernel/.zarray'
+  described = json.loads(store.read(name).result().value)
+  store.write(name, json.dumps(described | changes).encode()).result()
+
+
+@pytest.mark.parametrize('changes', [
+    {'shape': [2**36, 16]}, {'chunks': [2**36, 16]},
+    {'shape': [2**36, 16], 'chunks': [2**36, 16]},
+], ids=lambda changes: '_'.join(changes))
+def test_a_checkpoint_that_claims_terabytes_is_refused(run, tmp_path, changes):
+  mine = tmp_path / 'run'
+  shutil.copytree(run, mine)
+  forge(mine, **changes)
+  for command, flags in (
+      ('convert', [f'--from={mine}', f'--to={tmp_path / "w.safetensors"}']),
+      ('extract', [f'--checkpoint={mine}', f'--out={tmp_path / "f.npz"}']),
+      ('train', [f'--workdir={mine}', *tiny.flags()]),
+  ):
+    code, _, err = tiny.call(command, *flags)
+    assert code == 2 and 'claims arrays of 4,398,0' in err, err
+    assert len(err.splitlines()) < 5
+
+
+# What each command is given, in a process of its own: prints a JSON line for
+# each, and the most memory that all of them took.
+DRIVER = """
+import json, resource, signal, sys, time
+import tiny
+
+outside, opened = sys.argv[1], []
+
+def watch(event, arguments):
+  if event == 'open' and outside in str(arguments[0]):
+    opened.append(str(arguments[0]))
+
+sys.addaudithook(watch)
+for command, flags in json.load(sys.stdin):
+  before = time.process_time()
+  signal.alarm(100)
+  code, _, err = tiny.call(command, *flags)
+  signal.alarm(0)
+  print(json.dumps({
+      'command': [command, *flags], 'code': code, 'err': err,
+      'seconds': time.process_time() - before, 'opened': opened,
+      'gib': resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
+  }), flush=True)
+"""
+
+
+def hostile_images(folder):
+  """Good pictures, and one of each kind that is not."""
+  folder.mkdir()
+  for name, content in (
+      ('a.png', png(13370, 13370)), ('b.jpg', progressive(1000, 4000)),
+      ('c.png', b'%!PS-Adobe-3.0 EPSF-3.0\n'), ('d.png', b''),
+      (f'{ESCAPE}\nerror: forged.png', b'GIF89a'), ('=1+1.png', b'BM'),
+  ):
+    (folder / name).write_bytes(content)
+  (folder / 'e.png').touch()
+  os.truncate(folder / 'e.png', 20 * 2**30)
+  os.mkfifo(folder / 'pipe.png')
+  for number in range(20):
+    Image.new('RGB', (16, 16), (10 * number, 0, 0)).save(
+        folder / f'{number}.png'
+    )
+
+
+def hostile_runs(run, folder, outside):
+  """Yields runs that are hostile in one way each."""
+  def copied(name):
+    shutil.copytree(run, folder / name)
+    return folder / name
+
+  for name in 'results.jsonl', 'environment.json', 'metrics.jsonl':
+    mine = copied(f'linked_{name}')
+    (mine / name).unlink(missing_ok=True)
+    (mine / name).symlink_to(outside)
+    yield mine
+  mine = copied('forged')
+  forge(mine, shape=[2**36, 16])
+  yield mine
+  for number, change in enumerate((
+      {'model.depth': 10**9}, {'model.depth': 256, 'model.dim': 65_536},
+      {'data.image_size': 10**6}, {'data.mean': [0.5] * 100_000},
+      {'head.hidden_dim': 10**15},
+  )):
+    mine = copied(f'config_{number}')
+    c = json.loads((mine / 'config.json').read_text())
+    for field, value in change.items():
+      group, name = field.split('.')
+      c[group][name] = value
+    (mine / 'config.json').write_text(json.dumps(c))
+    yield mine
+  for file, text in (
+      ('config.json', '[' * 200_000), ('metrics.jsonl', '[' * 2**22),
+      ('data.json', '{"images": "x"}'), ('config.json', '{"model": 3}'),
+  ):
+    mine = copied(f'text_{len(text)}')
+    (mine / file).write_text(text)
+    yield mine
+  mine = copied('holes')
+  for name in 'metrics.jsonl', 'config.json':
+    (mine / name).touch()
+    os.truncate(mine / name, 2**34)
+  yield mine
+
+
+@pytest.mark.slow
+def test_each_command_meets_hostile_files(run, tmp_path):
+  outside, out = tmp_path / 'outside' / 'secret', tmp_path / 'out'
+  outside.parent.mkdir()
+  out.mkdir()
+  outside.write_text('{"secret": 1}\n')
+  hostile_images(tmp_path / 'i')
+  numbers = iter(range(10**6))
+  new = lambda suffix: out / f'{next(numbers)}{suffix}'
+  images = f'folder:{tmp_path}/i'
+  small = {
+      'data.source': images, 'data.max_unreadable': 1.0, 'batch_size': 4,
+      'data.mean': '(0.5,0.5,0.5)', 'data.std': '(0.5,0.5,0.5)',
+      'augment.view1.blur_sigma': '(0.1,0.5)', 'schedule.steps': 2,
+      'augment.view2.blur_sigma': '(0.1,0.5)', 'schedule.warmup_epochs': 0.0,
+  }
+  recipe = tiny.flags(**small)
+  rgb = tiny.random_run(tmp_path / 'rgb', tiny.config(
+      **{'data.mean': (0.5,) * 3, 'data.std': (0.5,) * 3}
+  ))
+  wild = ['--config.model.depth=1000000000', '--config.model.dim=1000000000']
+  jobs = [
+      ('train', [*recipe, f'--workdir={new("")}']),
+      ('train', [*recipe, *wild, f'--workdir={new("")}']),
+      ('sweep', [*recipe, f'--workdir={new("")}', '--grid', 'seed=0']),
+      ('preview', [*recipe, f'--out={new(".png")}']),
+      ('benchmark', ['input', *recipe, '--rounds=1', '--images=8']),
+      ('benchmark', ['step', *recipe, *wild]),
+      ('plan', [*recipe, *wild, '--topology=v5e:1x1']),
+      ('extract', [f'--checkpoint={rgb}', f'--source={images}',
+                   f'--out={new(".npz")}']),
+      *(('visualize', [what, f'--checkpoint={rgb}', f'--source={images}',
+                       f'--out={new(".png")}'])
+        for what in ('attention', 'neighbours', 'embedding')),
+      *(('evaluate', [f'--config=configs/eval_{protocol}.py',
+                      f'--config.checkpoint={rgb}', f'--workdir={new("")}',
+                      f'--config.data.source={images}'])
+        for protocol in ('knn', 'linear')),
+  ]
+  (tmp_path / 'runs').mkdir()
+  for mine in hostile_runs(run, tmp_path / 'runs', outside):
+    jobs += [
+        ('evaluate', [KNN, f'--config.checkpoint={mine}',
+                      f'--workdir={new("")}']),
+        ('extract', [f'--checkpoint={mine}', f'--out={new(".npz")}']),
+        ('convert', [f'--from={mine}', f'--to={new(".safetensors")}']),
+        ('visualize', ['attention', f'--checkpoint={mine}',
+                       f'--out={new(".png")}']),
+        ('report', [str(mine), f'--out={new(".html")}']),
+        ('train', [*tiny.flags(), f'--workdir={mine}']),
+    ]
+  jobs.append(('report', [str(tmp_path / 'runs'), f'--out={new(".html")}']))
+  tree = lambda: {
+      p for p in tmp_path.rglob('*') if out not in p.parents
+      and (tmp_path / 'runs') not in p.parents
+  }
+  before = tree()
+  done = subprocess.run(
+      [sys.executable, '-c', DRIVER, str(outside.parent)], cwd=tiny.ROOT,
+      input=json.dumps(jobs), capture_output=True, text=True, timeout=3000,
+      env=os.environ | tiny.here() | {
+          'JAX_PLATFORMS': 'cpu', 'PYTHONPATH': f'{tiny.ROOT}:tests',
+      },
+  )
+  found = [json.loads(line) for line in done.stdout.splitlines()]
+  if len(found) < len(jobs):
+    pytest.fail(f'{jobs[len(found)]} ended all with {done.returncode}')
+  for job in found:
+    assert job['code'] in (0, 2) and 'Traceback' not in job['err'], job
+    assert '\x1b' not in job['err'] and 'secret"' not in job['err'], job
+    assert job['seconds'] < 40 and job['gib'] < 2, job  # 20 s on two cores.
+    assert not job['opened'], job
+  assert outside.read_text() == '{"secret": 1}\n'
+  assert tree() == before
 
 
 @pytest.mark.slow

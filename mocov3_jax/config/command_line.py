@@ -9,6 +9,7 @@ import os
 import pathlib
 import re
 import sys
+import types
 from typing import Any
 import warnings
 
@@ -240,13 +241,17 @@ def _quieten() -> None:
   logging.set_verbosity(logging.FATAL)
   # Pillow's remarks on damaged metadata do not say of which file.
   warnings.filterwarnings('ignore', module=r'PIL\.')
-  # TensorStore leaves hundreds of broken asyncio tasks behind a checkpoint
-  # that cannot be read, and each is reported beside our one message.
+  # Orbax and TensorStore leave hundreds of broken asyncio tasks and coroutines
+  # behind a checkpoint that cannot be read, and each is reported beside our one
+  # message.
   logging_lib.getLogger('asyncio').setLevel(logging_lib.CRITICAL)
   default = sys.unraisablehook
 
   def hook(unraisable):
-    if str(unraisable.exc_value) != 'Event loop is closed':
+    if not (
+        str(unraisable.exc_value) == 'Event loop is closed'
+        or isinstance(unraisable.object, types.CoroutineType)
+    ):
       default(unraisable)
 
   sys.unraisablehook = hook

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 import json
+import math
 import textwrap
 from typing import Any
 
@@ -12,13 +13,18 @@ from jax.experimental import multihost_utils
 import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers
+from orbax.checkpoint.metadata import ArrayMetadata
 
+from mocov3_jax.base import files
 from mocov3_jax.base.errors import UserError, is_of_environment
-from mocov3_jax.base.files import absolute, require_plain
 
 PyTree = Any
 # Name of the state within checkpoints/<step>/.
 ITEM = 'state'
+# Bytes that the arrays of a checkpoint may have for each byte of its files, and
+# those that they may have in any case. Trained weights hardly compress; what is
+# constant, such as fresh moments, compresses to almost nothing.
+MOST_GROWTH, ALWAYS_ALLOWED = 64, 2**26
 
 
 class Checkpoints:
@@ -148,13 +154,12 @@ class Checkpoints:
       self, step: int, abstract_state: PyTree,
       init: Callable[[], PyTree] | None, monitors: tuple[str, ...],
   ) -> PyTree:
+    folder = self._folder / str(step)
+    fields = _metadata(folder).keys()
     own = [name for name in monitors if hasattr(abstract_state, name)]
-    if own:
-      folder = self._folder / str(step)
-      fields = _metadata(folder).keys()
-      if any(name not in fields for name in own):
-        part = {name: abstract_state.__dict__[name] for name in fields}
-        return init().replace(**restore_part(folder, part))
+    if any(name not in fields for name in own):
+      part = {name: abstract_state.__dict__[name] for name in fields}
+      return init().replace(**restore_part(folder, part))
     args = ocp.args.Composite(
         **{ITEM: ocp.args.StandardRestore(abstract_state)}
     )
@@ -221,13 +226,13 @@ def find(path: str) -> tuple[epath.Path, epath.Path]:
     UserError: if `path` is neither, or holds links.
   """
   run, checkpoint = _found(path)
-  require_plain(run)
+  files.require_plain(run)
   return run, checkpoint
 
 
 def _found(path: str) -> tuple[epath.Path, epath.Path]:
   if path:
-    folder = absolute(path)
+    folder = files.absolute(path)
     if folder.is_file():
       raise UserError(
           f'checkpoint={path!r} is a file. Allowed: a run; weights become one '
@@ -272,20 +277,47 @@ def shapes(folder: epath.Path) -> dict[tuple[str, ...], tuple[int, ...]]:
   """
   return {
       path: tuple(leaf.shape)
-      for path, leaf in flatten_dict(_metadata(folder)).items()
-      if hasattr(leaf, 'shape') and leaf.shape is not None
+      for path, leaf in _arrays(_metadata(folder)).items()
+  }
+
+
+def _claimed_bytes(array: ArrayMetadata) -> int:
+  # A chunk is read whole, even where the array has less.
+  chunk = array.storage.chunk_shape if array.storage else None
+  values = max(math.prod(array.shape), math.prod(chunk or ()))
+  return values * array.dtype.itemsize
+
+
+def _arrays(tree: PyTree) -> dict[tuple[str, ...], Any]:
+  return {
+      path: leaf for path, leaf in flatten_dict(tree).items()
+      if isinstance(leaf, ArrayMetadata) and leaf.shape is not None
   }
 
 
 def _metadata(folder: epath.Path) -> PyTree:
-  """Returns the tree of a checkpoint, without its arrays."""
+  """Returns the tree of a checkpoint, without its arrays.
+
+  Raises:
+    UserError: if it cannot be read, or claims arrays that its files cannot
+      hold.
+  """
   try:
     with ocp.PyTreeCheckpointer() as checkpointer:
-      return checkpointer.metadata(folder / ITEM).item_metadata.tree
+      tree = checkpointer.metadata(folder / ITEM).item_metadata.tree
   except Exception as e:  # Orbax and TensorStore raise many kinds.
     if is_of_environment(e):
       raise
     raise _unreadable(folder, e) from e
+  claimed = sum(map(_claimed_bytes, _arrays(tree).values()))
+  held = files.allocated(folder)
+  if claimed > max(ALWAYS_ALLOWED, MOST_GROWTH * held):
+    raise UserError(
+        f'checkpoint={str(folder)!r} claims arrays of {claimed:,} bytes, which '
+        f'its files of {held:,} bytes cannot hold. It is damaged or forged; '
+        'use another one.'
+    )
+  return tree
 
 
 def _unreadable(folder: epath.Path, e: Exception) -> UserError:
@@ -337,16 +369,14 @@ def restore_whole(folder: epath.Path) -> PyTree:
   Raises:
     UserError: if it cannot be read.
   """
+  restore_args = jax.tree.map(
+      lambda _: ocp.RestoreArgs(restore_type=np.ndarray), _metadata(folder)
+  )
   try:
     with ocp.PyTreeCheckpointer() as checkpointer:
       return checkpointer.restore(
           folder / ITEM,
-          args=ocp.args.PyTreeRestore(
-              restore_args=jax.tree.map(
-                  lambda _: ocp.RestoreArgs(restore_type=np.ndarray),
-                  _metadata(folder),
-              )
-          ),
+          args=ocp.args.PyTreeRestore(restore_args=restore_args),
       )
   except Exception as e:  # Orbax and TensorStore raise many kinds.
     if is_of_environment(e):

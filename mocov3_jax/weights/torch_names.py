@@ -87,20 +87,23 @@ def in_order(names: Iterable[str]) -> list[str]:
 
 def to_torch_layout(array: np.ndarray, path: Path) -> np.ndarray:
   """Maps linear weights to [out, in], convolutions to OIHW; others stay."""
-  if path[-1] != 'kernel':
-    return array
-  axes = (3, 2, 0, 1) if array.ndim == 4 else (1, 0)
-  return np.ascontiguousarray(array.transpose(axes))
+  return np.asarray(
+      array.transpose(_torch_axes(array.ndim, path)), order='C'
+  )
 
 
 def to_our_layout(array: np.ndarray, path: Path) -> np.ndarray:
   """Undoes `to_torch_layout`."""
-  if path[-1] != 'kernel':
-    return array
-  axes = (2, 3, 1, 0) if array.ndim == 4 else (1, 0)
-  return np.ascontiguousarray(array.transpose(axes))
+  axes = np.argsort(_torch_axes(array.ndim, path))
+  return np.asarray(array.transpose(axes), order='C')
 
 
 def torch_shape(shape: tuple[int, ...], path: Path) -> tuple[int, ...]:
   """Returns the shape that `to_torch_layout` gives."""
-  return to_torch_layout(np.broadcast_to(np.int8(0), shape), path).shape
+  return tuple(shape[axis] for axis in _torch_axes(len(shape), path))
+
+
+def _torch_axes(ndim: int, path: Path) -> tuple[int, ...]:
+  if path[-1] != 'kernel':
+    return tuple(range(ndim))
+  return (3, 2, 0, 1) if ndim == 4 else (1, 0)
