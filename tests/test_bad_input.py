@@ -362,6 +362,7 @@ def test_a_batch_that_does_not_divide_over_the_devices_is_named(tmp_path):
   assert not (tmp_path / 'run').exists()
 
 
+@pytest.mark.slow
 def test_what_does_not_fit_into_memory_says_what_needs_less(tmp_path):
   code, out, err = tiny.call(
       'train', CONFIG, f'--workdir={tmp_path}',

@@ -98,6 +98,7 @@ def test_a_probe_reports_every_rate_last_and_best(run, tmp_path):
   assert len(found['backbone_sha256']) == 64
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('arguments', [
     [LINEAR, '--config.linear.batch_norm=True'],
     [FINETUNE, '--config.batch_size=96', '--config.finetune.ema=0.9'],

@@ -120,6 +120,7 @@ def test_a_sweep_at_once_equals_separate_runs(norm):
       )
 
 
+@pytest.mark.slow
 def test_images_without_a_label_count_for_nothing():
   schedule = optimizers.cosine_by_epochs(0.5, 4, 40)
   probe = probe_of((1.0,), schedule)

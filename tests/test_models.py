@@ -164,6 +164,7 @@ def outputs_and_gradients(model):
   return features, grads
 
 
+@pytest.mark.slow
 def test_neither_remat_nor_scan_changes_a_result():
   # With the class token the loop's last block computes more, and rounds
   # otherwise: see below, in float64.

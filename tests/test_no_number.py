@@ -172,6 +172,7 @@ def test_an_evaluation_says_that_all_could_be_read(run, tmp_path):
   assert found['unreadable_images'] == 0 and 'unreadable' not in found
 
 
+@pytest.mark.slow
 def test_the_monitor_counts_broken_test_images(
     photos, one_broken, tmp_path, capsys
 ):

@@ -230,6 +230,7 @@ def test_every_ablation_of_moco_takes_a_step(name):
   assert values['train/loss'].shape == ()
 
 
+@pytest.mark.slow
 def test_without_a_target_network_no_keys_are_computed():
   counted = {}
   for name, changes in METHODS.items():
@@ -281,6 +282,7 @@ def test_the_queue_holds_exactly_the_last_keys(length, symmetric, made):
   np.testing.assert_allclose(past, wanted, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_the_queue_of_a_run_holds_the_keys_of_its_steps():
   c = tiny.config(**(CALM | {'objective.queue': 200}))
   mesh = sharding.make_mesh(jax.devices()[:1])

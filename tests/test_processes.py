@@ -166,6 +166,7 @@ def test_a_killed_process_ends_the_others_with_a_message(tmp_path):
   tiny.finish(processes[1])
 
 
+@pytest.mark.slow
 def test_bad_input_ends_all_processes_alike(tmp_path):
   (tmp_path / 'file').write_text('mine')
   results = finish(start(tmp_path / 'file' / 'run', 2))
@@ -174,6 +175,7 @@ def test_bad_input_ends_all_processes_alike(tmp_path):
   assert 'Traceback' not in results[0][2] + results[1][2]
 
 
+@pytest.mark.slow
 def test_processes_of_different_configs_are_refused(tmp_path):
   processes = start(tmp_path / 'run', 2, others=['--config.seed=1'])
   for code, out, err in finish(processes):

@@ -321,6 +321,7 @@ def test_the_figure_shows_what_the_page_shows_without_labels(tmp_path, made):
   ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('count', [12, 13])
 @pytest.mark.parametrize('ending', ['', '_x' * 100], ids=['short', 'long'])
 def test_a_figure_of_runs_with_little_in_common_is_laid_out(
@@ -509,6 +510,7 @@ def test_heads_keep_the_group_where_the_name_alone_is_not_clear():
   assert data.short(fields) == [*fields[:2], 'name']
 
 
+@pytest.mark.slow
 def test_many_long_runs_still_make_a_small_page(tmp_path):
   layers = [f'block_{i}' for i in range(4)]
   made = one(tmp_path / 'run', steps=5000, layers=layers, spike_at=(2000,))

@@ -101,9 +101,8 @@ def test_fsdp_splits_the_large_tensors_alone():
   }
 
 
-@pytest.mark.parametrize(
-    'patch_embed', ['frozen', pytest.param('learned', marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize('patch_embed', ['frozen', 'learned'])
 def test_only_a_learned_projection_moves_in_fifty_steps(patch_embed):
   config = tiny.config(**{
       'model.patch_embed': patch_embed, 'optimizer.weight_decay': 0.5,
@@ -156,6 +155,7 @@ def test_one_process_holds_every_place_of_the_batch(devices):
   assert len(array.sharding.device_set) == devices
 
 
+@pytest.mark.slow
 def test_the_gradient_in_passes_is_that_of_the_whole_batch():
   views = jax.random.normal(jax.random.key(1), (64, 2, 8, 8, 1))
   grads = []
@@ -184,9 +184,8 @@ def test_the_gradient_in_passes_is_that_of_the_whole_batch():
     )
 
 
-@pytest.mark.parametrize(
-    'labels', [True, pytest.param(False, marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize('labels', [True, False])
 def test_monitors_take_no_more_at_once_than_a_pass_does(labels):
   at_once, results = [], []
 

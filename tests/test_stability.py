@@ -125,6 +125,7 @@ def watched(rows, watch=None):
   return [line for row in rows for line in watch.see(row['step'], row)]
 
 
+@pytest.mark.slow
 def test_every_planted_spike_is_found_in_its_layer_with_its_lag():
   for seed in SEEDS:
     rows, planted, lags, _, sigma, _ = planted_run(seed)
