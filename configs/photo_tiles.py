@@ -1,13 +1,13 @@
 """MoCo v3 on 2,106 photo tiles: a set harder than digits, for the study.
 
 No row of the paper: the ViT recipe of its section 5 in small, for 32x32 tiles
-of fourteen pictures (`python docs/photo_tiles.py runs/photo_tiles` cuts them).
+of fourteen pictures, which `mocov3_jax.data.photo_tiles` cuts.
 Like configs/digits.py, with colour: 16 patches of 8x8 pixels, the paper's
 jitter and grayscale, crops of 20 % and more, flips; no blur, which wipes out
 images of this size.
 
 Command:
-  python docs/photo_tiles.py runs/photo_tiles
+  python -m mocov3_jax.data.photo_tiles runs/photo_tiles
   python -m mocov3_jax.train --config=configs/photo_tiles.py \\
       --workdir=runs/photo
 Hardware and time: 2 CPU cores, about two minutes for 40 epochs.

@@ -92,7 +92,7 @@ if [ -n "$dry_run" ]; then
   python=.venv/bin/python port=${port:-PORT}
 else
   source launch/venv.sh
-  use_venv requirements.txt
+  use_venv .
   port=${port:-$("$python" -c "import socket
 with socket.socket() as s:
   s.bind(('localhost', 0))

@@ -3,12 +3,12 @@
 #
 #   bash launch/smoke.sh [--workdir=DIR] [--config.FIELD=VALUE ...]
 #
-# The first run makes .venv and installs requirements.txt into it. Results go
+# The first run makes .venv and installs the project into it. Results go
 # to runs/smoke; the last line on stdout is one JSON object. The same line
 # again continues, or, when the run is complete, shows its results.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source launch/venv.sh
-use_venv requirements.txt
+use_venv .
 exec "$python" -m mocov3_jax.train \
   --config=configs/digits.py --workdir=runs/smoke "$@"

@@ -7,7 +7,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source launch/venv.sh
-use_venv requirements-test.txt
+use_venv '.[test]'
 "$python" -m ruff check .
 export JAX_PLATFORMS=cpu
 # A process a core; a file's tests stay together, since they share fixtures, and

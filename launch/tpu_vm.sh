@@ -306,7 +306,7 @@ rm -rf code && mkdir code
 tar -xzf ../mocov3_jax.tar.gz -C code
 PIP_BREAK_SYSTEM_PACKAGES=1 python3 -m pip install -q --user "uv>=0.5,<1"
 [ -x .venv/bin/python ] || python3 -m uv venv -q --seed --python=3.12 .venv
-.venv/bin/python -m pip install -q -r code/requirements.txt "jax[tpu]"
+.venv/bin/python -m pip install -q -e "./code[tpu]"
 END
 }
 

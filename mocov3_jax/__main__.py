@@ -1,4 +1,4 @@
-"""MoCo v3 in JAX: python -m mocov3_jax COMMAND [FLAGS]
+"""MoCo v3 in JAX: mocov3-jax COMMAND [FLAGS]
 
 train      pre-trains
 evaluate   runs a protocol on a checkpoint: kNN, linear, logistic, fine-tuning
@@ -11,8 +11,9 @@ report     shows runs side by side
 plan       tells what a run would cost on TPUs that are not there
 benchmark  measures the input pipeline and the training step
 
-`python -m mocov3_jax.COMMAND` is the same. `--help` after a command lists its
-flags.
+`python -m mocov3_jax COMMAND` and `python -m mocov3_jax.COMMAND` are the same.
+`--help` after a command lists its flags. `--config` takes a file, or the name
+of a recipe that comes with the package, such as digits.
 """
 
 from mocov3_jax.base import console, exits
@@ -59,5 +60,10 @@ def main(argv: list[str]) -> int:
   return command.main([f'{argv[0]} {word}', *argv[2:]])
 
 
-if __name__ == '__main__':
+def execute() -> None:
+  """Runs the command of this process: what `mocov3-jax` starts."""
   command_line.execute(main)
+
+
+if __name__ == '__main__':
+  execute()

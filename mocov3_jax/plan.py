@@ -4,8 +4,8 @@
 Compiles the real step of a recipe at full size with the real TPU compiler, on
 any machine, and tells whether it fits, what it computes, moves and sends; what
 time that takes at the least, by the chip's published peaks; and what time at an
-assumed share of them (--mfu). Nothing is measured. Needs the compiler: pip
-install -r requirements-tpu-plan.txt. Takes minutes.
+assumed share of them (--mfu). Nothing is measured. Needs the compiler, which
+the extra `tpu` brings. Takes minutes.
 
 A table goes to stderr; the last line on stdout is one JSON object.
 """

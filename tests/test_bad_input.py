@@ -96,7 +96,7 @@ CASES = {
     'a bucket': ('train', [CONFIG, '--workdir=gs://b/run'], ['gs://b/run']),
     'missing config file': (
         'train', ['--config=configs/digit.py'],
-        ['configs/digit.py does not exist', 'configs/digits.py'],
+        ['configs/digit.py does not exist', 'digits'],
     ),
     'a folder for a config': (
         'train', ['--config=configs'], ['configs is a folder']
@@ -254,7 +254,7 @@ CASES = {
     ),
     'a sweep evaluated by no protocol': (
         'sweep', [CONFIG, '--evaluate=configs/eval_lin.py'],
-        ["'configs/eval_lin.py'", 'configs/eval_linear.py:small'],
+        ['configs/eval_lin.py', 'eval_linear'],
     ),
     'a sweep for an unknown scheduler': (
         'sweep', [CONFIG, '--print=pbs'], ["--print='pbs'", 'commands']

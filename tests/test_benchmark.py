@@ -97,7 +97,7 @@ def test_step_refuses_an_unknown_opponent():
 )
 def test_step_says_how_to_get_pytorch():
   code, _, err = tiny.run('benchmark', 'step', *tiny.flags(**FLAGS))
-  assert code == 2 and 'requirements-torch.txt' in err, err
+  assert code == 2 and 'mocov3_jax[torch]' in err, err
 
 
 def test_a_batch_that_does_not_fit_is_halved(monkeypatch):

@@ -118,16 +118,16 @@ def outcome(name, *arguments, **keywords):
 def copy(folder):
   """The repository as links, with a .venv that is this interpreter."""
   folder.mkdir(parents=True)
-  names = 'launch', 'mocov3_jax', 'configs'
-  for source in [*map(tiny.ROOT.joinpath, names),
-                 *tiny.ROOT.glob('requirements*.txt')]:
-    (folder / source.name).symlink_to(source)
+  for name in (
+      'launch', 'mocov3_jax', 'configs', 'pyproject.toml', 'requirements.txt'
+  ):
+    (folder / name).symlink_to(tiny.ROOT / name)
   python(folder / '.venv/bin/python')
   total = subprocess.run(
-      'cat requirements*.txt | cksum', shell=True, cwd=folder, text=True,
-      capture_output=True, check=True,
+      'cat pyproject.toml requirements.txt | cksum', shell=True, cwd=folder,
+      text=True, capture_output=True, check=True,
   ).stdout
-  (folder / '.venv/installed').write_text(f'requirements.txt {total}')
+  (folder / '.venv/installed').write_text(f'. {total}')
   return folder
 
 
@@ -222,7 +222,7 @@ def test_a_dry_run_on_a_tpu_prints_lines_of_shell(forbidden, command):
   if command == 'run':
     assert "--config=configs/digits.py '--workdir=/mnt/mocov3/a b'" in lines[-1]
   if command == 'install':
-    assert 'gcsfuse --implicit-dirs' in lines[-1] and 'jax[tpu]' in lines[-1]
+    assert 'gcsfuse --implicit-dirs' in lines[-1] and './code[tpu]' in lines[-1]
 
 
 # What gcloud says, and what `watch` makes of it.
@@ -740,3 +740,20 @@ def test_the_notebook_runs_from_top_to_bottom_twice(tmp_path):
   outputs = json.dumps([c.get('outputs', []) for c in done.cells])
   for word in 'already complete', 'image/png', 'would run', '(1797, 64)':
     assert word in outputs
+
+
+def test_without_a_fitting_python_it_says_how_to_get_one(tmp_path):
+  home = copy(tmp_path / 'home')
+  shutil.rmtree(home / '.venv')
+  for name in ('python3', 'python3.11', 'python3.12', 'python3.13',
+               'python3.14', 'python'):
+    script(tmp_path / 'bin' / name, '#!/bin/sh\necho Python 3.10.1\nexit 1\n')
+  code, out, err = outcome('smoke.sh', path=tmp_path / 'bin', root=home)
+  assert code == 2 and out == '' and not (home / '.venv').exists()
+  assert 'no Python 3.11 to 3.14 was found (python3 is Python 3.10.1' in err
+  for way in 'uv python install', 'conda create', 'apt-get', 'brew install':
+    assert way in err
+  code, _, err = outcome(
+      'smoke.sh', path=tmp_path / 'bin', root=home, PYTHON='/no/python3'
+  )
+  assert code == 2 and '/no/python3 is' in err and 'absent' in err

@@ -197,7 +197,7 @@ def test_a_missing_compiler_is_one_clear_message(monkeypatch):
   code, out, err = tiny.run(
       'plan', '--config=configs/digits.py', '--topology=v5e:2x2'
   )
-  assert code == 2 and 'requirements-tpu-plan.txt' in err, err
+  assert code == 2 and 'mocov3_jax[tpu]' in err, err
   assert 'Traceback' not in err and not out
 
 

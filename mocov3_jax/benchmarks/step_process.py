@@ -100,8 +100,9 @@ def torch_step(config: ConfigDict, compiled: bool) -> Any:
     from mocov3_jax.benchmarks.torch_step import TorchStep
   except ImportError as e:
     raise UserError(
-        f'--against needs PyTorch and timm ({e}). Allowed: pip install -r '
-        'requirements-torch.txt; or --against=none.'
+        f'--against needs PyTorch and timm ({e}). Use: pip install '
+        '"mocov3_jax[torch]", or in a clone pip install -e ".[torch]"; or '
+        '--against=none.'
     ) from e
   return TorchStep(config, compiled)
 

@@ -1,8 +1,7 @@
 """Flags in, one JSON line and an exit code out: the frame of each command."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 import difflib
-import glob
 import json
 import logging as logging_lib
 import os
@@ -26,7 +25,7 @@ from mocov3_jax.base.errors import (
   unknown,
 )
 from mocov3_jax.base.exits import BAD_INPUT, INTERRUPTED, PREEMPTED
-from mocov3_jax.config import evaluation, knobs, training
+from mocov3_jax.config import evaluation, knobs, recipes, training
 
 LESS_MEMORY = (
     'Allowed: less at a time. A training needs less with micro_batch, '
@@ -109,7 +108,12 @@ class Flags:
   def config(
       self, about: str, required: bool = True
   ) -> flags.FlagHolder[ConfigDict]:
-    """Defines --config=FILE[:argument] and --config.FIELD=VALUE."""
+    """Defines --config=FILE[:argument] and --config.FIELD=VALUE.
+
+    Raises:
+      UserError: if the command line names a file that is not there.
+    """
+    self._config_file, self._argv = _resolve_config(self._argv)
     holder = config_flags.DEFINE_config_file(
         'config', help_string=about, flag_values=self._values,
         sys_argv=self._argv,
@@ -121,7 +125,7 @@ class Flags:
   @property
   def config_file(self) -> str:
     """FILE[:argument], as --config was given."""
-    return self._values['config'].config_filename
+    return self._config_file
 
   @property
   def overrides(self) -> dict[str, Any]:
@@ -142,7 +146,6 @@ class Flags:
       UserError: for an unknown flag or field, a wrong value, or a config file
         that cannot be used.
     """
-    _check_config_file(self._argv)
     try:
       return self._values(self._argv)[1:]
     except flags.Error as e:
@@ -245,6 +248,7 @@ def _quieten() -> None:
   # behind a checkpoint that cannot be read, and each is reported beside our one
   # message.
   logging_lib.getLogger('asyncio').setLevel(logging_lib.CRITICAL)
+  warnings.filterwarnings('ignore', message='coroutine .* was never awaited')
   default = sys.unraisablehook
 
   def hook(unraisable):
@@ -359,26 +363,26 @@ def _advice(field: str) -> str:
 
 
 def _config_path(argv: list[str]) -> str | None:
-  for given, following in zip(argv, argv[1:] + [''], strict=True):
-    if given in ('--config', '-config'):
-      value = following
-    elif given.startswith(('--config=', '-config=')):
-      value = given.split('=', 1)[1]
-    else:
-      continue
-    return value.split(':')[0]  # The rest is the argument of get_config.
+  for _, _, given in _config_words(argv):
+    return given.split(':')[0]  # The rest is the argument of get_config.
   return None
 
 
-def _check_config_file(argv: list[str]) -> None:
+def _config_words(argv: list[str]) -> Iterator[tuple[int, str, str]]:
+  # Where the command line has --config=FILE, or the FILE of --config FILE: the
+  # place, what stands before FILE, and FILE.
+  for place, word in enumerate(argv):
+    if word.startswith(('--config=', '-config=')):
+      flag, equals, given = word.partition('=')
+      yield place, flag + equals, given
+    elif place and argv[place - 1] in ('--config', '-config'):
+      yield place, '', word
+
+
+def _resolve_config(argv: list[str]) -> tuple[str, list[str]]:
   # ml_collections reports a missing file only once a field is read, and then
   # as an attribute error.
-  path = _config_path(argv)
-  if path is None or os.path.isfile(path):
-    return
-  what = 'is a folder' if os.path.isdir(path) else 'does not exist'
-  there = ', '.join(sorted(glob.glob('configs/*.py')))
-  raise UserError(
-      f'--config={path} {what}. Allowed: a config file, such as '
-      f'{there or "those of the repository"}.'
-  )
+  given, resolved = '', list(argv)
+  for place, before, given in _config_words(argv):
+    resolved[place] = before + recipes.resolve(given)
+  return given, resolved

@@ -61,7 +61,8 @@ def get_slice(topology: str) -> Slice:
   if importlib.util.find_spec('libtpu') is None:
     raise UserError(
         f'--topology={topology} needs the TPU compiler, which is not '
-        'installed. Allowed: pip install -r requirements-tpu-plan.txt.'
+        'installed. Use: pip install "mocov3_jax[tpu]", or in a clone '
+        'pip install -e ".[tpu]".'
     )
   # Slices smaller than a host's share have to say so.
   host = tuple(

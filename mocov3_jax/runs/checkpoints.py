@@ -68,7 +68,8 @@ class Checkpoints:
       self._check_metrics()
     _all_arrive('checkpoints opened')
     self._manager = ocp.CheckpointManager(
-        self._folder, options=options, item_names=(ITEM,)
+        self._folder, options=options,
+        item_handlers={ITEM: ocp.StandardCheckpointHandler()},
     )
 
   def _check_metrics(self) -> None:
@@ -336,6 +337,13 @@ def restore_part(folder: epath.Path, abstract_part: PyTree) -> PyTree:
   Raises:
     UserError: if it cannot be read, or does not fit.
   """
+  found = shapes(folder)
+  for path, x in flatten_dict(abstract_part).items():
+    if path in found and found[path] != x.shape:
+      raise UserError(
+          f'checkpoint={str(folder)!r} does not fit: {"/".join(path)} has the '
+          f'shape {found[path]}, not {x.shape} as its config says.'
+      )
   restore_args = jax.tree.map(
       lambda x: ocp.ArrayRestoreArgs(
           sharding=x.sharding, global_shape=x.shape, dtype=x.dtype

@@ -6,7 +6,6 @@ import dataclasses
 import difflib
 import hashlib
 import itertools
-import os
 import re
 from typing import Any
 
@@ -14,7 +13,7 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from mocov3_jax.base.errors import UserError
-from mocov3_jax.config import knobs
+from mocov3_jax.config import knobs, recipes
 from mocov3_jax.runs import table as sweep_table
 
 SEED = 'seed'
@@ -198,13 +197,7 @@ def load_config(flag: str, path: str) -> ConfigDict:
   Raises:
     UserError: if that does not give a config.
   """
-  file = path.split(':')[0]
-  if not os.path.isfile(file):
-    raise UserError(
-        f'--{flag}={path}: there is no file {file!r}. Allowed: a config file, '
-        'such as configs/eval_linear.py:small.'
-    )
-  argv = ['sweep', f'--{flag}={path}']
+  argv = ['sweep', f'--{flag}={recipes.resolve(path, f"--{flag}")}']
   values = flags.FlagValues()
   try:
     holder = config_flags.DEFINE_config_file(

@@ -1,9 +1,9 @@
-"""Cuts photographs into small labelled tiles: python docs/photo_tiles.py OUT
+"""Cuts photographs into tiles: python -m mocov3_jax.data.photo_tiles OUT
 
 A set that is harder than digits and needs no download: 32x32 tiles of fourteen
-pictures that come with scikit-image (pip install scikit-image), each picture a
-class. Tiles do not overlap; every fifth is kept for testing. Many look alike
-(sky, gravel, out-of-focus ground), so no network tells all of them.
+pictures that come with scikit-image (the extra `photos`), each picture a class.
+Tiles do not overlap; every fifth is kept for testing. Many look alike (sky,
+gravel, out-of-focus ground), so no network tells all of them.
 """
 
 import pathlib
@@ -41,7 +41,7 @@ def main(out):
   """Writes OUT/train/NAME/*.png and OUT/val/NAME/*.png."""
   out = pathlib.Path(out)
   if out.exists():
-    sys.exit(f'{out} exists. Allowed: a new folder.')
+    sys.exit(f'{out} exists. Use a new folder.')
   counts = {'train': 0, 'val': 0}
   for name, load in PICTURES.items():
     found = tiles(load())
