@@ -9,32 +9,65 @@ why:
   - Heads 1024 wide instead of 4096, for the smaller batch.
   - 100 epochs, 10 of them warm-up. For fewer than about 50,000 images, more:
     --config.schedule.epochs=800.
+  - bfloat16, and each block computed once more in the backward pass, so that
+    the batch fits a small accelerator; docs/data.md has the memory.
   - The monitor looks at 5,000 images, and 1,000 to classify.
+
+`folder.py:small:PATH` is for some hundred photos and a machine without an
+accelerator: 64 pixels, a ViT of 4 blocks of width 128 on 8-pixel patches, batch
+64. As in configs/digits.py, runs of few steps want a higher rate and a shorter
+memory of AdamW; crops have 20 % of the photo at least, and are not blurred,
+since blur wipes out images of this size.
 
 Command:
   python -m mocov3_jax.train --config=configs/folder.py:/my/photos \\
       --workdir=runs/photos
-  The part after the colon is the folder, the same as
-  --config.data.source=folder:/my/photos. On a small GPU (below 16 GB) add
-  --config.batch_size=128. What the run will see:
+  The part after the colon is the folder. What the run will see:
   python -m mocov3_jax.preview --config=configs/folder.py:/my/photos \\
       --out=views.png
-Hardware and time: one GPU or TPU chip; not measured at full size. On 2 CPU
-  cores use small images and a small model, as docs/data.md does.
+Hardware and time: one GPU or TPU chip; not measured at full size. `small`: two
+  CPU cores, minutes (docs/data.md).
 Expected: depends on the photos; not measured at full size.
 """
 
 from mocov3_jax.config import default_config
 
+SMALL = 'small:'
+
 
 def get_config(path=''):
   c = default_config()
+  c.data.source = f'folder:{path.removeprefix(SMALL)}'
+  if path.startswith(SMALL):
+    return small(c)
   c.batch_size = 256
-  c.data.source = f'folder:{path}'
+  c.model.dtype = 'bfloat16'
+  c.model.remat = True
   c.head.hidden_dim = 1024
   c.schedule.epochs = 100.0
   c.schedule.warmup_epochs = 10.0
-  c.knn.every_steps = 500
+  c.knn.every_steps = 100
   c.knn.bank_images = 5_000
   c.knn.query_images = 1_000
+  return c
+
+
+def small(c):
+  c.batch_size = 64
+  c.data.image_size = 64
+  for view in (c.augment.view1, c.augment.view2):
+    view.crop_min = 0.2
+    view.blur_prob = 0.0
+  c.model.name = 'vit_ti'
+  c.model.patch_size = 8
+  c.model.dim = 128
+  c.model.depth = 4
+  c.model.num_heads = 4
+  c.head.hidden_dim = 512
+  c.head.out_dim = 128
+  c.optimizer.lr_per_256 = 4e-3
+  c.optimizer.b2 = 0.95
+  c.schedule.epochs = 100.0
+  c.schedule.warmup_epochs = 10.0
+  c.knn.every_steps = 25
   return c

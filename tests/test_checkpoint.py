@@ -166,5 +166,5 @@ def test_a_workdir_or_a_step_names_a_checkpoint(tmp_path, whole):
 
 @pytest.mark.parametrize('name', ['absent', '', 'checkpoints'])
 def test_what_is_no_checkpoint_is_refused(tmp_path, name):
-  with pytest.raises(UserError, match='is not a checkpoint. Allowed'):
+  with pytest.raises(UserError, match='is not a checkpoint. Use'):
     checkpoints_lib.find(str(tmp_path / name))

@@ -89,7 +89,9 @@ def test_the_model_needs_eight_forward_passes():
 
 
 def test_bounds_follow_from_published_peaks():
-  chips = topology.Slice('v5e:2x2', chips_lib.CHIPS['v5e'], [None] * 4)
+  chips = topology.Slice(
+      'v5e:2x2', chips_lib.CHIPS['v5e'], [None] * 4, '0.0.52', '0.0.42.*'
+  )
   cost = cost_lib.Cost(
       fits=True, state=1, total=1, model_flops=1.0, traced_flops=1.0,
       compiled_flops=197e12, hbm_bytes=2 * 819e9,
@@ -127,7 +129,9 @@ def test_proposals_leave_a_batchnorm_backbone_whole():
 
 def planned(monkeypatch, cost, *arguments, **options):
   """What is reported of a slice of four chips and a step of a given cost."""
-  chips = topology.Slice('v5e:2x2', chips_lib.CHIPS['v5e'], [None] * 4)
+  chips = topology.Slice(
+      'v5e:2x2', chips_lib.CHIPS['v5e'], [None] * 4, '0.0.52', '0.0.42.*'
+  )
   monkeypatch.setattr(plan.topology_lib, 'get_slice', lambda name: chips)
   monkeypatch.setattr(plan.cost_lib, 'measure', lambda *_: cost)
   c = tiny.config(**{'schedule.epochs': 100.0, **options})
@@ -155,6 +159,7 @@ def test_there_is_a_lower_bound_and_a_time_at_an_assumed_mfu(
   assert report['dollars_bound'] == pytest.approx(2 * 4 * 20 / 3600)
   told = capsys.readouterr().err
   assert told.count('lower bound') == 1 and 'at 25% MFU' in told
+  assert 'libtpu 0.0.52; with this JAX, TPUs run 0.0.42.*' in told
   assert ' to ' not in told
 
 
@@ -182,6 +187,17 @@ def test_the_images_are_those_of_the_source(monkeypatch, tmp_path):
   assert planned(monkeypatch, COST, 500, **colour, **{
       'data.source': 'folder:/not/here'
   })['images'] == 500
+
+
+@pytest.mark.parametrize('requirements, version', [
+    (['numpy>=2', 'libtpu==0.0.42.*; extra == "tpu"'], '0.0.42.*'),
+    (['libtpu == 0.0.50 ; extra == "tpu"'], '0.0.50'),
+    (['numpy'], ''), ([], ''),
+])
+def test_the_compiler_of_a_slice_is_the_one_that_jax_names(
+    requirements, version
+):
+  assert topology.prescribed_compiler(requirements) == version
 
 
 @pytest.mark.parametrize('arguments', [(-1,), (9, -1.0), (9, 0.0, 0.0),

@@ -370,3 +370,18 @@ def test_networks_without_a_class_token_are_refused(
   with pytest.raises(UserError, match=message):
     draw_lib.attention(Options(str(tmp_path / 'run'), str(out)))
   assert not out.exists()
+
+
+def test_a_machine_that_cannot_count_its_cores_is_not_told_so(
+    monkeypatch, recwarn, capfd
+):
+  from joblib.externals.loky.backend import context
+
+  def unknown():
+    raise ValueError('found 0 physical cores < 1')
+
+  monkeypatch.setattr(context, 'physical_cores_cache', None)
+  monkeypatch.setattr(context, '_count_physical_cores_linux', unknown)
+  projection.plane(np.eye(8, dtype=np.float32), 'tsne')
+  assert context.physical_cores_cache == 'not found'
+  assert not recwarn.list and not capfd.readouterr().err

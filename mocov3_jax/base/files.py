@@ -35,7 +35,7 @@ def absolute(path: str, field: str = 'the path') -> epath.Path:
     raise UserError(f'{field} is empty. Allowed: a path.')
   if '://' in path:
     raise UserError(
-        f'{field}: {path!r} is a URL. Allowed: a path of this machine, or a '
+        f'{field}: {path!r} is a URL. Use a path of this machine, or a '
         'mounted one.'
     )
   return epath.Path(os.path.abspath(os.path.expanduser(path)))
@@ -70,7 +70,7 @@ def new_output(path: str, suffix: str, field: str = '--out') -> epath.Path:
   if found.suffix != suffix or found.exists():
     what = 'exists' if found.exists() else f'does not end with {suffix}'
     raise UserError(
-        f'{field}={path} {what}. Allowed: a new file that ends with {suffix}.'
+        f'{field}={path} {what}. Use a new file that ends with {suffix}.'
     )
   return found
 
@@ -210,7 +210,7 @@ def open_whole(
     if not field:
       raise
     raise UserError(
-        f'{field}={path} cannot be written: {e.strerror or e}. Allowed: a '
+        f'{field}={path} cannot be written: {e.strerror or e}. Use a '
         'place this user may write to.'
     ) from e
   finally:
@@ -261,7 +261,7 @@ def read_object(path: epath.Path) -> dict[str, Any]:
       raise ValueError(f'it holds {type(found).__name__}, no object')
   except ValueError as e:
     raise UserError(
-        f'{path} is damaged: {str(e)[:200]}. Allowed: the JSON object that a '
+        f'{path} is damaged: {str(e)[:200]}. Use the JSON object that a '
         'run wrote; or no such file, if it cannot be had.'
     ) from e
   return found

@@ -185,5 +185,5 @@ def main(
   except step_process.OutOfMemory as e:
     raise UserError(
         f'batch_size={config.batch_size} does not fit the memory ({e}). '
-        'Allowed: a smaller one, micro_batch, or model.remat=True.'
+        'Use a smaller one, micro_batch, or model.remat=True.'
     ) from e

@@ -28,16 +28,16 @@ from mocov3_jax.base.exits import BAD_INPUT, INTERRUPTED, PREEMPTED
 from mocov3_jax.config import evaluation, knobs, recipes, training
 
 LESS_MEMORY = (
-    'Allowed: less at a time. A training needs less with micro_batch, '
+    'Try less at a time. A training needs less with micro_batch, '
     'model.remat=True or fsdp_devices, and may go on with them in the same '
     'workdir; or with a smaller batch_size or objective.queue, in a new one.'
 )
 MORE_SPACE = (
-    'Allowed: more of it, and the same line again. What was saved before is '
+    'Make room, and run the same line again. What was saved before is '
     'whole.'
 )
 OTHER_BACKEND = (
-    'Allowed: a backend that this machine has, by JAX_PLATFORMS=cpu and the '
+    'Use a backend that this machine has, by JAX_PLATFORMS=cpu and the '
     'like; without that variable JAX takes the best one.'
 )
 
@@ -194,7 +194,7 @@ def run(
       action = action[_choose(given, action)]
     elif given and not words:
       raise UserError(
-          f'unexpected argument {given[0]!r}. Allowed: flags, as --name=value.'
+          f'unexpected argument {given[0]!r}. Use flags, as --name=value.'
       )
     result = action(given) if words else action()
     if result is not None:  # One process of several speaks for all.

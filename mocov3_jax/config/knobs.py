@@ -159,7 +159,7 @@ def require_fields(config: ConfigDict, schema: Schema) -> None:
   ):
     if fields:
       raise UserError(
-          f'the config {verb} fields: {_some(sorted(fields))}. Allowed: a '
+          f'the config {verb} fields: {_some(sorted(fields))}. Use a '
           'config made for this command, with each of its fields.'
       )
 
@@ -186,14 +186,14 @@ def completed(
   if unknown:
     raise UserError(
         f'the config has fields that this version does not know: '
-        f'{_some(unknown)}. Allowed: the config of this version or an earlier '
+        f'{_some(unknown)}. Use the config of this version or an earlier '
         'one.'
     )
   lost = [f for f in absent if not (known[f].free or known[f].added)]
   if lost:
     raise UserError(
         f'the config lacks fields: {_some(lost)}, which every version has had. '
-        'Allowed: the config as the run wrote it.'
+        'Use the config as the run wrote it.'
     )
   found = given | {field: known[field].default for field in absent}
   return unflatten_dict(found, sep='.'), absent

@@ -365,7 +365,7 @@ def plan(
         f'schedule.warmup_epochs={schedule.warmup_epochs} is {warmup} steps, '
         f'but the training is {total} steps long (schedule.epochs='
         f'{schedule.epochs}, schedule.steps={schedule.steps}, '
-        f'{steps_per_epoch} steps an epoch). Allowed: a training of at least '
+        f'{steps_per_epoch} steps an epoch). Use a training of at least '
         'one step, and a warm-up no longer than it (set both); a single step '
         'without warm-up.'
     )

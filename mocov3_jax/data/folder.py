@@ -228,7 +228,7 @@ def _read_csv(
   if absent:
     raise UserError(
         f'{where} names {len(absent)} files that are no images in '
-        f"'folder:{path}', such as {os.fsdecode(min(absent))}. Allowed: paths "
+        f"'folder:{path}', such as {os.fsdecode(min(absent))}. Use paths "
         'relative to that folder.'
     )
   if len(set(named.values())) < 2:

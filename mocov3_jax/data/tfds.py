@@ -49,7 +49,7 @@ class TfdsSource:
     if len(images) != 1:
       raise UserError(
           f'data.source=tfds:{builder.info.name} has {len(images)} images an '
-          f'example {images}. Allowed: sets with one.'
+          f'example {images}. Use sets with one.'
       )
     self._image = images[0]
     self._label = 'label' if 'label' in classes else (classes or [None])[0]
@@ -183,7 +183,7 @@ def _open(name: str) -> Any:
     raise UserError(
         f'data.source=tfds:{base} is not known to TFDS. '
         + (f'Nearest: {", ".join(near)}. ' if near else '')
-        + 'Allowed: a name of its catalogue, or of a set prepared before.'
+        + 'Use a name of its catalogue, or of a set prepared before.'
     ) from e
   except Exception as e:  # TFDS raises many kinds, for versions and configs.
     raise UserError(

@@ -89,7 +89,7 @@ class ReadingLog:
       raise UserError(
           f'{len(bad)} of {len(source)} images to evaluate on could not be '
           f'read, more than data.max_unreadable={self.most} of them; '
-          f'{console.shown(source.name(bad[0]))} is the first. Allowed: the '
+          f'{console.shown(source.name(bad[0]))} is the first. Use the '
           'files mended or taken away, or a higher data.max_unreadable, to '
           'leave them out of every accuracy.'
       )
@@ -115,7 +115,7 @@ def require_finite(
         f'the features of {len(bad)} of {len(places)} images are not finite, '
         f'those of {console.shown(source.name(places[bad[0]]))} first: the '
         'network gives no '
-        'numbers for them. Allowed: weights that do; an earlier checkpoint; '
+        'numbers for them. Use weights that do; an earlier checkpoint; '
         'model.dtype=float32.'
     )
 

@@ -227,7 +227,7 @@ def bank_and_queries(
     images = LabelledImages(*sources.labelled(sources.evenly(source, count)))
     if not len(images.labels):
       raise UserError(
-          f'none of the {name} images for kNN has a label. Allowed: a split '
+          f'none of the {name} images for kNN has a label. Use a split '
           'with labels.'
       )
     found.append(images)
@@ -235,7 +235,7 @@ def bank_and_queries(
     raise UserError(
         f'knn.bank_images={knn.bank_images}: the {len(found[0].labels)} images '
         'of the bank are of a single class, so that every answer is the same. '
-        'Allowed: a bank of two classes or more.'
+        'Use a bank of two classes or more.'
     )
   return found[0], found[1]
 

@@ -208,7 +208,7 @@ def _check_vit(vit: ViT, image_size: int) -> None:
     )
   if vit.positions == 'sincos' and vit.dim % 4:
     raise UserError(
-        f'model.dim={vit.dim} has no sine-cosine positions. Allowed: a '
+        f'model.dim={vit.dim} has no sine-cosine positions. Use a '
         'multiple of 4.'
     )
   if image_size % vit.patch_size:

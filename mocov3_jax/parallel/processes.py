@@ -47,7 +47,7 @@ def start(
   if any(x is None for x in given) and not all(x is None for x in given):
     raise UserError(
         f'--coordinator={coordinator} --num_processes={num_processes} '
-        f'--process_id={process_id}. Allowed: all three of them, or none on a '
+        f'--process_id={process_id}. Use all three of them, or none on a '
         'TPU pod and under Slurm.'
     )
   if num_processes is not None and not 0 <= process_id < num_processes:
@@ -133,7 +133,7 @@ def require_same(given: dict[str, Any]) -> None:
   differ = [n for n, d in zip(given, found.T, strict=True) if np.ptp(d)]
   if differ:
     raise UserError(
-        f'the processes of this run differ in {", ".join(differ)}. Allowed: '
+        f'the processes of this run differ in {", ".join(differ)}. Use '
         'the same line in each, and the same images on each machine.'
     )
 

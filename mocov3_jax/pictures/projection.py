@@ -1,7 +1,9 @@
 """Maps of features: which lie near which, as points of the plane."""
 
-import os
+import contextlib
+import io
 from typing import Any
+import warnings
 
 import numpy as np
 
@@ -36,8 +38,7 @@ def plane(
   from sklearn.decomposition import PCA
   from sklearn.manifold import TSNE
 
-  # Or joblib asks programs for the number of cores, and warns without them.
-  os.environ.setdefault('LOKY_MAX_CPU_COUNT', str(os.cpu_count() or 1))
+  _count_cores()
   features = np.asarray(unit(features))
   if method == 'pca':
     pca = PCA(2, random_state=SEED)
@@ -64,6 +65,16 @@ def plane(
   return umap.fit_transform(features), axes, {}
 
 
+def _count_cores() -> None:
+  # joblib asks a program, and complains at length where there is none; but only
+  # the first time.
+  import joblib
+
+  with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
+    warnings.simplefilter('ignore')
+    joblib.cpu_count(only_physical_cores=True)
+
+
 def import_umap() -> Any:
   """Imports the package umap-learn.
 
@@ -75,6 +86,6 @@ def import_umap() -> Any:
   except ImportError as e:
     raise UserError(
         "--method='umap' needs the package umap-learn, which is not installed. "
-        'Allowed: pip install umap-learn; or --method=pca or --method=tsne.'
+        'Try pip install umap-learn; or --method=pca or --method=tsne.'
     ) from e
   return umap

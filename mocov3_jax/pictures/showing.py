@@ -35,7 +35,7 @@ class Options:
 
   Attributes:
     checkpoint: a workdir or one checkpoints/<step>.
-    out: the PNG; must not exist.
+    out: the PNG; must not exist. '' = none is drawn.
     source: as `config.data.source`; '' = what the run was trained on.
     labels: as `config.data.labels`; '' = those of the run, or 'auto' of
       another source.
@@ -46,7 +46,7 @@ class Options:
   """
 
   checkpoint: str
-  out: str
+  out: str = ''
   source: str = ''
   labels: str = ''
   encoder: str = 'query'

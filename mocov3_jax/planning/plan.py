@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 import dataclasses
+import fnmatch
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -109,6 +110,7 @@ def report_of(
   cost = cost_lib.measure(config, schedule, chips)
   count = len(chips.devices)
   report = {
+      'libtpu': chips.compiler, 'libtpu_of_jax': chips.prescribed,
       'topology': chips.name, 'chips': count, 'model': config.model.name,
       'batch_size': config.batch_size,
       'images_per_chip': config.batch_size // count,
@@ -165,6 +167,12 @@ def show(report: dict[str, Any]) -> None:
       f'{report["images_per_chip"]} images each; micro_batch '
       f'{report["micro_batch"]}, remat {report["remat"]}, fsdp_devices '
       f'{report["fsdp_devices"]}',
+      f'  compiled by libtpu {report["libtpu"]}'
+      + (
+          '' if not report['libtpu_of_jax']
+          or fnmatch.fnmatch(report['libtpu'], report['libtpu_of_jax'])
+          else f'; with this JAX, TPUs run {report["libtpu_of_jax"]}'
+      ),
       f'  memory per chip    {gib("total")} of {report["hbm_gib"]:.0f} GiB: '
       + ('fits' if report['fits'] else 'DOES NOT FIT'),
       f'    state            {gib("state")}',

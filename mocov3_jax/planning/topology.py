@@ -1,7 +1,9 @@
 """TPU slices that are not there: their topology and their published figures."""
 
+from collections.abc import Sequence
 import contextlib
 import dataclasses
+import importlib.metadata
 import importlib.util
 import math
 import os
@@ -22,11 +24,16 @@ class Slice:
     name: such as 'v5e:16x16'.
     chip: figures of each.
     devices: for the compiler; they cannot run anything.
+    compiler: its version.
+    prescribed: the version of it that this JAX runs on a slice, such as
+      '0.0.42.*'; '' if JAX names none.
   """
 
   name: str
   chip: Chip
   devices: list[Any]
+  compiler: str
+  prescribed: str
 
 
 def parse(topology: str) -> tuple[Chip, tuple[int, ...]]:
@@ -80,10 +87,30 @@ def get_slice(topology: str) -> Slice:
       text = (str(e).splitlines() or [''])[0]
       raise UserError(
           f'--topology={topology}: the TPU compiler gives no such slice '
-          f'({type(e).__name__}: {text}). Allowed: a shape that Cloud TPU '
+          f'({type(e).__name__}: {text}). Use a shape that Cloud TPU '
           'offers.'
       ) from e
-  return Slice(topology, chip, list(found.devices))
+  return Slice(
+      topology, chip, list(found.devices),
+      importlib.metadata.version('libtpu'),
+      prescribed_compiler(importlib.metadata.requires('jax') or ()),
+  )
+
+
+def prescribed_compiler(requirements: Sequence[str]) -> str:
+  """Returns the version of libtpu that `jax[tpu]` installs on a slice.
+
+  Args:
+    requirements: of JAX, as its metadata has them.
+
+  Returns:
+    Such as '0.0.42.*'; '' if JAX names none.
+  """
+  for requirement in requirements:
+    pin = re.match(r'libtpu\s*==\s*([\w.*]+)', requirement)
+    if pin:
+      return pin[1]
+  return ''
 
 
 @contextlib.contextmanager

@@ -137,7 +137,7 @@ def labelled_splits(config: ConfigDict, opened: Opened) -> sources.Splits:
   if splits.test is None:
     raise UserError(
         f'{what} has no labels, which protocol={config.protocol!r} needs. '
-        'Allowed: a labelled source; a folder with a subfolder a class; or '
+        'Use a labelled source; a folder with a subfolder a class; or '
         'data.labels=FILE.csv.'
     )
   train, labels = sources.labelled(splits.bank)
@@ -145,7 +145,7 @@ def labelled_splits(config: ConfigDict, opened: Opened) -> sources.Splits:
   for name, found in ('training', labels), ('test', test_labels):
     if not (found >= 0).any():
       raise UserError(
-          f'{what} has no labelled {name} images. Allowed: a source with '
+          f'{what} has no labelled {name} images. Use a source with '
           'labels in both splits.'
       )
   labels_found, test_found = (
@@ -160,7 +160,7 @@ def labelled_splits(config: ConfigDict, opened: Opened) -> sources.Splits:
     raise UserError(
         f'{what} has test images of {len(unseen)} classes '
         f'({listed([splits.train.classes[n] for n in unseen])}) of which '
-        'there is no training image. Allowed: splits with the same classes.'
+        'there is no training image. Use splits with the same classes.'
     )
   count = config.data.labels_per_class
   if count:

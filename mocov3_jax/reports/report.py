@@ -45,7 +45,7 @@ def report(
   if path.is_dir() or not path.parent.is_dir():
     why = 'is a folder' if path.is_dir() else f'{path.parent} is no folder'
     raise UserError(
-        f'--out={out} cannot be written: {why}. Allowed: a file in a folder '
+        f'--out={out} cannot be written: {why}. Use a file in a folder '
         'that exists.'
     )
   found = history.find(paths)
@@ -88,7 +88,7 @@ def _format(suffix: str, out: str, given: str) -> str:
     return given
   if suffix[1:].lower() not in FORMATS:
     raise UserError(
-        f'--out={out} does not say the format. Allowed: a file that ends with '
+        f'--out={out} does not say the format. Use a file that ends with '
         f'{", ".join(f".{kind}" for kind in FORMATS)}; or --format.'
     )
   return suffix[1:].lower()

@@ -134,8 +134,8 @@ class Checkpoints:
           # Another process may have read it; they must not part here.
           raise UserError(
               f'checkpoint {self._folder / str(damaged)} is damaged '
-              f'({reason}). Allowed: to move it away, and to start all '
-              'processes again.'
+              f'({reason}). Move it away, and start all processes '
+              'again.'
           )
         self._set_aside(damaged, reason)
       if failures:
@@ -145,7 +145,7 @@ class Checkpoints:
       raise UserError(
           f'no checkpoint in {self._folder} can be read:\n  '
           + '\n  '.join(f'{step}: {why}' for step, why in failures.items())
-          + '\nAllowed: another workdir, to start anew. (Weights alone, as '
+          + '\nUse another workdir, to start anew. (Weights alone, as '
           'convert writes them without a recipe, can be evaluated and '
           'extracted, not trained on.)'
       )
@@ -236,7 +236,7 @@ def _found(path: str) -> tuple[epath.Path, epath.Path]:
     folder = files.absolute(path)
     if folder.is_file():
       raise UserError(
-          f'checkpoint={path!r} is a file. Allowed: a run; weights become one '
+          f'checkpoint={path!r} is a file. Use a run; weights become one '
           f'by: python -m mocov3_jax.convert --from={path} --to=runs/NEW.'
       )
     if (folder / 'checkpoints').is_dir():
@@ -251,7 +251,7 @@ def _found(path: str) -> tuple[epath.Path, epath.Path]:
       if (run / 'config.json').exists():
         return run, folder
   raise UserError(
-      f'checkpoint={path!r} is not a checkpoint. Allowed: the workdir of a '
+      f'checkpoint={path!r} is not a checkpoint. Use the workdir of a '
       'run that has saved one, or one of its folders checkpoints/<step>.'
   )
 

@@ -178,7 +178,7 @@ def _folders(path: str, folder: epath.Path) -> Iterator[epath.Path]:
   ]
   if not inside:
     raise UserError(
-        f'{path!r} is no run, and no folder of runs. Allowed: the workdir of '
+        f'{path!r} is no run, and no folder of runs. Use the workdir of '
         'a run, or a folder that holds some, such as that of a sweep.'
     )
   yield from inside

@@ -148,7 +148,7 @@ def restore(
   if missing:
     raise UserError(
         f'{trained.folder} has no {", ".join(sorted(map("/".join, missing)))}. '
-        'Allowed: --layer=backbone --encoder=query for the weights of a '
+        'Use --layer=backbone --encoder=query for the weights of a '
         'backbone alone.'
     )
   restored = _restore(trained.folder, shapes, mesh)
@@ -213,7 +213,7 @@ def _restore(
     if not holds:
       raise UserError(
           f'{"/".join(path)} of {folder} holds values that are NaN or '
-          'infinite. Allowed: weights that are finite; an earlier checkpoint.'
+          'infinite. Use weights that are finite; an earlier checkpoint.'
       )
   return restored
 

@@ -85,7 +85,7 @@ def claimed(
   except OSError as e:
     raise UserError(
         f'--workdir={path} cannot be written: {e.strerror or e} '
-        f'({e.filename or workdir}). Allowed: a folder this user may write to.'
+        f'({e.filename or workdir}). Use a folder this user may write to.'
     ) from e
 
 
@@ -103,7 +103,7 @@ def _check_same(
     raise UserError(
         f'--workdir={path} holds another run; the two differ in\n  '
         + '\n  '.join(shown)
-        + '\nAllowed: the same config (to continue it), or another workdir.'
+        + '\nUse the same config (to continue it), or another workdir.'
         + LONGER * any(field.startswith('schedule.') for field in differ)
     )
 
@@ -113,7 +113,7 @@ def _check_unused(path: str, workdir: epath.Path) -> None:
   if taken:
     raise UserError(
         f'--workdir={path} has {", ".join(taken)} but no config.json, so it '
-        'is no run to continue. Allowed: a folder without these, or that of '
+        'is no run to continue. Use a folder without these, or that of '
         'a run.'
     )
 
@@ -163,7 +163,7 @@ def _check_data(workdir: epath.Path, found: dict[str, Any]) -> None:
     raise UserError(
         f'the data is not what this run began with ({path}):\n  '
         + '\n  '.join(differ)
-        + '\nAllowed: the same images, by name, with the same labels, to '
+        + '\nUse the same images, by name, with the same labels, to '
         f'continue the run; or another workdir.{others}'
     )
   if before and READING in new:
@@ -195,7 +195,7 @@ def read_config(workdir: epath.Path) -> ConfigDict:
     return ConfigDict(found)
   except (ValueError, TypeError, AttributeError) as e:
     raise UserError(
-        f'{path} is damaged: {e}. Allowed: the JSON object that a run wrote.'
+        f'{path} is damaged: {e}. Use the JSON object that a run wrote.'
     ) from e
 
 
@@ -203,7 +203,7 @@ def refuse_evaluation(config: ConfigDict, workdir: epath.Path) -> None:
   """Raises UserError unless the config is that of a pre-training run."""
   if 'protocol' in config:
     raise UserError(
-        f'{workdir} is the workdir of an evaluation. Allowed: that of the '
+        f'{workdir} is the workdir of an evaluation. Use that of the '
         'training run.'
     )
 

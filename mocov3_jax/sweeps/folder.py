@@ -31,7 +31,7 @@ def require_same_sweep(
   folder = files.absolute(path)
   if (folder / 'config.json').exists():
     raise UserError(
-        f'--workdir={path} is the workdir of a run. Allowed: a folder of the '
+        f'--workdir={path} is the workdir of a run. Use a folder of the '
         'sweep alone.'
     )
   before = _read(folder)
@@ -43,7 +43,7 @@ def require_same_sweep(
     if differ:
       raise UserError(
           f'--workdir={path} holds another sweep; the two differ in\n  '
-          + '\n  '.join(differ) + '\nAllowed: the same config and fields of '
+          + '\n  '.join(differ) + '\nUse the same config and fields of '
           'the grid, with the same or more values and seeds; or another '
           'workdir.'
       )
@@ -58,7 +58,7 @@ def require_same_sweep(
     if differ:
       raise UserError(
           f'{run} was made with another {grid.config}; the two differ in\n  '
-          + '\n  '.join(differ) + '\nAllowed: the file as it was, or another '
+          + '\n  '.join(differ) + '\nUse the file as it was, or another '
           'workdir.'
       )
 
@@ -89,7 +89,7 @@ def _read(folder: epath.Path) -> dict[str, Any]:
     return found
   except (ValueError, KeyError, TypeError) as e:
     raise UserError(
-        f'{path} is damaged: {e}. Allowed: what a sweep wrote. Without the '
+        f'{path} is damaged: {e}. Use what a sweep wrote. Without the '
         'file, the sweep finds its runs all the same.'
     ) from e
 
@@ -130,7 +130,7 @@ def keep(
       files.write_json(folder / history.SWEEP, now)
   except OSError as e:
     raise UserError(
-        f'--workdir={path} cannot be written: {e.strerror or e}. Allowed: a '
+        f'--workdir={path} cannot be written: {e.strerror or e}. Use a '
         'folder this user may write to.'
     ) from e
 

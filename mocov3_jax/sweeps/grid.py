@@ -80,7 +80,7 @@ def parse(
     field, values = _parse_axis(text, base, fields)
     if field in found:
       raise UserError(
-          f'--grid {field} is given twice. Allowed: one --grid a field, with '
+          f'--grid {field} is given twice. Use one --grid a field, with '
           'all its values.'
       )
     found[field] = values
@@ -98,7 +98,7 @@ def parse(
       )
       raise UserError(
           f'{given} and --config.{field}={overrides[field]} are both given. '
-          'Allowed: one of them.'
+          'Use one of them.'
       )
   return Grid(
       config=file,
@@ -123,7 +123,7 @@ def _parse_axis(
     near = near or difflib.get_close_matches(field, fields, n=1)
     hint = f' Did you mean {near[0]!r}?' if near else ''
     raise UserError(
-        f'--grid {text}: there is no config field {field!r}.{hint} Allowed: a '
+        f'--grid {text}: there is no config field {field!r}.{hint} Use a '
         'field of mocov3_jax/config/training.py, as GROUP.FIELD.'
     )
   values = []
@@ -158,12 +158,12 @@ def split(text: str, listed: str) -> list[str]:
       parts[-1] += sign
   if depth:
     raise UserError(
-        f'--grid {text}: a bracket is open. Allowed: brackets in pairs.'
+        f'--grid {text}: a bracket is open. Close it.'
     )
   parts = [part.strip() for part in parts]
   if '' in parts:
     raise UserError(
-        f'--grid {text}: value {parts.index("") + 1} is empty. Allowed: '
+        f'--grid {text}: value {parts.index("") + 1} is empty. Write '
         'values with a comma between each two.'
     )
   return parts

@@ -87,7 +87,7 @@ def check_protocols(files: Sequence[str]) -> dict[str, str]:
     if name in named:
       raise UserError(
           f'--evaluate={named[name]} and --evaluate={file} would share the '
-          f'folder {name}. Allowed: files of different names.'
+          f'folder {name}. Use files of different names.'
       )
     named[name] = file
   return named
@@ -101,7 +101,7 @@ def check_print(how: str) -> None:
   """
   if how in FORMER_PRINTS:
     raise UserError(
-        f'--print={how} does not exist any more. Allowed: --print={PRINT} '
+        f'--print={how} does not exist any more. Use --print={PRINT} '
         'with the other flags as they are, and a script that runs its lines:\n'
         f'  python -m mocov3_jax.sweep ... --print={PRINT} >commands.txt\n'
         '  sbatch --array="0-$(($(wc -l <commands.txt) - 1))%4" '

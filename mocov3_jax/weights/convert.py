@@ -53,11 +53,11 @@ def convert(
   )
   if encoder != 'query' and not one:
     raise UserError(
-        f'--encoder={encoder}, but --to={target} gets both encoders. Allowed: '
+        f'--encoder={encoder}, but --to={target} gets both encoders. Use '
         '.pth or .safetensors as --to.'
     )
   if to.exists():
-    raise UserError(f'--to={target} exists. Allowed: a new path.')
+    raise UserError(f'--to={target} exists. Use a new path.')
   if absolute(source, '--from').is_dir():
     return _export(source, to, encoder, config is not None or num_heads
                    or ignore)
@@ -84,12 +84,12 @@ def _export(
   if unused:
     raise UserError(
         f'--from={source} is a checkpoint of ours, which tells its '
-        'architecture. Allowed: neither --config, --num_heads nor --ignore.'
+        'architecture. Leave out --config, --num_heads and --ignore.'
     )
   if not target.name.endswith(files.SUFFIXES):
     raise UserError(
         f'--to={target} is no kind of file that is known, and --from={source} '
-        f'is a folder. Allowed: as --to, a file that ends with '
+        f'is a folder. Use, as --to, a file that ends with '
         f'{", ".join(files.SUFFIXES)}.'
     )
   weights = our_checkpoints.read(source)
@@ -105,7 +105,7 @@ def _require_finite(source: str, weights: Weights) -> None:
       if not np.isfinite(array).all():
         raise UserError(
             f'--from={source}: {weights.names[path]} holds values that are NaN '
-            'or infinite. Allowed: weights that are finite, such as those of '
+            'or infinite. Use weights that are finite, such as those of '
             'an earlier checkpoint.'
         )
 

@@ -63,7 +63,7 @@ def read(path: epath.Path, ignore: tuple[str, ...] = ()) -> File:
   """
   if not path.is_file():
     raise UserError(
-        f'--from={path} does not exist. Allowed: a file of weights, or the '
+        f'--from={path} does not exist. Use a file of weights, or the '
         'workdir of a run.'
     )
   try:
@@ -77,7 +77,7 @@ def read(path: epath.Path, ignore: tuple[str, ...] = ()) -> File:
     raise UserError(
         f'--from={path} is refused: it is damaged, or holds more than tensors '
         f'and plain values, which could run code '
-        f'({found[0] if found else "not a checkpoint"}). Allowed: a file that '
+        f'({found[0] if found else "not a checkpoint"}). Use a file that '
         'torch.load(..., weights_only=True) reads.'
     ) from e
   except Exception as e:  # The libraries raise many kinds for damaged files.
@@ -87,7 +87,7 @@ def read(path: epath.Path, ignore: tuple[str, ...] = ()) -> File:
     )
     raise UserError(
         f'--from={path} cannot be read as {kind} ({type(e).__name__}: {text}). '
-        f'Allowed: an undamaged file of weights.'
+        f'Use an undamaged file of weights.'
     ) from e
 
 
@@ -141,7 +141,7 @@ def _read_torch(path: epath.Path, ignore: tuple[str, ...]) -> File:
     content = torch.load(path, map_location='cpu', weights_only=True)
   if not isinstance(content, dict):
     raise UserError(
-        f'--from={path} holds a {type(content).__name__}. Allowed: a dict '
+        f'--from={path} holds a {type(content).__name__}. Use a dict '
         'with a state_dict.'
     )
   states = {
@@ -259,7 +259,7 @@ def import_torch() -> Any:
   except ImportError as e:
     raise UserError(
         'files other than .safetensors need PyTorch, which is not installed. '
-        'Allowed: pip install torch --index-url '
+        'Try pip install torch --index-url '
         'https://download.pytorch.org/whl/cpu; or .safetensors files.'
     ) from e
   return torch

@@ -47,7 +47,7 @@ def config_of(
     shown = ', '.join(list(backbone)[:weights_lib.SHOWN])
     raise UserError(
         f'{source} holds neither a ViT nor a ResNet: its {len(backbone)} '
-        f'tensors begin with {shown or "none"}. Allowed: checkpoints of MoCo '
+        f'tensors begin with {shown or "none"}. Use checkpoints of MoCo '
         'v3, and backbones with the names of timm or torchvision.'
     )
   size, channels = backbone[first[0]].shape[3], backbone[first[0]].shape[1]
@@ -126,7 +126,7 @@ def _size(
     widths = ', '.join(f'{w} ({name})' for w, (name, _) in known.items())
     raise UserError(
         f'{source}: its ViT has width {dim}, and the number of attention heads '
-        f'is in no weights. Allowed: --num_heads=N, or one of the widths '
+        f'is in no weights. Use --num_heads=N, or one of the widths '
         f'{widths}.'
     )
   c.model.num_heads = num_heads

@@ -60,7 +60,7 @@ def _require_names(config: ConfigDict) -> None:
   if config.model.patch_embed in ('batch_norm', 'weight_norm'):
     raise UserError(
         f'model.patch_embed={config.model.patch_embed!r} has no place in the '
-        'checkpoints of the release and of timm. Allowed: a patch projection '
+        'checkpoints of the release and of timm. Use a patch projection '
         'without a normalisation.'
     )
 
@@ -75,7 +75,7 @@ def full_places(config: ConfigDict) -> dict[str, Place]:
   if config.head.prototypes:
     raise UserError(
         f'head.prototypes={config.head.prototypes} have no place in a '
-        'checkpoint of the release. Allowed: .pth or .safetensors for a '
+        'checkpoint of the release. Use .pth or .safetensors for a '
         'backbone alone.'
     )
   places = {}
@@ -200,7 +200,7 @@ def from_torch(
   if problems:
     raise UserError(
         f'{source} does not fit the network:\n  ' + '\n  '.join(problems)
-        + '\nAllowed: exactly the tensors of the architecture. Name those to '
+        + '\nUse exactly the tensors of the architecture. Name those to '
         'leave out in --ignore, and the architecture by --config.'
     )
   return {
@@ -243,7 +243,7 @@ def to_torch(
     raise UserError(
         'the source has not all that the target needs; '
         + _listed('missing', missing)[0]
-        + '. Allowed: .pth or .safetensors for a backbone alone; --encoder='
+        + '. Use .pth or .safetensors for a backbone alone; --encoder='
         'query where there is no momentum encoder.'
     )
   tensors = constants(weights.config, places, weights.step)

@@ -116,7 +116,7 @@ def _dropped(
     found = fnmatch.filter(names, pattern)
     if not found:
       raise UserError(
-          f'--ignore={pattern} names nothing in {source}. Allowed: names of '
+          f'--ignore={pattern} names nothing in {source}. Use names of '
           'its tensors, or their beginning and a *.'
       )
     dropped.update(found)
@@ -154,7 +154,7 @@ def _described(source: str, file: files.File) -> ConfigDict | None:
   ) as e:
     raise UserError(
         f'{source}: its description of the architecture is not one of this '
-        f'version: {e} Allowed: --config, the recipe of the run.'
+        f'version: {e} Use --config, the recipe of the run.'
     ) from e
 
 
@@ -183,7 +183,7 @@ def _inferred(
   except (ValueError, TypeError, IndexError, ZeroDivisionError) as e:
     raise UserError(
         f'{source}: its tensors have shapes of no ViT or ResNet ({e}). '
-        'Allowed: checkpoints of MoCo v3, and backbones with the names of timm '
+        'Use checkpoints of MoCo v3, and backbones with the names of timm '
         'or torchvision.'
     ) from e
   return config, _assumed(source, config, full, num_heads)
@@ -207,7 +207,7 @@ def _assumed(
     raise UserError(
         f'{source}: the number of attention heads is in no weights, and ViTs '
         f'of width {width} come with 12 (MoCo v3) and with 6 (DeiT, timm). '
-        'Allowed: --num_heads=12 or --num_heads=6.'
+        'Use --num_heads=12 or --num_heads=6.'
     )
   return (f'attention heads: {heads}', *assumed)
 

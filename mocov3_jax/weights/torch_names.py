@@ -50,7 +50,7 @@ def torch_name(path: Path, head: str) -> str:
   part, *modules, leaf = path
   if leaf not in _LEAVES:
     raise UserError(
-        f'{"/".join(path)} has no name in the checkpoints of PyTorch. Allowed: '
+        f'{"/".join(path)} has no name in the checkpoints of PyTorch. Use '
         'a network without it.'
     )
   first = {
