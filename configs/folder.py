@@ -14,7 +14,7 @@ why:
   - The monitor looks at 5,000 images, and 1,000 to classify.
 
 `folder.py:small:PATH` is for some hundred photos and a machine without an
-accelerator: 64 pixels, a ViT of 4 blocks of width 128 on 8-pixel patches, batch
+accelerator: 48 pixels, a ViT of 4 blocks of width 128 on 8-pixel patches, batch
 64. As in configs/digits.py, runs of few steps want a higher rate and a shorter
 memory of AdamW; crops have 20 % of the photo at least, and are not blurred,
 since blur wipes out images of this size.
@@ -54,7 +54,7 @@ def get_config(path=''):
 
 def small(c):
   c.batch_size = 64
-  c.data.image_size = 64
+  c.data.image_size = 48
   for view in (c.augment.view1, c.augment.view2):
     view.crop_min = 0.2
     view.blur_prob = 0.0

@@ -30,7 +30,7 @@ def define(flags: command_line.Flags) -> dict[str, command_line.Action]:
       'labels', '', 'auto, none, or a CSV file; default: the run\'s, or auto '
       'of another --source.',
   )
-  encoder = flags.string('encoder', 'query', 'query or momentum.')
+  encoder = flags.string('encoder', 'query', 'query, momentum or random.')
   images = flags.integer(
       'images', None,
       'To draw; default: attention 6, neighbours 8, embedding 2000.',

@@ -126,10 +126,12 @@ def test_a_recipe_is_found_by_its_name(tmp_path, monkeypatch, given, file):
   monkeypatch.chdir(tmp_path)
   assert recipes.resolve(given) == f'{recipes.folder()}/{file}'
   # A file that is there comes first.
-  mine = pathlib.Path(given.partition(':')[0])
+  name, colon, argument = given.partition(':')
+  mine = pathlib.Path(name).with_suffix('.py')
   mine.parent.mkdir(exist_ok=True)
   mine.touch()
-  assert recipes.resolve(given) == given
+  mine = f'{mine}{colon}{argument}'
+  assert recipes.resolve(mine) == mine
 
 
 @pytest.mark.parametrize('given', [
@@ -142,6 +144,16 @@ def test_what_is_no_recipe_is_refused_with_their_names(
   monkeypatch.chdir(tmp_path)
   with pytest.raises(UserError, match='eval_knn.*imagenet/vit_b16'):
     recipes.resolve(given)
+
+
+def test_what_is_no_program_is_not_run_as_one(tmp_path):
+  file = tmp_path / 'config.json'
+  file.write_text(f'open({str(tmp_path / "ran")!r}, "w")\n')
+  code, _, err = tiny.call(
+      'train', f'--config={file}', f'--workdir={tmp_path / "run"}'
+  )
+  assert code == 2 and 'is no Python file' in err
+  assert not (tmp_path / 'ran').exists()
 
 
 def test_all_recipes_have_names():

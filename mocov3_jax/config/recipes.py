@@ -37,16 +37,23 @@ def resolve(given: str, flag: str = '--config') -> str:
     The path of the file, with the argument.
 
   Raises:
-    UserError: if there is no such file.
+    UserError: if there is no such file, or it is no Python file. A config file
+      is a program, and something else by a mistake should not be run as one.
   """
   path, colon, argument = given.partition(':')
-  if not os.path.isfile(path):
-    name = path.removeprefix('configs/').removesuffix(SUFFIX)
-    if name not in names():
-      what = 'is a folder' if os.path.isdir(path) else 'does not exist'
-      raise UserError(
-          f'{flag}={path} {what}. Use a config file, or one of the recipes: '
-          f'{", ".join(names())}.'
-      )
-    path = str(folder() / f'{name}{SUFFIX}')
-  return f'{path}{colon}{argument}'
+  if path.endswith(SUFFIX) and os.path.isfile(path):
+    return given
+  name = path.removeprefix('configs/').removesuffix(SUFFIX)
+  if name in names():
+    return f'{folder() / name}{SUFFIX}{colon}{argument}'
+  if os.path.isfile(path):
+    raise UserError(
+        f'{flag}={path} is no Python file. Use a file that ends with {SUFFIX}, '
+        'which is run as a program; or the name of a recipe. The config.json '
+        'of a run has the values for --config.FIELD=VALUE.'
+    )
+  what = 'is a folder' if os.path.isdir(path) else 'does not exist'
+  raise UserError(
+      f'{flag}={path} {what}. Use a config file, or one of the recipes: '
+      f'{", ".join(names())}.'
+  )
