@@ -86,11 +86,19 @@ def test_the_wheel_has_all_of_the_package_and_nothing_else(wheel):
 
 
 def test_an_installed_recipe_is_named_from_any_folder(installed, tmp_path):
+  code, out, err = run(
+      installed, tmp_path, 'preview', '--config=digits:simclr', '--count=2',
+      f'--out={tmp_path / "views.png"}',
+  )
+  assert code == 0 and (tmp_path / 'views.png').exists(), err
+
+
+@pytest.mark.slow
+def test_what_is_installed_trains_and_evaluates(installed, tmp_path):
   workdir = tmp_path / 'run'
-  flags = tiny.flags()[1:]  # Without the recipe.
   code, out, err = run(
       installed, tmp_path, 'train', '--config=digits:simclr',
-      f'--workdir={workdir}', *flags, '--config.schedule.steps=2',
+      f'--workdir={workdir}', *tiny.flags()[1:], '--config.schedule.steps=2',
       '--config.schedule.warmup_epochs=0.05',
   )
   assert code == 0, err
@@ -102,8 +110,6 @@ def test_an_installed_recipe_is_named_from_any_folder(installed, tmp_path):
       f'--config.checkpoint={workdir}', f'--workdir={tmp_path / "knn"}',
   )
   assert code == 0, err
-  code, out, err = run(installed, tmp_path, '--help')
-  assert code == 0 and 'evaluate' in out and 'recipe' in out
 
 
 def test_a_sweep_takes_names_and_prints_them(tmp_path):
