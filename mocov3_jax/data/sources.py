@@ -192,7 +192,7 @@ def check_channels(splits: Splits, spec: str, wanted: int) -> None:
   if found != wanted:
     raise UserError(
         f'the source {spec!r} has {found} channels, but the network was '
-        f'trained on {wanted}. Use images like those.'
+        f'trained on {wanted}. Use images with as many.'
     )
 
 

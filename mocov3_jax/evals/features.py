@@ -89,9 +89,9 @@ class ReadingLog:
       raise UserError(
           f'{len(bad)} of {len(source)} images to evaluate on could not be '
           f'read, more than data.max_unreadable={self.most} of them; '
-          f'{console.shown(source.name(bad[0]))} is the first. Use the '
-          'files mended or taken away, or a higher data.max_unreadable, to '
-          'leave them out of every accuracy.'
+          f'{console.shown(source.name(bad[0]))} is the first. Mend or '
+          'remove the files, or raise data.max_unreadable to leave them out of '
+          'every accuracy.'
       )
     return np.flatnonzero(unreadable[: len(source)] < 0)
 
