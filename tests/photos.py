@@ -25,6 +25,32 @@ def photographs():
   return images
 
 
+def write_cuts(root, *, each=40, seed=0):
+  """Cuts random squares out of every photograph, as JPEG files.
+
+  They have from 96 pixels to 96 more than half of the photograph's shorter
+  side, and may overlap.
+
+  Args:
+    root: folder to write, with a subfolder a photograph.
+    each: squares of each photograph.
+    seed: of their places.
+  """
+  rng = np.random.default_rng(seed)
+  for name, image in photographs().items():
+    folder = pathlib.Path(root) / name
+    folder.mkdir(parents=True)
+    height, width = image.shape[:2]
+    for number in range(each):
+      side = int(rng.integers(96, min(height, width) // 2 + 97))
+      side = min(side, height, width)
+      y = rng.integers(0, height - side + 1)
+      x = rng.integers(0, width - side + 1)
+      Image.fromarray(image[y : y + side, x : x + side]).save(
+          folder / f'{number:03}.jpg', quality=90
+      )
+
+
 def write_tiles(root, *, tile=64, each=60, nested=True, corrupt=0.0, seed=0):
   """Cuts every photograph into tiles that do not overlap, as JPEG files.
 
