@@ -23,7 +23,7 @@ def blocks(page, language):
 
 def test_the_lines_for_python_run_in_order(tmp_path, monkeypatch, capsys):
   config = runpy.run_path(tiny.ROOT / 'configs' / 'digits.py')['get_config']()
-  tiny.random_run(tmp_path / 'runs' / 'digits', config)
+  tiny.random_run(tmp_path / 'runs' / 'smoke', config)
   monkeypatch.chdir(tmp_path)
   names, features = {}, []
   for block in blocks('docs/python.md', 'python'):

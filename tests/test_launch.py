@@ -748,7 +748,9 @@ def test_without_a_fitting_python_it_says_how_to_get_one(tmp_path):
   for name in ('python3', 'python3.11', 'python3.12', 'python3.13',
                'python3.14', 'python'):
     script(tmp_path / 'bin' / name, '#!/bin/sh\necho Python 3.10.1\nexit 1\n')
-  code, out, err = outcome('smoke.sh', path=tmp_path / 'bin', root=home)
+  code, out, err = outcome(
+      'smoke.sh', path=tmp_path / 'bin', root=home, PYTHON=''
+  )
   assert code == 2 and out == '' and not (home / '.venv').exists()
   assert 'no Python 3.11 to 3.14 was found (python3 is Python 3.10.1' in err
   for way in 'uv python install', 'conda create', 'apt-get', 'brew install':
