@@ -61,7 +61,7 @@ check() {  # check NAME: both scripts, in a clone; sets $result.
   rm -rf "$clone"
   git clone -q . "$clone"
   if [ "$name" = oldest ]; then
-    sed -i -E 's/>=([^,]+).*/==\1/' "$clone/requirements.txt"
+    sed -i -E 's/>=([^,]+).*/==\1.*/' "$clone/requirements.txt"
   fi
   local inside=$clone
   if ((${#enter[@]})); then inside=/mocov3_jax; fi
