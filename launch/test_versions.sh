@@ -53,7 +53,7 @@ check() {  # check NAME: both scripts, in a clone; sets $result.
       clone=$folder/$name/mocov3_jax
       enter=(chroot "$folder/$name" env HOME=/root) ;;
     *)
-      clone=$folder/clones/$(basename "$(dirname "$name")")_$(basename "$name")
+      clone=$folder/clones/${name//\//_}
       python=$name
       if [ "$name" = oldest ]; then python=python3.11; fi
       command -v "$python" >/dev/null || fail "there is no $python." ;;
