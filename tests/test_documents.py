@@ -21,6 +21,7 @@ def blocks(page, language):
   return re.findall(rf'```{language}\n(.*?)```', text, re.DOTALL)
 
 
+@pytest.mark.slow
 def test_the_lines_for_python_run_in_order(tmp_path, monkeypatch, capsys):
   config = runpy.run_path(tiny.ROOT / 'configs' / 'digits.py')['get_config']()
   tiny.random_run(tmp_path / 'runs' / 'smoke', config)

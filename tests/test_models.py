@@ -184,6 +184,7 @@ def test_neither_remat_nor_scan_changes_a_result():
       )
 
 
+@pytest.mark.slow
 def test_a_block_keeps_twelve_rows_a_token_and_with_remat_one():
   views = [jax.ShapeDtypeStruct((n, 2, 16, 16, 3), jnp.float32) for n in (1, 2)]
   for remat, rows in (False, 12), (True, 1):
@@ -201,6 +202,7 @@ def test_a_block_keeps_twelve_rows_a_token_and_with_remat_one():
     assert kept[1] - kept[0] == 2 * tokens * rows * dim * 4
 
 
+@pytest.mark.slow
 def test_what_is_to_be_computed_again_is_not_kept_by_the_compiler():
   dim, tokens, batch = 32, 257, 8
   images = jax.ShapeDtypeStruct((batch, 64, 64, 3), jnp.float32)

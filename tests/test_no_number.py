@@ -97,7 +97,10 @@ def evaluate(protocol, checkpoint, out, **overrides):
   return protocols.evaluate(c, str(out))
 
 
-@pytest.mark.parametrize('protocol', PROTOCOLS)
+@pytest.mark.parametrize('protocol', [
+    'knn', 'logistic', pytest.param('linear', marks=pytest.mark.slow),
+    pytest.param('finetune', marks=pytest.mark.slow),
+])
 def test_a_broken_test_image_is_named_and_counted(
     protocol, run, one_broken, tmp_path
 ):

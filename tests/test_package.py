@@ -85,6 +85,7 @@ def test_the_wheel_has_all_of_the_package_and_nothing_else(wheel):
   )
 
 
+@pytest.mark.slow
 def test_an_installed_recipe_is_named_from_any_folder(installed, tmp_path):
   code, out, err = run(
       installed, tmp_path, 'preview', '--config=digits:simclr', '--count=2',
