@@ -38,14 +38,14 @@ SMALL = 'small:'
 def get_config(path=''):
   c = default_config()
   c.data.source = f'folder:{path.removeprefix(SMALL)}'
+  c.schedule.epochs = 100.0
+  c.schedule.warmup_epochs = 10.0
   if path.startswith(SMALL):
     return small(c)
   c.batch_size = 256
   c.model.dtype = 'bfloat16'
   c.model.remat = True
   c.head.hidden_dim = 1024
-  c.schedule.epochs = 100.0
-  c.schedule.warmup_epochs = 10.0
   c.knn.every_steps = 100
   c.knn.bank_images = 5_000
   c.knn.query_images = 1_000
@@ -67,7 +67,5 @@ def small(c):
   c.head.out_dim = 128
   c.optimizer.lr_per_256 = 4e-3
   c.optimizer.b2 = 0.95
-  c.schedule.epochs = 100.0
-  c.schedule.warmup_epochs = 10.0
   c.knn.every_steps = 25
   return c

@@ -66,10 +66,10 @@ check() {  # check NAME: both scripts, in a clone; sets $result.
   local inside=$clone
   if ((${#enter[@]})); then inside=/mocov3_jax; fi
   # shellcheck disable=SC2016  # The inner shell is to expand it.
-  "${enter[@]}" env PYTHON="$python" JAX_PLATFORMS=cpu bash -c '
+  "${enter[@]}" env PYTHON="$python" JAX_PLATFORMS=cpu bash -o pipefail -c '
     cd "$0" && bash launch/smoke.sh | tail -n 1 >smoke.json &&
-      bash launch/test.sh "$@" 2>&1 | tee test.log | tail -n 3 >&2 &&
-      exit "${PIPESTATUS[0]}"' "$inside" "${arguments[@]}" &&
+      bash launch/test.sh "$@" 2>&1 | tee test.log | tail -n 3 >&2
+    ' "$inside" "${arguments[@]}" &&
     result=passed || result=FAILED
   result+=$(printf '  %s  jax %s  smoke %s  %s' \
     "$("${enter[@]}" "$inside/.venv/bin/python" --version)" \

@@ -3,9 +3,7 @@
 import os
 import re
 import runpy
-import shlex
 import subprocess
-import sys
 
 import numpy as np
 import photos
@@ -65,20 +63,9 @@ def test_the_readme_runs_in_order_in_a_fresh_clone(tmp_path):
   subprocess.run(
       ['git', 'clone', '--quiet', tiny.ROOT, clone], check=True, timeout=100
   )
-  # An environment like the one that the scripts make, from this interpreter.
-  venv = clone / '.venv'
-  (venv / 'bin').mkdir(parents=True)
-  interpreter = venv / 'bin' / 'python'
-  interpreter.write_text(
-      f'#!/bin/sh\nexec {shlex.quote(sys.executable)} "$@"\n'
-  )
-  interpreter.chmod(0o755)
-  (venv / 'bin' / 'activate').write_text(f'PATH={venv}/bin:$PATH\n')
-  total = subprocess.run(
-      'cat pyproject.toml requirements.txt | cksum', shell=True, cwd=clone,
-      text=True, capture_output=True, check=True,
-  ).stdout
-  (venv / 'installed').write_text(f'. {total}')
+  tiny.stand_in_venv(clone)
+  commands = clone / '.venv' / 'bin'
+  (commands / 'activate').write_text(f'PATH={commands}:$PATH\n')
   photos.write_tiles(clone / 'my_photos', tile=96, each=14)
   lines = '\n'.join(blocks('README.md', 'bash'))
   for pattern, instead in STAND_INS.items():

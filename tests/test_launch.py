@@ -91,14 +91,6 @@ def script(path, text):
   path.chmod(0o755)
 
 
-def python(path):
-  """This interpreter, under another name."""
-  script(
-      path,
-      f'#!/bin/sh\nJAX_PLATFORMS=cpu exec {shlex.quote(sys.executable)} "$@"\n',
-  )
-
-
 def bash(name, *arguments, path=None, root=tiny.ROOT, **env):
   """Starts a script of launch/, with the folder `path` first in PATH."""
   env = os.environ | {'DRY_RUN': '0'} | env
@@ -122,12 +114,7 @@ def copy(folder):
       'launch', 'mocov3_jax', 'configs', 'pyproject.toml', 'requirements.txt'
   ):
     (folder / name).symlink_to(tiny.ROOT / name)
-  python(folder / '.venv/bin/python')
-  total = subprocess.run(
-      'cat pyproject.toml requirements.txt | cksum', shell=True, cwd=folder,
-      text=True, capture_output=True, check=True,
-  ).stdout
-  (folder / '.venv/installed').write_text(f'. {total}')
+  tiny.stand_in_venv(folder)
   return folder
 
 
@@ -367,7 +354,7 @@ def test_two_tpu_workers_find_each_other_and_train_to_the_end(tmp_path):
   (tools / 'states').write_text('READY\n' * 300)
   for worker in '01':
     home = tools / 'workers' / worker / 'mocov3_jax'
-    python(home / '.venv/bin/python')
+    tiny.stand_in_python(home / '.venv/bin/python')
   code, _, err = outcome(
       'tpu_vm.sh', 'all', '--poll=1', '--restarts=0', '--nfs=h:/s', '--',
       *tiny.flags(**SHORT), f'--workdir={tmp_path / "a run"}', path=tools,

@@ -5,6 +5,7 @@ import io
 import json
 import os
 import pathlib
+import shlex
 import subprocess
 import sys
 import warnings
@@ -69,6 +70,28 @@ def here():
       'XLA_FLAGS': os.environ['XLA_FLAGS'].replace('_level=1', '_level=0'),
       'JAX_NUM_CPU_DEVICES': str(jax.device_count()),
   }
+
+
+def stand_in_python(path):
+  """Makes a command that is this interpreter, on the CPU."""
+  path.parent.mkdir(parents=True, exist_ok=True)
+  path.write_text(
+      f'#!/bin/sh\nJAX_PLATFORMS=cpu exec {shlex.quote(sys.executable)} "$@"\n'
+  )
+  path.chmod(0o755)
+
+
+def stand_in_venv(folder):
+  """Makes .venv in a copy of the repository, of this interpreter.
+
+  The scripts of launch/ find all that they need installed in it.
+  """
+  stand_in_python(folder / '.venv' / 'bin' / 'python')
+  total = subprocess.run(
+      'cat pyproject.toml requirements.txt | cksum', shell=True, cwd=folder,
+      text=True, capture_output=True, check=True,
+  ).stdout
+  (folder / '.venv' / 'installed').write_text(f'. {total}')
 
 
 def finish(process, timeout=300):
