@@ -81,7 +81,7 @@ def test_views_are_the_normalised_image_when_every_op_is_off():
       crop_min=1.0, crop_ratio=(1.0, 1.0), jitter_prob=0.0, flip_prob=0.0
   )
   batch = images()
-  make = augment.build(augment.both_views(c.augment), c.data)
+  make = jax.jit(augment.build(augment.both_views(c.augment), c.data))
   views = make(batch, jax.random.key(0))
   expected = (batch / 255 - 0.5) / 0.25
   for v in 0, 1:
@@ -93,7 +93,7 @@ def test_flip_reverses_the_columns():
       crop_min=1.0, crop_ratio=(1.0, 1.0), jitter_prob=0.0, flip_prob=1.0
   )
   batch = images()
-  flip = augment.build(augment.both_views(c.augment), c.data)
+  flip = jax.jit(augment.build(augment.both_views(c.augment), c.data))
   once = np.asarray(flip(batch, jax.random.key(0))[:, 0])
   np.testing.assert_allclose(
       once[:, :, ::-1], (batch / 255 - 0.5) / 0.25, atol=1e-5
@@ -173,7 +173,7 @@ def test_normalise_has_an_inverse():
 
 def test_views_differ_between_views_examples_and_keys_and_repeat():
   c = config(flip_prob=0.5)
-  make = augment.build(augment.both_views(c.augment), c.data)
+  make = jax.jit(augment.build(augment.both_views(c.augment), c.data))
   batch = np.repeat(images(1), 4, axis=0)
   a = np.asarray(make(batch, jax.random.key(0)))
   assert len(np.unique(a.reshape(8, -1), axis=0)) == 8
@@ -183,7 +183,7 @@ def test_views_differ_between_views_examples_and_keys_and_repeat():
 
 def test_an_example_draws_the_same_in_a_larger_batch():
   c = config()
-  make = augment.build(augment.both_views(c.augment), c.data)
+  make = jax.jit(augment.build(augment.both_views(c.augment), c.data))
   batch = images(8)
   np.testing.assert_allclose(
       make(batch, jax.random.key(0))[:4], make(batch[:4], jax.random.key(0)),

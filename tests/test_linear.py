@@ -36,9 +36,9 @@ def test_ten_steps_equal_the_originals():
   )
   probe = probe_of(
       (META['base_lr'],), schedule,
-      lambda frozen, images, key: model.apply(
+      jax.jit(lambda frozen, images, key: model.apply(
           frozen, images, train=False, method='features'
-      ),
+      )),
   )
   state = linear_step.init_state(probe, jax.random.key(0), 1, 64, 10)
   state = state.replace(params={
@@ -148,10 +148,11 @@ def test_a_head_that_diverges_leaves_the_others_alone():
   state = linear_step.init_state(probe, jax.random.key(1), 2, 6, 3)
   x = np.random.default_rng(0).normal(size=(9, 6)).astype(np.float32)
   y = np.arange(9) % 3
+  step = jax.jit(lambda state: linear_step.probe_step(
+      probe, None, jax.random.key(0), state, x, y
+  ))
   for _ in range(30):
-    state, values = linear_step.probe_step(
-        probe, None, jax.random.key(0), state, x, y
-    )
+    state, values = step(state)
   assert np.isfinite(values['train/loss'])
   assert np.isfinite(state.params['kernel'][0]).all()
   assert linear_step.predict(probe, state, jnp.asarray(x)).shape == (2, 9)
@@ -159,7 +160,7 @@ def test_a_head_that_diverges_leaves_the_others_alone():
 
 def test_probes_see_crops_and_flips_alone():
   c = evaluation.eval_config()
-  view = augment.build((c.view,), tiny.config().data)
+  view = jax.jit(augment.build((c.view,), tiny.config().data))
   images = np.random.default_rng(0).integers(0, 256, (4, 8, 8, 1), np.uint8)
   made = view(images, jax.random.key(0))
   assert made.shape == (4, 1, 8, 8, 1)

@@ -307,9 +307,9 @@ def test_norm_and_gelu_are_flaxs():
       return recompute.gelu_dense(normed, kernel)
 
     results = [
-        jax.value_and_grad(
+        jax.jit(jax.value_and_grad(
             lambda *a, f=f: jnp.sum(jnp.sin(f(*a))), argnums=(0, 1, 2, 3)
-        )(x, 2 + bias, bias, kernel)
+        ))(x, 2 + bias, bias, kernel)
         for f in (flaxs, ours)
     ]
     jax.tree.map(

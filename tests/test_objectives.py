@@ -88,11 +88,11 @@ def test_feature_std_is_one_when_isotropic_and_zero_when_collapsed():
 
 def test_a_zero_embedding_gives_finite_gradients():
   online, target = embeddings()
-  grad = jax.grad(
+  grad = jax.jit(jax.grad(
       lambda q: objectives.moco_v3(
           online.replace(predictions=q), target, temperature=0.2
       )[0]
-  )(jnp.zeros_like(online.predictions))
+  ))(jnp.zeros_like(online.predictions))
   assert np.all(np.isfinite(grad))
 
 
@@ -376,13 +376,15 @@ def test_codes_get_no_gradient():
       online.replace(predictions=s), None, temperature=0.1, epsilon=0.05,
       iterations=3,
   )[0]
-  codes = [objectives.sinkhorn(scores[:, v] / 0.05, 3) for v in (0, 1)]
+  sinkhorn = jax.jit(objectives.sinkhorn, static_argnums=1)
+  codes = [sinkhorn(scores[:, v] / 0.05, 3) for v in (0, 1)]
   fixed = lambda s: -sum(
       jnp.mean(jnp.sum(codes[v] * jax.nn.log_softmax(s[:, 1 - v] / 0.1), 1))
       for v in (0, 1)
   )
   np.testing.assert_allclose(
-      jax.grad(loss)(scores), jax.grad(fixed)(scores), atol=1e-6
+      jax.jit(jax.grad(loss))(scores), jax.jit(jax.grad(fixed))(scores),
+      atol=1e-6,
   )
 
 
