@@ -64,6 +64,7 @@ def straight(labelled, tmp_path_factory):
   return workdir, tiny.call('train', f'--workdir={workdir}', *flags(labelled))
 
 
+@pytest.mark.slow
 def test_a_folder_with_corrupt_files_trains_and_lists_them(straight, labelled):
   workdir, outcome = straight
   final = result(outcome)
@@ -324,6 +325,7 @@ def test_a_folder_without_labels_gets_other_monitors(tmp_path):
   assert 0 <= evaluated['knn/top1'] <= 1
 
 
+@pytest.mark.slow
 def test_evaluate_gives_the_last_value_of_the_monitor(straight, tmp_path):
   workdir, outcome = straight
   evaluated = result(tiny.call(
