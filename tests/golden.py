@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mocov3_jax import models
+from mocov3_jax.models.execution import REFERENCE
 from mocov3_jax.models.heads import MlpHead
 from mocov3_jax.models.resnet import ResNet
 from mocov3_jax.models.vit import ViT
@@ -24,12 +25,13 @@ def load(name):
   return arrays, json.loads(str(arrays.pop('meta')))
 
 
-def tiny_vit(dtype=jnp.float32, freeze=True):
+def tiny_vit(dtype=jnp.float32, freeze=True, execution=REFERENCE):
   """The network of the vit_* files."""
   return models.Network(
       backbone=ViT(
           patch_size=8, dim=64, depth=2, num_heads=4,
           patch_embed='frozen' if freeze else 'learned', dtype=dtype,
+          execution=execution,
       ),
       projector=MlpHead(3, 32, 16, dtype=dtype),
       predictor=MlpHead(2, 32, 16, dtype=dtype),

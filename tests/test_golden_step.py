@@ -13,10 +13,20 @@ import tiny
 from mocov3_jax import models
 from mocov3_jax.method import objectives
 from mocov3_jax.method.train_step import Method, TrainState, train_step
+from mocov3_jax.models.execution import Execution
 
 FILES = {
     'vit_step': golden.tiny_vit(),
     'resnet_step': golden.tiny_resnet(),
+}
+# The same network by other implementations of attention.
+CASES = {
+    **{name: (name, model) for name, model in FILES.items()},
+    **{
+        f'vit_step {name}': ('vit_step', golden.tiny_vit(
+            execution=Execution(name, keep_gelu=True)
+        )) for name in ('einsum', 'pallas')
+    },
 }
 
 
@@ -46,10 +56,10 @@ class Case(NamedTuple):
   keys: models.Embeddings
 
 
-@pytest.fixture(scope='module', params=FILES)
+@pytest.fixture(scope='module', params=CASES)
 def step(request):
-  arrays, _ = golden.load(request.param)
-  model = FILES[request.param]
+  file, model = CASES[request.param]
+  arrays, _ = golden.load(file)
   base = golden.tree(arrays, 'init/', 'base_encoder')
   target = golden.tree(arrays, 'init/', 'momentum_encoder')
   method = Method(

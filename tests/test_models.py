@@ -15,6 +15,7 @@ from mocov3_jax import models
 from mocov3_jax.base.errors import UserError
 from mocov3_jax.config import training as config_lib
 from mocov3_jax.models import attention, block, recompute, vit
+from mocov3_jax.models.execution import REFERENCE
 from mocov3_jax.models.stem import PatchEmbed
 from mocov3_jax.models.vit import sincos_positions
 from mocov3_jax.training import flops
@@ -258,7 +259,7 @@ def test_attention_is_that_of_the_textbook(queries):
     qkv = jax.random.normal(jax.random.key(0), (2, 5, 3, 2, 4), jnp.float64)
     results = [
         jax.value_and_grad(lambda x, f=f: jnp.sum(jnp.sin(f(x, queries))))(qkv)
-        for f in (textbook_attention, attention.attend)
+        for f in (textbook_attention, attention.dot_product_attention)
     ]
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, atol=1e-12), *results
@@ -275,7 +276,7 @@ def test_attention_keeps_its_precision(dtype, scale, close):
   qkv = (scale * jax.random.normal(jax.random.key(0), shape)).astype(dtype)
   toward = jax.random.normal(jax.random.key(1), (2, 33, 2, 16)).astype(dtype)
 
-  got, pull = jax.vjp(lambda x: attention.attend(x, 33), qkv)
+  got, pull = jax.vjp(lambda x: attention.dot_product_attention(x, 33), qkv)
   gradient = pull(toward)[0]
   assert got.dtype == gradient.dtype == qkv.dtype
   with jax.enable_x64(True):
@@ -395,13 +396,14 @@ def test_batchnorm_in_the_backbone_sees_each_view_alone(change):
 
 
 def test_stochastic_depth_drops_whole_images_and_keeps_the_mean():
-  one = block.Block(2, 64, 'layer', drop_path=0.5, dtype=jnp.float32)
+  one = block.Block(2, 64, 'layer', 0.5, jnp.float32, REFERENCE)
   x = jax.random.normal(jax.random.key(0), (64 * 5, 32))
-  variables = tiny.init(one, jax.random.key(1), x, 5, False, 5)
-  branch = tiny.apply(one, variables, x, 5, False, 5) - x
+  tokens = attention.Tokens(rows=5, real=5, queries=5)
+  variables = tiny.init(one, jax.random.key(1), x, tokens, False)
+  branch = tiny.apply(one, variables, x, tokens, False) - x
   outs = np.stack([
       tiny.apply(
-        one, variables, x, 5, True, 5, rngs={'drop_path': jax.random.key(i)}
+        one, variables, x, tokens, True, rngs={'drop_path': jax.random.key(i)}
       ) - x
       for i in range(3)
   ])

@@ -8,6 +8,7 @@ import jax
 from ml_collections import ConfigDict
 import numpy as np
 
+from mocov3_jax import models
 from mocov3_jax.base import console
 from mocov3_jax.base.errors import UserError
 from mocov3_jax.benchmarks import pillow_chain
@@ -118,7 +119,8 @@ def benchmark_augment(config: ConfigDict, rounds: int) -> dict[str, Any]:
   checks.validate(config, jax.device_count())
   mesh = sharding.make_mesh(fsdp=config.fsdp_devices)
   plan = config_lib.plan(config, 10**6)
-  method = build_method(config, plan, mesh.size)
+  execution = models.execution_on(mesh, config.model, config.data.image_size)
+  method = build_method(config, plan, mesh.size, execution)
   jitted = sharding.jit_step(*pretrain.make_step(config, method), mesh)
   size, channels = config.data.image_size, len(config.data.mean)
   shape = (config.batch_size, 2, size, size, channels)
@@ -128,7 +130,7 @@ def benchmark_augment(config: ConfigDict, rounds: int) -> dict[str, Any]:
   )
   key = jax.random.key(0)
   state = jitted.init()
-  step = jitted.lower(batch).compile()
+  step = jitted.trace(batch).lower().compile()
   augment = jax.jit(method.augment).lower(batch.images, key).compile()
 
   def run_step():

@@ -45,7 +45,10 @@ class JaxStep:
     self._config = config
     self._mesh = sharding.make_mesh(devices, config.fsdp_devices)
     plan = config_lib.plan(config, config_lib.IMAGENET_IMAGES)
-    self._method = build_method(config, plan, self._mesh.size)
+    execution = models.execution_on(
+        self._mesh, config.model, config.data.image_size
+    )
+    self._method = build_method(config, plan, self._mesh.size, execution)
     self._step = sharding.jit_step(
         *pretrain.make_step(config, self._method), self._mesh
     )

@@ -227,6 +227,10 @@ def _model() -> Schema:
       'scan': Knob(False, free=True),
       # ResNet: a 3x3 stem without stride and pooling, for 64 pixels and less.
       'small_images': Knob(False),
+      # ViT: the implementation of attention: 'reference', 'einsum', 'pallas'
+      # (TPU), 'cudnn' (GPU, bfloat16), or 'auto' = the fastest known for the
+      # device. All compute the same, up to rounding.
+      'attention': Knob('auto', free=True, added=True),
       # Arithmetic of the trunk and heads: 'float32' (products at the
       # backend's default precision) or 'bfloat16'. Parameters, statistics,
       # logits and loss are float32 in both.

@@ -220,6 +220,7 @@ def build(
     made = jax.vmap(example)(image_ops.to_float(images), keys)
     return image_ops.normalise(made, data).astype(dtype)
 
+  @jax.named_scope('augment')
   def augment_batch(images, key):
     keys = example_keys(key, len(images))
     return micro_batches.map(augment_part, (images, keys))

@@ -7,11 +7,13 @@ from mocov3_jax import models
 from mocov3_jax.config import training as config_lib
 from mocov3_jax.method import augment, objectives, optimizers
 from mocov3_jax.method.train_step import Method
+from mocov3_jax.models.execution import REFERENCE, Execution
 from mocov3_jax.parallel.microbatch import ONE_BATCH, MicroBatches
 
 
 def build_method(
-    config: ConfigDict, plan: config_lib.Plan, devices: int = 1
+    config: ConfigDict, plan: config_lib.Plan, devices: int = 1,
+    execution: Execution = REFERENCE,
 ) -> Method:
   """Assembles what the config names into the parts of a step.
 
@@ -19,6 +21,7 @@ def build_method(
     config: of the run.
     plan: of the run.
     devices: over which the batch will lie.
+    execution: how the network runs on them.
 
   Raises:
     UserError: for an unknown name or numbers that do not fit together.
@@ -31,7 +34,8 @@ def build_method(
     count = config.batch_size // (devices * config.micro_batch)
     micro_batches = MicroBatches(count, devices)
   model = models.build(
-      config.model, config.head, config.data.image_size, micro_batches
+      config.model, config.head, config.data.image_size, micro_batches,
+      execution,
   )
   return Method(
       model=model,

@@ -125,6 +125,7 @@ def encode_target(
   return target, statistics(stats)
 
 
+@jax.named_scope('ema')
 def ema(target: PyTree, params: PyTree, momentum: jax.Array) -> PyTree:
   """Returns m * target + (1 - m) * params, such that equal stays equal."""
   return jax.tree.map(
@@ -161,18 +162,17 @@ def train_step(
         {'params': params, 'batch_stats': state.batch_stats},
         views, train=True, mutable=['batch_stats'],
     )
-    loss, metrics = method.objective.loss(online, target, state.past_keys)
+    with jax.named_scope('loss'):
+      loss, metrics = method.objective.loss(online, target, state.past_keys)
     return loss, (statistics(stats), online.features, metrics)
 
   grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
   (loss, (batch_stats, features, metrics)), grads = grad_fn(state.params)
-  updates, opt_state = method.optimizer.update(
-      grads, state.opt_state, state.params
-  )
+  params, opt_state = update(method, state, grads)
   metrics |= step_metrics(method, state.step, loss, grads, features)
   return state.replace(
       step=state.step + 1,
-      params=optax.apply_updates(state.params, updates),
+      params=params,
       batch_stats=batch_stats,
       target_params=target_params,
       target_batch_stats=target_stats,
@@ -181,6 +181,18 @@ def train_step(
   ), metrics, features
 
 
+@jax.named_scope('optimizer')
+def update(
+    method: Method, state: TrainState, grads: PyTree
+) -> tuple[PyTree, optax.OptState]:
+  """Returns the parameters and the optimizer's state after one update."""
+  updates, opt_state = method.optimizer.update(
+      grads, state.opt_state, state.params
+  )
+  return optax.apply_updates(state.params, updates), opt_state
+
+
+@jax.named_scope('metrics')
 def step_metrics(
     method: Method, step: jax.Array, loss: jax.Array, grads: PyTree,
     features: jax.Array,

@@ -6,10 +6,12 @@ import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from mocov3_jax.base.errors import UserError, unknown
 from mocov3_jax.config.training import schema
+from mocov3_jax.models.execution import REFERENCE, Execution, choose
 from mocov3_jax.models.heads import MlpHead, Prototypes
 from mocov3_jax.models.resnet import ResNet
 from mocov3_jax.models.vit import PATCH_EMBEDS, ViT
@@ -121,14 +123,22 @@ def _at_least_float32(x: jax.Array) -> jax.Array:
 def build(
     model: ConfigDict, head: ConfigDict, image_size: int,
     micro_batches: MicroBatches = ONE_BATCH,
+    execution: Execution = REFERENCE,
 ) -> Network:
   """Builds the network that `config.model` and `config.head` describe.
+
+  Args:
+    model: `config.model`.
+    head: `config.head`.
+    image_size: side of the images, pixels.
+    micro_batches: in which the views go through the backbone.
+    execution: how a ViT runs; see `execution_on`.
 
   Raises:
     UserError: for a name that is not in the tables, or numbers that do not
       fit together.
   """
-  backbone = build_backbone(model, image_size)
+  backbone = build_backbone(model, image_size, execution=execution)
   if micro_batches.count > 1 and backbone.has_batch_norm:
     raise UserError(
         f'micro_batch cannot be used with model.name={model.name!r}, '
@@ -153,7 +163,8 @@ def build(
 
 
 def build_backbone(
-    model: ConfigDict, image_size: int, drop_path: float = 0.0
+    model: ConfigDict, image_size: int, drop_path: float = 0.0,
+    execution: Execution = REFERENCE,
 ) -> Backbone:
   """Builds the backbone alone.
 
@@ -161,6 +172,7 @@ def build_backbone(
     model: `config.model`.
     image_size: side of the images, pixels.
     drop_path: stochastic depth of a ViT, for fine-tuning.
+    execution: how a ViT runs.
 
   Raises:
     UserError: as `build`.
@@ -194,10 +206,37 @@ def build_backbone(
       patch_embed=model.patch_embed,
       drop_path=drop_path,
       dtype=DTYPES[model.dtype],
+      execution=execution,
       **{name: model[name] for name in VIT_OPTIONS},
   )
   _check_vit(vit, image_size)
   return vit
+
+
+def execution_on(
+    mesh: Mesh, model: ConfigDict, image_size: int
+) -> Execution:
+  """Returns how a network runs on a mesh, by `model.attention`.
+
+  Args:
+    mesh: over which the batch will lie.
+    model: `config.model`.
+    image_size: side of the images, pixels.
+
+  Raises:
+    UserError: as `build_backbone` and `choose`.
+  """
+  backbone = build_backbone(model, image_size)
+  platform = mesh.devices.flat[0].platform
+  if isinstance(backbone, ResNet):
+    return REFERENCE
+  tokens = (image_size // backbone.patch_size) ** 2
+  name = choose(
+      model.attention, platform, model.dtype,
+      tokens + (backbone.readout == 'cls'), backbone.dim // backbone.num_heads,
+  )
+  keep_gelu = platform == 'tpu' and not backbone.remat
+  return Execution(name, keep_gelu, mesh)
 
 
 def _check_vit(vit: ViT, image_size: int) -> None:
@@ -239,7 +278,7 @@ def _check_vit(vit: ViT, image_size: int) -> None:
 
 def _resnet(model: ConfigDict) -> ResNet:
   knobs = schema()['model']
-  for field in ('depth', 'num_heads', *VIT_OPTIONS):
+  for field in ('depth', 'num_heads', 'attention', *VIT_OPTIONS):
     if model[field] != knobs[field].default:
       raise UserError(
           f'model.{field}={model[field]!r} is for ViTs, and model.name is '

@@ -1,45 +1,92 @@
 """Multi-head self-attention: its implementations side by side, in one table.
 
-An implementation is a function of (qkv, queries), as `attend` describes. Which
-one runs is chosen by name; all compute the same, up to rounding.
+All of them compute the same from the same parameters, up to rounding, with the
+softmax in float32 or wider. They differ in what goes through memory, and on
+what they run; `models/execution.py` chooses one by name.
 """
 
 from collections.abc import Callable
 import functools
 import math
+from typing import NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh, PartitionSpec
 
+from mocov3_jax.models.execution import Execution
 from mocov3_jax.models.layers import xavier
 from mocov3_jax.models.recompute import recompute_barrier, recomputed
+from mocov3_jax.models.short_attention import SUBLANES, short_attention
+from mocov3_jax.parallel.sharding import BATCH_AXES
+
+# Added to the logits of padded keys.
+MASKED = -1e30
 
 
-def attend(
-    qkv: jax.Array, queries: int, implementation: str = 'reference'
-) -> jax.Array:
-  """Returns scaled dot-product attention, the softmax in float32 or wider.
+class Tokens(NamedTuple):
+  """The tokens of one image, as rows of the matrix of all tokens.
 
-  Args:
-    qkv: queries, keys and values [B, T, 3, heads, head_dim].
-    queries: how many of the T tokens ask, from the first on.
-    implementation: one of ATTENTION.
-
-  Returns:
-    [B, queries, heads, head_dim], of the dtype of `qkv`.
+  Attributes:
+    rows: that an image takes.
+    real: tokens among them, from the first on; the rest is padding.
+    queries: how many ask and come out, from the first on.
   """
-  return ATTENTION[implementation](qkv, queries)
+
+  rows: int
+  real: int
+  queries: int
+
+
+class Dense(NamedTuple):
+  """A linear layer: kernel [D, features] and bias [features]; its name."""
+
+  kernel: jax.Array
+  bias: jax.Array
+  name: str
+
+  def __call__(self, x: jax.Array) -> jax.Array:
+    """Maps [N, D] to [N, features]."""
+    with jax.named_scope(self.name):
+      return x @ self.kernel + self.bias[None]
+
+
+# (x [B * rows, D], qkv, proj, num_heads, tokens, mesh) -> [B * queries, D].
+Implementation = Callable[
+    [jax.Array, Dense, Dense, int, Tokens, Mesh | None], jax.Array
+]
+
+
+def reference(
+    x: jax.Array, qkv: Dense, proj: Dense, num_heads: int, tokens: Tokens,
+    mesh: Mesh | None,
+) -> jax.Array:
+  """Attends by matrix products, on any device and in any precision."""
+  del mesh
+  dim = x.shape[-1]
+  y = qkv(x).reshape(-1, tokens.rows, 3, num_heads, dim // num_heads)
+  queries = min(tokens.queries, tokens.real)
+  y = dot_product_attention(y[:, : tokens.real], queries)
+  y = jnp.pad(y, [(0, 0), (0, tokens.queries - queries), (0, 0), (0, 0)])
+  return proj(y.reshape(-1, dim))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
-def reference(qkv: jax.Array, queries: int) -> jax.Array:
-  """Attends by matrix products, on any device and in any precision.
+def dot_product_attention(qkv: jax.Array, queries: int) -> jax.Array:
+  """Returns softmax(q k' / sqrt(head_dim)) v.
 
   For the backward pass it keeps its argument alone, and computes the weights
   again: one product more, for [B, heads, T, T] less in each block. (Rabe &
   Staats 2021, arXiv 2112.05682. `jax.nn.dot_product_attention` rounds the
   softmax to float32 even where the rest is float64.)
+
+  Args:
+    qkv: queries, keys and values [B, T, 3, heads, head_dim].
+    queries: how many of the T tokens ask, from the first on.
+
+  Returns:
+    [B, queries, heads, head_dim], of the dtype of `qkv`.
   """
   return _attend_forward(qkv, queries)[0]
 
@@ -72,7 +119,7 @@ def _attend_backward(queries, qkv, g):
   return (jnp.stack(parts, axis=2),)
 
 
-reference.defvjp(_attend_forward, _attend_backward)
+dot_product_attention.defvjp(_attend_forward, _attend_backward)
 
 
 def _matrices(qkv, queries):
@@ -97,9 +144,113 @@ def _transposed(x):
   return jnp.swapaxes(x, -2, -1)
 
 
-ATTENTION: dict[str, Callable[[jax.Array, int], jax.Array]] = {
+def einsum(
+    x: jax.Array, qkv: Dense, proj: Dense, num_heads: int, tokens: Tokens,
+    mesh: Mesh | None,
+) -> jax.Array:
+  """Attends with heads before tokens from the product on: no re-layouts.
+
+  The products of the qkv layer come out as [B, heads, T, head_dim], which is
+  what the next product wants, and the weights are kept for the backward pass
+  in the dtype of `x`.
+  """
+  del mesh
+  dim, head_dim = x.shape[-1], x.shape[-1] // num_heads
+  x = x.reshape(-1, tokens.rows, dim)
+  with jax.named_scope(qkv.name):
+    kernel = qkv.kernel.reshape(dim, 3, num_heads, head_dim)
+    bias = qkv.bias.reshape(3, 1, num_heads, 1, head_dim)
+    q, k, v = (
+        jnp.einsum('btm,mhk->bhtk', part, kernel[:, i]) + bias[i]
+        for i, part in enumerate((x[:, : tokens.queries], x, x))
+    )
+  wide = jnp.promote_types(x.dtype, jnp.float32)
+  logits = jnp.einsum(
+      'bhqk,bhtk->bhqt', q / math.sqrt(head_dim), k,
+      preferred_element_type=wide,
+  )
+  if tokens.real < tokens.rows:
+    is_real = jnp.arange(tokens.rows).reshape(1, 1, 1, -1) < tokens.real
+    logits = jnp.where(is_real, logits, MASKED)
+  weights = jax.nn.softmax(logits).astype(x.dtype)
+  out = jnp.einsum('bhqt,bhtk->bhqk', weights, v)
+  with jax.named_scope(proj.name):
+    kernel = proj.kernel.reshape(num_heads, head_dim, dim)
+    out = jnp.einsum('bhqk,hkm->bqm', out, kernel)
+    return out.reshape(-1, dim) + proj.bias[None]
+
+
+def pallas(
+    x: jax.Array, qkv: Dense, proj: Dense, num_heads: int, tokens: Tokens,
+    mesh: Mesh | None,
+) -> jax.Array:
+  """Attends by `short_attention`, on TPUs."""
+  dim = x.shape[-1]
+  y = qkv(x).reshape(-1, tokens.rows, 3 * dim)
+  y = jnp.pad(y, [(0, 0), (0, -tokens.rows % SUBLANES), (0, 0)])
+  attend = lambda y: short_attention(
+      y, num_heads, tokens.real, tokens.queries
+  )
+  if mesh is not None and mesh.size > 1:
+    # XLA cannot split a kernel by itself. Images have nothing to do with each
+    # other, so this needs no communication.
+    split = PartitionSpec(BATCH_AXES)
+    attend = jax.shard_map(
+        attend, mesh=mesh, in_specs=split, out_specs=split, check_vma=False
+    )
+  return proj(attend(y).reshape(-1, dim))
+
+
+def cudnn(
+    x: jax.Array, qkv: Dense, proj: Dense, num_heads: int, tokens: Tokens,
+    mesh: Mesh | None,
+) -> jax.Array:
+  """Attends by cuDNN's fused kernels, on GPUs and in half precision."""
+  if tokens.queries < tokens.real:  # One query is no work for them.
+    return reference(x, qkv, proj, num_heads, tokens, mesh)
+  dim = x.shape[-1]
+  y = qkv(x).reshape(-1, tokens.rows, 3, num_heads, dim // num_heads)
+  # JAX refuses odd lengths in training.
+  y = jnp.pad(y, [(0, 0), (0, tokens.rows % 2)] + [(0, 0)] * 3)
+  q, k, v = (y[:, :, i] for i in range(3))
+  lengths = jnp.full(len(y), tokens.real, jnp.int32)
+  out = jax.nn.dot_product_attention(
+      q, k, v, query_seq_lengths=lengths, key_value_seq_lengths=lengths,
+      implementation='cudnn',
+  )
+  return proj(out[:, : tokens.queries].reshape(-1, dim))
+
+
+ATTENTION: dict[str, Implementation] = {
     'reference': reference,
+    'einsum': einsum,
+    'pallas': pallas,
+    'cudnn': cudnn,
 }
+
+
+class DenseParams(nn.Module):
+  """The parameters of a linear layer, under the names of `nn.Dense`.
+
+  Attributes:
+    features: its outputs.
+    kernel_init: of the kernel; the bias starts at zero.
+    dtype: in which they are returned; kept in float32.
+  """
+
+  features: int
+  kernel_init: nn.initializers.Initializer
+  dtype: jnp.dtype
+
+  @nn.compact
+  def __call__(self, inputs: int) -> Dense:
+    """Returns the parameters, for so many inputs."""
+    shape = inputs, self.features
+    kernel = self.param('kernel', self.kernel_init, shape)
+    bias = self.param('bias', nn.initializers.zeros, shape[1:])
+    return Dense(
+        kernel.astype(self.dtype), bias.astype(self.dtype), self.name
+    )
 
 
 class Attention(nn.Module):
@@ -107,17 +258,17 @@ class Attention(nn.Module):
 
   num_heads: int
   dtype: jnp.dtype
+  execution: Execution
 
   @nn.compact
-  def __call__(self, x: jax.Array, tokens: int, queries: int) -> jax.Array:
-    """Maps [B * tokens, D] to [B * queries, D], for an image's first tokens."""
+  def __call__(self, x: jax.Array, tokens: Tokens) -> jax.Array:
+    """Maps [B * rows, D] to [B * queries, D]."""
     dim = x.shape[-1]
     # One matrix for speed; its thirds are initialised as three matrices.
-    qkv = nn.Dense(
-        3 * dim, dtype=self.dtype, kernel_init=xavier(dim, dim), name='qkv'
-    )(x)
-    qkv = qkv.reshape(-1, tokens, 3, self.num_heads, dim // self.num_heads)
-    x = attend(qkv, queries).reshape(-1, dim)
-    return nn.Dense(
-        dim, dtype=self.dtype, kernel_init=xavier(dim, dim), name='proj'
-    )(x)
+    init = xavier(dim, dim)
+    qkv = DenseParams(3 * dim, init, self.dtype, name='qkv')(dim)
+    proj = DenseParams(dim, init, self.dtype, name='proj')(dim)
+    return ATTENTION[self.execution.attention](
+        x.astype(self.dtype), qkv, proj, self.num_heads, tokens,
+        self.execution.mesh,
+    )

@@ -4,26 +4,10 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from mocov3_jax.models.attention import Attention
+from mocov3_jax.models.attention import Attention, DenseParams, Tokens
+from mocov3_jax.models.execution import Execution
 from mocov3_jax.models.layers import BatchNorm, LayerNorm, xavier
-from mocov3_jax.models.recompute import gelu_dense
-
-
-class GeluDense(nn.Module):
-  """`gelu_dense` with the parameters of `nn.Dense`."""
-
-  features: int
-  dtype: jnp.dtype
-  kernel_init: nn.initializers.Initializer
-
-  @nn.compact
-  def __call__(self, x: jax.Array) -> jax.Array:
-    """Maps [N, D] to [N, features]."""
-    shape = x.shape[-1], self.features
-    kernel = self.param('kernel', self.kernel_init, shape)
-    bias = self.param('bias', nn.initializers.zeros, shape[1:])
-    x = gelu_dense(x.astype(self.dtype), kernel.astype(self.dtype))
-    return x + bias.astype(self.dtype).reshape(1, -1)
+from mocov3_jax.models.recompute import gelu_dense, gelu_dense_kept
 
 
 class Mlp(nn.Module):
@@ -31,6 +15,7 @@ class Mlp(nn.Module):
 
   hidden_dim: int
   dtype: jnp.dtype
+  keep_gelu: bool
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
@@ -39,7 +24,9 @@ class Mlp(nn.Module):
     x = nn.Dense(
         hidden, dtype=self.dtype, kernel_init=xavier(dim, hidden), name='fc1'
     )(x)
-    return GeluDense(dim, self.dtype, xavier(hidden, dim), name='fc2')(x)
+    fc2 = DenseParams(dim, xavier(hidden, dim), self.dtype, name='fc2')(hidden)
+    multiply = gelu_dense_kept if self.keep_gelu else gelu_dense
+    return multiply(x, fc2.kernel) + fc2.bias[None]
 
 
 class Block(nn.Module):
@@ -51,6 +38,7 @@ class Block(nn.Module):
     drop_path: probability with which an image skips a branch in training
       (stochastic depth, Huang et al. 2016); draws from the rng 'drop_path'.
     dtype: of the arithmetic.
+    execution: how attention and MLP run.
   """
 
   num_heads: int
@@ -58,36 +46,39 @@ class Block(nn.Module):
   mlp_norm: str
   drop_path: float
   dtype: jnp.dtype
+  execution: Execution
 
   @nn.compact
-  def __call__(
-      self, x: jax.Array, tokens: int, train: bool, queries: int
-  ) -> jax.Array:
-    """Maps [B * tokens, D] to [B * queries, D].
+  def __call__(self, x: jax.Array, tokens: Tokens, train: bool) -> jax.Array:
+    """Maps [B * rows, D] to [B * queries, D].
 
     Args:
-      x: the tokens of each image in turn.
+      x: the rows of each image in turn.
       tokens: of an image.
       train: whether BatchNorm and stochastic depth are those of training.
-      queries: of an image's tokens, how many come out, from the first on.
     """
+    rows, _, queries = tokens
     y = LayerNorm(dtype=self.dtype, name='norm1')(x)
-    y = Attention(self.num_heads, self.dtype, name='attn')(y, tokens, queries)
-    x = x.reshape(-1, tokens, x.shape[-1])[:, :queries].reshape(y.shape)
+    y = Attention(
+        self.num_heads, self.dtype, self.execution, name='attn'
+    )(y, tokens)
+    x = x.reshape(-1, rows, x.shape[-1])[:, :queries].reshape(y.shape)
     x = x + self._dropped(y, queries, train)
     if self.mlp_norm == 'batch':
       y = BatchNorm(dtype=self.dtype, name='norm2')(x, train)
     else:
       y = LayerNorm(dtype=self.dtype, name='norm2')(x)
-    y = Mlp(self.mlp_dim, self.dtype, name='mlp')(y)
+    y = Mlp(
+        self.mlp_dim, self.dtype, self.execution.keep_gelu, name='mlp'
+    )(y)
     return x + self._dropped(y, queries, train)
 
-  def _dropped(self, y: jax.Array, tokens: int, train: bool) -> jax.Array:
+  def _dropped(self, y: jax.Array, rows: int, train: bool) -> jax.Array:
     if not train or self.drop_path == 0:
       return y
     keep = 1 - self.drop_path
     images = jax.random.bernoulli(
-        self.make_rng('drop_path'), keep, (len(y) // tokens, 1)
+        self.make_rng('drop_path'), keep, (len(y) // rows, 1)
     )
     # Scaled, so that the mean is that of evaluation.
-    return y * (jnp.repeat(images, tokens, axis=0) / keep).astype(y.dtype)
+    return y * (jnp.repeat(images, rows, axis=0) / keep).astype(y.dtype)

@@ -35,6 +35,30 @@ def _gelu(x):
 gelu_dense.defvjp(lambda x, w: (gelu_dense(x, w), (x, w)), _gelu_dense_backward)
 
 
+@jax.custom_vjp
+def gelu_dense_kept(x: jax.Array, kernel: jax.Array) -> jax.Array:
+  """Does what `gelu_dense` does, but keeps the output of the GELU as well.
+
+  The TPU compiler puts an elementwise function into the operand of a product
+  if it can, and so would compute the GELU for each tile of the result again.
+  The barrier makes it compute the GELU once.
+  """
+  return _gelu_dense_kept_forward(x, kernel)[0]
+
+
+def _gelu_dense_kept_forward(x, kernel):
+  hidden = jax.lax.optimization_barrier(_gelu(x))
+  return hidden @ kernel, (x, hidden, kernel)
+
+
+def _gelu_dense_kept_backward(kept, g):
+  x, hidden, kernel = kept
+  return *jax.vjp(_gelu, x)[1](g @ kernel.T), hidden.T @ g
+
+
+gelu_dense_kept.defvjp(_gelu_dense_kept_forward, _gelu_dense_kept_backward)
+
+
 def recompute_barrier(x: jax.Array, g: jax.Array) -> jax.Array:
   """Returns `x`, so that a backward pass computes anew what it makes of it.
 

@@ -5,7 +5,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mocov3_jax.models.attention import Tokens
 from mocov3_jax.models.block import Block
+from mocov3_jax.models.execution import REFERENCE, Execution
 from mocov3_jax.models.layers import LayerNorm
 from mocov3_jax.models.stem import ConvStem, PatchEmbed
 
@@ -63,6 +65,7 @@ class ViT(nn.Module):
       of parameters is the same.
     mlp_ratio: hidden width of a block's MLP over `dim`.
     dtype: of the arithmetic; parameters stay float32.
+    execution: how the blocks run, where the result is the same.
   """
 
   patch_size: int
@@ -78,6 +81,7 @@ class ViT(nn.Module):
   scan: bool = False
   mlp_ratio: int = 4
   dtype: jnp.dtype = jnp.float32
+  execution: Execution = REFERENCE
 
   # What the training step needs to know of a backbone.
   first_layer = 'patch_embed'
@@ -107,12 +111,19 @@ class ViT(nn.Module):
   def __call__(self, images: jax.Array, train: bool) -> jax.Array:
     """Maps images [B, H, W, C] to features [B, dim]."""
     batch = len(images)
+    execution = self.execution.for_images(batch)
     x = self._embed(images, train)  # [B, T, D]
-    tokens = x.shape[1]
+    real = rows = x.shape[1]
+    # Padding would count in the statistics of a BatchNorm.
+    if self.mlp_norm == 'layer':
+      rows = execution.padded(real)
+    x = jnp.pad(x, [(0, 0), (0, rows - real), (0, 0)])
     # Tokens as rows of one matrix: on CPU, a gradient that contracts over two
     # axes takes a third longer than over one. Elsewhere it is all the same.
-    x = self._blocks(x.reshape(-1, self.dim), tokens, train)
-    x = x.reshape(batch, -1, self.dim)
+    x = self._blocks(
+        x.reshape(-1, self.dim), Tokens(rows, real, rows), train, execution
+    )
+    x = x.reshape(batch, -1, self.dim)[:, :real]
     if self.readout == 'cls':
       x = x[:, 0]
     if self.readout != 'pool':
@@ -151,27 +162,30 @@ class ViT(nn.Module):
       table = sincos_positions(rows, columns, self.dim)[:, -x.shape[1] :]
     return x + jnp.asarray(table, x.dtype)
 
-  def _blocks(self, x: jax.Array, tokens: int, train: bool) -> jax.Array:
+  def _blocks(
+      self, x: jax.Array, tokens: Tokens, train: bool, execution: Execution
+  ) -> jax.Array:
     # Arguments from 2 on (after self and x) are Python values.
-    block = nn.remat(Block, static_argnums=(2, 3, 4)) if self.remat else Block
+    block = nn.remat(Block, static_argnums=(2, 3)) if self.remat else Block
     arguments = self.num_heads, self.dim * self.mlp_ratio, self.mlp_norm
     if self.scan and not self.is_initializing():
-      one = block(*arguments, 0.0, self.dtype, parent=None)
+      one = block(*arguments, 0.0, self.dtype, execution, parent=None)
       params = self.variables['params']
       stacked = jax.tree.map(
           lambda *leaves: jnp.stack(leaves),
           *[params[f'blocks_{i}'] for i in range(self.depth)],
       )
       body = lambda x, p: (
-          one.apply({'params': p}, x, tokens, train, tokens), None
+          one.apply({'params': p}, x, tokens, train), None
       )
       return jax.lax.scan(body, x, stacked)[0]
     for i in range(self.depth):
       rate = self.drop_path * i / max(self.depth - 1, 1)
       # Of the last block, only what is read; BatchNorm needs all the tokens.
       last = i == self.depth - 1 and self.mlp_norm == 'layer'
-      queries = 1 if last and self.readout == 'cls' else tokens
-      x = block(*arguments, rate, self.dtype, name=f'blocks_{i}')(
-          x, tokens, train, queries
+      if last and self.readout == 'cls':
+        tokens = tokens._replace(queries=1)
+      x = block(*arguments, rate, self.dtype, execution, name=f'blocks_{i}')(
+          x, tokens, train
       )
     return x

@@ -1,6 +1,6 @@
 """Several processes, on one or many machines, as one run."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 import contextlib
 import ipaddress
 import json
@@ -136,6 +136,28 @@ def require_same(given: dict[str, Any]) -> None:
         f'the processes of this run differ in {", ".join(differ)}. Use '
         'the same line in each, and the same images on each machine.'
     )
+
+
+def from_primary(make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+  """Returns in all processes what `make` returns in the first.
+
+  Args:
+    make: returns what can be written as JSON.
+  """
+  if jax.process_count() == 1:
+    return make()
+  text = json.dumps(make() if is_primary() else {}).encode()
+  length = int(multihost_utils.broadcast_one_to_all(np.asarray(len(text))))
+  padded = np.frombuffer(text.ljust(length)[:length], np.uint8)
+  return json.loads(bytes(multihost_utils.broadcast_one_to_all(padded)))
+
+
+def any_of(why: str) -> str:
+  """Returns a reason if any process of the run has one; '' if none has."""
+  if jax.process_count() == 1:
+    return why
+  found = multihost_utils.process_allgather(np.asarray(bool(why)))
+  return (why or 'in another process of this run') if found.any() else ''
 
 
 @contextlib.contextmanager

@@ -116,9 +116,9 @@ class JittedStep:
     """Takes a step; `state` is donated."""
     return self.jitted_step(state, batch, *self.constants)
 
-  def lower(self, batch: PyTree) -> jax.stages.Lowered:
-    """Returns the step, lowered for batches like this one."""
-    return self.jitted_step.lower(self.state, batch, *self.constants)
+  def trace(self, batch: PyTree) -> jax.stages.Traced:
+    """Returns the step, traced for batches like this one."""
+    return self.jitted_step.trace(self.state, batch, *self.constants)
 
 
 def jit_step(

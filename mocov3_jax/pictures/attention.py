@@ -56,14 +56,17 @@ def class_attention(
   # Nothing can be captured inside a loop or a rematerialised block. Without
   # them the network computes the same from the same parameters.
   plain = vit.clone(remat=False, scan=False)
-  place = (vit.blocks[-1], 'attn', 'qkv')
+  place = (vit.blocks[-1], 'norm1')
   _, captured = plain.apply(
       {'params': params, 'batch_stats': batch_stats}, images, train=False,
       capture_intermediates=lambda module, _: module.path == place,
       mutable=['intermediates'],
   )
-  block = captured['intermediates'][vit.blocks[-1]]
-  qkv = block['attn']['qkv']['__call__'][0].astype(jnp.float32)
+  tokens = captured['intermediates'][vit.blocks[-1]]['norm1']['__call__'][0]
+  dense = params[vit.blocks[-1]]['attn']['qkv']
+  qkv = tokens @ dense['kernel'].astype(tokens.dtype)
+  qkv += dense['bias'].astype(tokens.dtype)[None]
+  qkv = qkv.astype(jnp.float32)
   head_dim = vit.dim // vit.num_heads
   qkv = qkv.reshape(len(images), -1, 3, vit.num_heads, head_dim)
   logits = jnp.einsum(

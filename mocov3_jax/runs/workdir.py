@@ -28,7 +28,8 @@ OUTPUTS = (
 # What environment.json holds: versions of these packages, and the machine.
 PACKAGES = 'jax', 'jaxlib', 'flax', 'optax', 'numpy'
 ENVIRONMENT = (
-    *PACKAGES, 'python', 'backend', 'device', 'devices', 'processes'
+    *PACKAGES, 'python', 'backend', 'device', 'devices', 'processes',
+    'attention',
 )
 
 # In data.json, which version of reading images a run began with.
@@ -246,10 +247,12 @@ def complete(
   return ConfigDict(found)
 
 
-def begin(workdir: epath.Path, mesh: Mesh) -> None:
+def begin(
+    workdir: epath.Path, mesh: Mesh, more: dict[str, str] | None = None
+) -> None:
   """Notes with what a run is begun or continued, and that it is not done.
 
-  Writes environment.json: versions and devices.
+  Writes environment.json: versions, devices, and `more`.
   """
   # It may have been done before its last checkpoint was lost.
   (workdir / 'result.json').unlink(missing_ok=True)
@@ -262,6 +265,7 @@ def begin(workdir: epath.Path, mesh: Mesh) -> None:
       'device': mesh.devices.flat[0].device_kind,
       'devices': mesh.size,
       'processes': jax.process_count(),
+      **(more or {}),
   }
   files.write_json(workdir / 'environment.json', found)
 

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 
 from mocov3_jax.method.train_step import Method, abstract_state, train_step
 from mocov3_jax.models import Network, recompute
+from mocov3_jax.models.execution import REFERENCE
 from mocov3_jax.models.vit import ViT
 from mocov3_jax.parallel.microbatch import ONE_BATCH
 
@@ -48,7 +49,11 @@ def network_cost(
     model: Network, image_shape: tuple[int, int, int]
 ) -> NetworkCost:
   """Returns size and cost of a network for images [H, W, C]."""
-  model = model.clone(micro_batches=ONE_BATCH)  # One image cannot be split.
+  # One image cannot be split.
+  model = model.clone(micro_batches=ONE_BATCH)
+  if isinstance(model.backbone, ViT):
+    execution = dataclasses.replace(model.backbone.execution, mesh=None)
+    model = model.clone(backbone=model.backbone.clone(execution=execution))
 
   def views(count):
     return jax.ShapeDtypeStruct((count, 2, *image_shape), jnp.float32)
@@ -100,7 +105,9 @@ def step_flops(
   """
   model = method.model.clone(micro_batches=ONE_BATCH)
   if isinstance(model.backbone, ViT):
-    model = model.clone(backbone=model.backbone.clone(remat=False))
+    model = model.clone(
+        backbone=model.backbone.clone(remat=False, execution=REFERENCE)
+    )
   # The views come in whole.
   plain = method.replace(model=model, augment=lambda images, key: images)
   views = jax.ShapeDtypeStruct((batch_size, 2, *image_shape), jnp.float32)
@@ -153,12 +160,38 @@ def macs(jaxpr: core.Jaxpr, recomputed: bool = True) -> int:
           math.prod(eqn.outvars[0].aval.shape) * math.prod(kernel)
           // (outputs * zeros)
       )
-    times = eqn.params['length'] if name == 'scan' else 1
-    total += times * sum(macs(inner, recomputed) for inner in _inner(eqn))
+    each = [macs(inner, recomputed) for inner in inner_jaxprs(eqn)]
+    # Of the branches of a condition, one runs.
+    once = max(each) if name == 'cond' else sum(each)
+    total += once * _times(eqn)
   return total
 
 
-def _inner(eqn: core.JaxprEqn) -> Iterator[core.Jaxpr]:
+def _times(eqn: core.JaxprEqn) -> int:
+  """Returns how often what is inside of an equation runs."""
+  if eqn.primitive.name == 'scan':
+    return eqn.params['length']
+  if eqn.primitive.name == 'shard_map':
+    return eqn.params['mesh'].size
+  if eqn.primitive.name == 'pallas_call':
+    return math.prod(eqn.params['grid_mapping'].grid)
+  return 1
+
+
+def pallas_grids(jaxpr: core.Jaxpr) -> dict[str, int]:
+  """Returns how many programs each Pallas kernel has, by the kernel's name."""
+  found = {}
+  for eqn in jaxpr.eqns:
+    if eqn.primitive.name == 'pallas_call':
+      found[eqn.params['name']] = _times(eqn)
+    else:
+      for inner in inner_jaxprs(eqn):
+        found |= pallas_grids(inner)
+  return found
+
+
+def inner_jaxprs(eqn: core.JaxprEqn) -> Iterator[core.Jaxpr]:
+  """Yields the programs that an equation holds."""
   for value in eqn.params.values():
     for part in value if isinstance(value, (tuple, list)) else (value,):
       if isinstance(part, core.ClosedJaxpr):

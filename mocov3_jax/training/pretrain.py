@@ -20,7 +20,7 @@ from mocov3_jax.method.build import build_method, image_shape, run_keys
 from mocov3_jax.method.train_step import Method, init_state, train_step
 from mocov3_jax.parallel import sharding
 from mocov3_jax.runs import workdir as workdir_lib
-from mocov3_jax.training import flops
+from mocov3_jax.training import execution, flops
 from mocov3_jax.training.trainer import Trainer
 
 
@@ -43,7 +43,8 @@ def pretrain(config: ConfigDict, path: str) -> dict[str, Any]:
   splits = load_splits(config)
   plan = config_lib.plan(config, len(splits.train))
   mesh = sharding.make_mesh(fsdp=config.fsdp_devices)
-  method = build_method(config, plan, mesh.size)
+  chosen, notes = execution.choose(config, mesh, path)
+  method = build_method(config, plan, mesh.size, chosen)
   reader = make_reader(
       config, splits.train, sharding.local_positions(mesh, config.batch_size)
   )
@@ -61,7 +62,8 @@ def pretrain(config: ConfigDict, path: str) -> dict[str, Any]:
       ) / config.batch_size,
       advice='a lower optimizer.lr_per_256, a longer schedule.warmup_epochs, '
       'model.patch_embed=frozen',
-      notes=tuple(_notes(config, splits, method)),
+      notes=(*_notes(config, splits, method), *notes),
+      environment={'attention': chosen.attention},
   ).run(
       path, lambda results, workdir, _: workdir_lib.write_result(
           results, workdir

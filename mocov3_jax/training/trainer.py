@@ -56,6 +56,7 @@ class Trainer:
       backbone.
     monitors: fields of the state that only a monitor uses. Where a checkpoint
       lacks them, they start afresh.
+    environment: further entries of environment.json.
     flops_per_image: () -> operations of a step per image; None = no MFU is
       logged.
   """
@@ -73,6 +74,7 @@ class Trainer:
   notes: tuple[str, ...] = ()
   constants: tuple[Any, ...] = ()
   monitors: tuple[str, ...] = ()
+  environment: dict[str, str] = dataclasses.field(default_factory=dict)
   flops_per_image: Callable[[], float] | None = None
 
   @processes.exit_on_lost_peer()
@@ -112,7 +114,7 @@ class Trainer:
           or (step.init(), 0)
       )
       if start < total and processes.is_primary():
-        workdir_lib.begin(workdir, self.mesh)
+        workdir_lib.begin(workdir, self.mesh, self.environment)
       log = stack.enter_context(contextlib.closing(StepLog(
           workdir, self.config, self.plan, self.evaluators, start,
           self._mfu_of_rate(),

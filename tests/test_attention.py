@@ -1,0 +1,231 @@
+"""Implementations of attention: one result, and the choice among them."""
+
+import dataclasses
+import json
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+
+from mocov3_jax import models
+from mocov3_jax.base.errors import UserError
+from mocov3_jax.config import training as config_lib
+from mocov3_jax.models import execution as execution_lib
+from mocov3_jax.models.attention import ATTENTION, Dense, Tokens
+from mocov3_jax.models.execution import Execution
+from mocov3_jax.models.vit import ViT
+from mocov3_jax.parallel import sharding
+from mocov3_jax.training import execution as start
+from mocov3_jax.training import pretrain
+
+HERE = 'einsum', 'pallas'  # cuDNN is for GPUs.
+
+
+def outcome(name, num_heads, head_dim, tokens, dtype=jnp.float32):
+  """Output of the real tokens, and all gradients; padding holds junk."""
+  images, dim = 2, num_heads * head_dim
+  keys = jax.random.split(jax.random.key(0), 6)
+  x = jax.random.normal(keys[0], (images, tokens.rows, dim))
+  x = x.at[:, tokens.real :].set(1e3).reshape(-1, dim)
+  matrix = lambda key, n: jax.random.normal(key, (dim, n)) / math.sqrt(dim)
+  layers = (
+      Dense(matrix(keys[1], 3 * dim), jax.random.normal(keys[2], (3 * dim,)),
+            'qkv'),
+      Dense(matrix(keys[3], dim), jax.random.normal(keys[4], (dim,)), 'proj'),
+  )
+  real = min(tokens.real, tokens.queries)
+  toward = jax.random.normal(keys[5], (images, real, dim))
+
+  def loss(x, arrays):
+    qkv, proj = (
+        Dense(a.astype(dtype), b.astype(dtype), layer.name)
+        for (a, b), layer in zip(arrays, layers, strict=True)
+    )
+    out = ATTENTION[name](x.astype(dtype), qkv, proj, num_heads, tokens, None)
+    out = out.reshape(images, tokens.queries, dim)[:, :real]
+    return jnp.sum(out.astype(jnp.float32) * toward), out
+
+  with jax.default_matmul_precision('highest'):
+    grads, out = jax.jit(jax.grad(loss, argnums=(0, 1), has_aux=True))(
+        x, [(layer.kernel, layer.bias) for layer in layers]
+    )
+  return [out, *jax.tree.leaves(grads)]
+
+
+def distance(found, wanted):
+  found, wanted = (np.asarray(x, np.float64) for x in (found, wanted))
+  return np.linalg.norm(found - wanted) / max(np.linalg.norm(wanted), 1e-9)
+
+
+# Tokens of the recipes: digits, photo tiles and CIFAR, ImageNet at 224 pixels
+# with patches of 16 and of 14; with and without a class token.
+SHAPES = [
+    (4, 8, Tokens(17, 17, 17)), (2, 64, Tokens(65, 65, 65)),
+    (4, 32, Tokens(200, 197, 200)), (2, 64, Tokens(200, 197, 200)),
+    (2, 64, Tokens(196, 196, 196)), (2, 64, Tokens(200, 197, 1)),
+    (1, 80, Tokens(264, 257, 264)), (3, 16, Tokens(48, 37, 3)),
+]
+
+
+@pytest.mark.parametrize('name', HERE)
+@pytest.mark.parametrize('num_heads, head_dim, tokens', SHAPES)
+def test_all_equal_the_reference_in_float32(name, num_heads, head_dim, tokens):
+  wanted = outcome('reference', num_heads, head_dim, tokens)
+  for a, b in zip(
+      outcome(name, num_heads, head_dim, tokens), wanted, strict=True
+  ):
+    assert distance(a, b) < 1e-5
+
+
+@pytest.mark.parametrize('name', HERE)
+@pytest.mark.parametrize('num_heads, head_dim, tokens', [
+    (2, 64, Tokens(200, 197, 200)), (4, 32, Tokens(72, 65, 1)),
+])
+def test_in_half_precision_they_round_as_much(
+    name, num_heads, head_dim, tokens
+):
+  case = num_heads, head_dim, tokens
+  exact = outcome('reference', *case)
+  usual = outcome('reference', *case, jnp.bfloat16)
+  for a, b, c in zip(
+      outcome(name, *case, jnp.bfloat16), usual, exact, strict=True
+  ):
+    assert distance(a, c) < 1.5 * distance(b, c) + 1e-5
+
+
+def small_vit(**changes):
+  return ViT(patch_size=4, dim=32, depth=2, num_heads=2, **changes)
+
+
+@pytest.mark.parametrize('readout, mlp_norm', [
+    ('cls', 'layer'), ('norm_pool', 'layer'), ('pool', 'layer'),
+    ('cls', 'batch'), ('pool', 'batch'),
+])
+def test_padding_changes_no_network(readout, mlp_norm):
+  # 25 or 26 tokens, of which the kernel makes 32.
+  images = jax.random.normal(jax.random.key(0), (2, 20, 20, 3))
+  plain = small_vit(readout=readout, mlp_norm=mlp_norm)
+  padded = plain.clone(execution=Execution('pallas', keep_gelu=True))
+  variables = tiny.init(plain, jax.random.key(1), images, train=True)
+  assert jax.tree.map(jnp.shape, variables) == jax.tree.map(
+      jnp.shape, tiny.init(padded, jax.random.key(1), images, train=True)
+  )
+
+  def run(model):
+    def loss(params):
+      features, stats = model.apply(
+          variables | {'params': params}, images, train=True,
+          mutable=['batch_stats'],
+      )
+      return jnp.sum(jnp.sin(features)), stats
+
+    return jax.jit(jax.value_and_grad(loss, has_aux=True))(variables['params'])
+
+  jax.tree.map(
+      lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-5),
+      run(padded), run(plain),
+  )
+
+
+def test_a_batch_that_the_mesh_does_not_divide_runs_by_the_reference():
+  mesh = sharding.make_mesh()
+  chosen = Execution('pallas', True, mesh)
+  assert chosen.for_images(16) == chosen
+  assert chosen.for_images(3) == execution_lib.REFERENCE
+  assert dataclasses.replace(chosen, mesh=None).for_images(3).mesh is None
+
+
+@pytest.mark.parametrize('asked, platform, dtype, tokens, head_dim, name', [
+    ('auto', 'cpu', 'bfloat16', 197, 64, 'reference'),
+    ('auto', 'tpu', 'bfloat16', 197, 64, 'pallas'),
+    ('auto', 'tpu', 'bfloat16', 197, 32, 'pallas'),
+    ('auto', 'tpu', 'bfloat16', 257, 80, 'pallas'),
+    ('auto', 'tpu', 'bfloat16', 1025, 64, 'einsum'),
+    ('auto', 'tpu', 'bfloat16', 197, 48, 'einsum'),
+    ('auto', 'tpu', 'float32', 197, 64, 'reference'),
+    ('auto', 'gpu', 'bfloat16', 197, 64, 'cudnn'),
+    # NaN in cuDNN's backward pass.
+    ('auto', 'gpu', 'bfloat16', 64, 64, 'reference'),
+    ('auto', 'gpu', 'float32', 197, 64, 'reference'),
+    ('reference', 'tpu', 'bfloat16', 197, 64, 'reference'),
+    ('pallas', 'cpu', 'float32', 17, 8, 'pallas'),
+])
+def test_auto_is_a_table(asked, platform, dtype, tokens, head_dim, name):
+  assert execution_lib.choose(
+      asked, platform, dtype, tokens, head_dim
+  ) == name
+
+
+@pytest.mark.parametrize('asked, platform, dtype, words', [
+    ('palas', 'tpu', 'bfloat16', "Did you mean 'pallas'"),
+    ('pallas', 'gpu', 'bfloat16', "'pallas' does not run on a GPU. Use auto"),
+    ('cudnn', 'cpu', 'bfloat16', "'cudnn' does not run on a CPU"),
+    ('cudnn', 'gpu', 'float32', 'needs model.dtype=bfloat16'),
+])
+def test_what_cannot_run_is_refused(asked, platform, dtype, words):
+  with pytest.raises(UserError, match=words):
+    execution_lib.choose(asked, platform, dtype, 197, 64)
+
+
+def test_a_resnet_has_no_attention_to_choose():
+  c = config_lib.default_config()
+  c.model.name, c.model.attention = 'resnet50', 'einsum'
+  with pytest.raises(UserError, match='model.attention.*is for ViTs'):
+    models.build_backbone(c.model, 224)
+
+
+def broken(x, qkv, proj, num_heads, tokens, mesh):
+  # Attends to padding as well: a mistake of some thousandths.
+  del mesh
+  whole = tokens._replace(real=tokens.rows)
+  return ATTENTION['einsum'](x, qkv, proj, num_heads, whole, None)
+
+
+def failing(*_):
+  raise NotImplementedError('no such kernel\nand more')
+
+
+@pytest.mark.parametrize('implementation, words', [
+    (None, ''), (broken, 'from the reference in float32'),
+    (failing, 'NotImplementedError: no such kernel'),
+])
+def test_an_implementation_is_compared_before_it_is_used(
+    monkeypatch, implementation, words
+):
+  if implementation:
+    monkeypatch.setitem(ATTENTION, 'pallas', implementation)
+  why = start.disagreement(
+      Execution('pallas'), small_vit(dtype=jnp.bfloat16), 25
+  )
+  assert (words in why and '\n' not in why) if words else why == ''
+
+
+@pytest.mark.parametrize('before, name, said', [
+    (None, 'reference', ''),  # Not begun: as the table has it.
+    ({'device': 'cpu', 'attention': 'einsum'}, 'einsum', ''),
+    ({'device': 'cpu'}, 'reference', ''),  # Of a version without the choice.
+    ({'device': 'TPU v4', 'attention': 'pallas'}, 'reference',
+     'begun on another kind of device, with model.attention=pallas'),
+    ({'device': 'cpu', 'attention': ['x']}, 'reference', 'something unknown'),
+])
+def test_a_continued_run_keeps_its_attention(tmp_path, before, name, said):
+  if before:
+    (tmp_path / 'environment.json').write_text(json.dumps(before))
+  chosen, notes = start.choose(
+      tiny.config(), sharding.make_mesh(), str(tmp_path)
+  )
+  assert chosen.attention == name
+  assert said in ''.join(notes) and bool(notes) == bool(said)
+
+
+def test_a_run_records_its_attention(tmp_path):
+  c = tiny.config(**{
+      'schedule.steps': 2, 'schedule.warmup_epochs': 0.0,
+      'model.attention': 'einsum',
+  })
+  pretrain.pretrain(c, str(tmp_path))
+  found = json.loads((tmp_path / 'environment.json').read_text())
+  assert found['attention'] == 'einsum'
