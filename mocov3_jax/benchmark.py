@@ -1,4 +1,4 @@
-"""Measures: python -m mocov3_jax.benchmark input|augment|step --config=FILE
+"""Measures: python -m mocov3_jax.benchmark WORD --config=FILE
 
 input    images a second that the host reads and crops, by the number of
          threads, beside the original's chain of Pillow operations (all of the
@@ -8,11 +8,13 @@ augment  what the augmentation of crops on the device adds to a training step,
 step     images a second, use of the device, memory and compile time of the
          whole training step, taking turns with the same step in PyTorch.
          --suite: for several networks, at the largest batch that fits.
+attention  milliseconds of each implementation of attention in one block.
+losses   the first losses of a run on this machine's device and on its CPU.
 
 A table goes to stderr; the last line on stdout is one JSON object.
 """
 
-from mocov3_jax.benchmarks import host, step
+from mocov3_jax.benchmarks import attention, host, losses, step
 from mocov3_jax.config import command_line
 
 
@@ -23,7 +25,10 @@ def define(flags: command_line.Flags) -> dict[str, command_line.Action]:
       'images', 640, 'input: images to read at each turn.', at_least=1
   )
   rounds = flags.integer('rounds', 5, 'Turns of each contender.', at_least=1)
-  steps = flags.integer('steps', 10, 'step: steps in a turn.', at_least=1)
+  steps = flags.integer(
+      'steps', 10, 'step, attention: steps in a turn; losses: in all.',
+      at_least=1,
+  )
   against = flags.string(
       'against', 'compiled',
       'step: PyTorch as it is compared with, "compiled" by torch.compile, '
@@ -40,6 +45,10 @@ def define(flags: command_line.Flags) -> dict[str, command_line.Action]:
           config.value, images.value, rounds.value
       ),
       'augment': lambda: host.benchmark_augment(config.value, rounds.value),
+      'attention': lambda: attention.benchmark_attention(
+          config.value, rounds.value, steps.value
+      ),
+      'losses': lambda: losses.benchmark_losses(config.value, steps.value),
       'step': lambda: step.main(
           config.value, against.value, rounds.value, steps.value,
           profile.value, suite.value,

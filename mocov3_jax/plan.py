@@ -3,9 +3,13 @@
 
 Compiles the real step of a recipe at full size with the real TPU compiler, on
 any machine, and tells whether it fits, what it computes, moves and sends; what
-time that takes at the least, by the chip's published peaks; and what time at an
-assumed share of them (--mfu). Nothing is measured. Needs the compiler, which
+time each part of the model takes at the least; and what time at an assumed
+share of the chip's peak (--mfu). Nothing is measured. Needs the compiler, which
 the extra `tpu` brings. Takes minutes.
+
+--schedule reads the program's final instructions as well, for a bound that
+tells far more: what the compiler made of attention, norms, re-layouts.
+--images_per_chip=8,16,32 compares shares of the batch.
 
 A table goes to stderr; the last line on stdout is one JSON object.
 """
@@ -28,9 +32,18 @@ def define(flags: command_line.Flags) -> command_line.Action:
       'mfu', 0.4, 'Share of the chips\' peak that the estimate takes.'
   )
   propose = flags.switch('propose', True, 'Try what fits, if it does not.')
+  schedule = flags.switch(
+      'schedule', False, 'Read the final schedule of the program.'
+  )
+  dump = flags.string(
+      'dump', '', 'New folder for the texts that the compiler printed.'
+  )
+  shares = flags.names(
+      'images_per_chip', 'Images a chip to compare, such as 8,16,32.'
+  )
   return lambda: plan(
       config.value, topology.value, images.value, price.value, mfu.value,
-      propose.value,
+      propose.value, schedule.value, dump.value, shares.value,
   )
 
 

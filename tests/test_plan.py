@@ -16,6 +16,7 @@ from mocov3_jax.parallel import chips as chips_lib
 from mocov3_jax.parallel import sharding
 from mocov3_jax.planning import cost as cost_lib
 from mocov3_jax.planning import hlo, plan, topology
+from mocov3_jax.planning.breakdown import Breakdown, Time
 from mocov3_jax.training import flops as flops_lib
 
 NO_COMPILER = importlib.util.find_spec('libtpu') is None
@@ -94,7 +95,8 @@ def test_bounds_follow_from_published_peaks():
   )
   cost = cost_lib.Cost(
       fits=True, state=1, total=1, model_flops=1.0, traced_flops=1.0,
-      compiled_flops=197e12, hbm_bytes=2 * 819e9,
+      compiled_flops=197e12,
+      breakdown=Breakdown(Time(bound_ms=2e3), {}, {}, 0.0, 0, 0),
       collectives={
           'all-reduce': hlo.Collectives(1, 200 * 10**9),
           'all-gather': hlo.Collectives(2, 200 * 10**9),
@@ -102,7 +104,7 @@ def test_bounds_follow_from_published_peaks():
   )
   bounds = cost_lib.seconds(cost, chips)
   assert bounds['compute'] == pytest.approx(1)
-  assert bounds['memory'] == pytest.approx(2)
+  assert bounds['program'] == pytest.approx(2)
   # Rings of four: 3/4 of the bytes travel, twice for the reduction.
   assert bounds['interconnect'] == pytest.approx(0.75 * 2 + 0.75)
 

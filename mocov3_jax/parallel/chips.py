@@ -11,6 +11,8 @@ class Chip:
     flops: peak bfloat16 operations per second.
     memory: HBM, bytes.
     bandwidth: of the HBM, bytes per second.
+    clock: of a core, Hz: the peak over what its matrix units do in a cycle
+      (v6e: a calibration, since its units are 256 wide).
     interconnect: all links of a chip together, one way, bytes per second.
     dimensions: of the torus of chips.
     host: the chips of one host, as the compiler wants to know them.
@@ -20,6 +22,7 @@ class Chip:
   flops: float
   memory: int
   bandwidth: float
+  clock: float
   interconnect: float
   dimensions: int
   host: tuple[int, int, int] = (2, 2, 1)
@@ -28,10 +31,16 @@ class Chip:
 
 GIB = 2**30
 CHIPS = {
-    'v4': Chip(275e12, 32 * GIB, 1228e9, 2400e9 / 8, 3, config='megacore'),
-    'v5e': Chip(197e12, 16 * GIB, 819e9, 1600e9 / 8, 2),
-    'v5p': Chip(459e12, 95 * GIB, 2765e9, 4800e9 / 8, 3),
-    'v6e': Chip(918e12, 32 * GIB, 1640e9, 3584e9 / 8, 2),
+    'v4': Chip(
+        275e12, 32 * GIB, 1228e9, 275e12 / (2 * 128**2 * 8), 2400e9 / 8, 3,
+        config='megacore',
+    ),
+    'v5e': Chip(197e12, 16 * GIB, 819e9, 197e12 / (2 * 128**2 * 4),
+                1600e9 / 8, 2),
+    'v5p': Chip(459e12, 95 * GIB, 2765e9, 459e12 / (2 * 128**2 * 8),
+                4800e9 / 8, 3),
+    'v6e': Chip(918e12, 32 * GIB, 1640e9, 918e12 / (2 * 256**2 * 4),
+                3584e9 / 8, 2),
 }
 
 # Dense bfloat16 operations per second (float16 on the T4 and V100, which have

@@ -2,20 +2,20 @@
 
 import dataclasses
 import math
-import pathlib
 import re
-import tempfile
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
+from mocov3_jax import models
 from mocov3_jax.config import training as config_lib
 from mocov3_jax.data.pipeline import Batch
 from mocov3_jax.method.build import build_method, image_shape
 from mocov3_jax.parallel import sharding
 from mocov3_jax.planning import hlo, topology
+from mocov3_jax.planning.breakdown import Breakdown, breakdown
+from mocov3_jax.planning.compiler import Compiler
 from mocov3_jax.training import flops, pretrain
 
 
@@ -35,9 +35,8 @@ class Cost:
       is computed twice.
     compiled_flops: as the compiler counts them, everything included; None if
       there are loops, whose bodies it counts once.
-    hbm_bytes: of all operands and results of all operations, as the compiler
-      counts them; likewise. More than what moves: some stay on the chip.
     collectives: by kind.
+    breakdown: where the time of the step goes.
   """
 
   fits: bool
@@ -48,10 +47,10 @@ class Cost:
   arguments: int | None = None
   temporary: int | None = None
   compiled_flops: float | None = None
-  hbm_bytes: float | None = None
   collectives: dict[str, hlo.Collectives] = dataclasses.field(
       default_factory=dict
   )
+  breakdown: Breakdown | None = None
 
 
 def abstract_batch(config: ConfigDict) -> Batch:
@@ -65,11 +64,20 @@ def abstract_batch(config: ConfigDict) -> Batch:
 
 
 def measure(
-    config: ConfigDict, plan: config_lib.Plan, chips: topology.Slice
+    config: ConfigDict, plan: config_lib.Plan, chips: topology.Slice,
+    compiler: Compiler,
 ) -> Cost:
-  """Compiles the real step for a slice and reads what it costs."""
+  """Compiles the real step for a slice and reads what it costs.
+
+  Args:
+    config: of the run.
+    plan: of the run.
+    chips: to compile for.
+    compiler: to compile with.
+  """
   mesh = sharding.make_mesh(chips.devices, config.fsdp_devices)
-  method = build_method(config, plan, mesh.size)
+  execution = models.execution_on(mesh, config.model, config.data.image_size)
+  method = build_method(config, plan, mesh.size, execution)
   step = sharding.jit_step(*pretrain.make_step(config, method), mesh)
   known = {
       'state': sum(
@@ -84,44 +92,33 @@ def measure(
       ) / mesh.size,
   }
   try:
-    compiled, text = compile_and_print(step.lower(abstract_batch(config)))
+    traced = step.trace(abstract_batch(config))
+    program = compiler.compile(traced.lower())
   except jax.errors.JaxRuntimeError as e:
     needed = memory_needed(str(e))
     if needed is None:
       raise
     return Cost(fits=False, total=needed, **known)
-  memory = compiled.memory_analysis()
+  memory = program.compiled.memory_analysis()
   total = (
       memory.argument_size_in_bytes + memory.temp_size_in_bytes
       + memory.output_size_in_bytes - memory.alias_size_in_bytes
       + memory.generated_code_size_in_bytes
   )
-  counted = {}
-  if not hlo.has_loops(text):
-    cost = compiled.cost_analysis()
-    counted = {
-        'compiled_flops': cost['flops'], 'hbm_bytes': cost['bytes accessed']
-    }
+  compiled_flops = None
+  if not hlo.has_loops(program.optimised):
+    compiled_flops = program.compiled.cost_analysis()['flops']
   return Cost(
       fits=total <= chips.chip.memory, total=total,
       arguments=memory.argument_size_in_bytes,
       temporary=memory.temp_size_in_bytes,
-      collectives=hlo.collectives(text), **counted, **known,
+      collectives=hlo.collectives(program.optimised),
+      compiled_flops=compiled_flops,
+      breakdown=breakdown(
+          program.code, chips.chip, program.schedule,
+          flops.pallas_grids(traced.jaxpr.jaxpr),
+      ), **known,
   )
-
-
-def compile_and_print(lowered: jax.stages.Lowered) -> tuple[Any, str]:
-  """Compiles, and has the compiler itself print the optimised program.
-
-  jaxlib's `as_text` fails at some of v6e's asynchronous collectives, which are
-  newer than it.
-  """
-  with tempfile.TemporaryDirectory() as folder:
-    compiled = lowered.compile(compiler_options={
-        'xla_dump_to': folder, 'xla_dump_hlo_as_text': True,
-    })
-    printed = sorted(pathlib.Path(folder).glob('*.after_optimizations.txt'))
-    return compiled, printed[-1].read_text()
 
 
 def memory_needed(message: str) -> int | None:
@@ -142,8 +139,7 @@ def seconds(cost: Cost, chips: topology.Slice) -> dict[str, float]:
   """Returns what a step takes at the least, by what limits it.
 
   Matrix products at the chip's peak, each collective as over a ring with all
-  links of a chip in use: lower bounds. Memory traffic at its bandwidth: none,
-  since the compiler counts more than what moves. All three at the same time.
+  links of a chip in use; and the bound of the program (`breakdown`).
   """
   chip, count = chips.chip, len(chips.devices)
   share = (count - 1) / count
@@ -155,6 +151,6 @@ def seconds(cost: Cost, chips: topology.Slice) -> dict[str, float]:
   flops = cost.compiled_flops or cost.traced_flops
   return {
       'compute': flops / chip.flops,
-      'memory': (cost.hbm_bytes or 0.0) / chip.bandwidth,
+      'program': cost.breakdown.step.bound_ms / 1e3 if cost.breakdown else 0.0,
       'interconnect': moved / chip.interconnect,
   }

@@ -1,4 +1,12 @@
-"""Reads a compiled program: its collectives, with the loops counted."""
+"""Reads a compiled program: its operations, and its collectives.
+
+The text is that of optimised HLO. An operation is a line such as
+
+  %fusion.1 = bf16[8,128]{1,0:T(8,128)(2,1)S(1)} fusion(%a, %b), kind=kOutput,
+    calls=%computation, metadata={op_name="jit(step)/..."}
+
+where S(1) in a layout says that the array is in VMEM, and not in HBM.
+"""
 
 import collections
 import dataclasses
@@ -17,9 +25,110 @@ _COLLECTIVE = re.compile(
     rf'= (\(.*?\)|\S+) ({"|".join(KINDS)})(?:-start)?\('
 )
 _ARRAY = re.compile(r'\b([a-z]+\d*)\[([\d,]*)\]')
+_LAID_OUT = re.compile(r'\b([a-z]+\d*)\[([\d,]*)\](?:\{([^}]*)\})?')
 _CALLED = re.compile(
     r'(?:calls|to_apply|called_computations|body)=\{?%?([\w.-]+)'
 )
+
+
+@dataclasses.dataclass(frozen=True)
+class Operation:
+  """A line of a computation.
+
+  Attributes:
+    name: unique in the program.
+    shape: of the result, as text, with layouts; perhaps a tuple.
+    code: such as 'fusion' or 'custom-call'.
+    arguments: what is in the brackets: the operands, or the number of a
+      parameter.
+    attributes: the rest of the line.
+  """
+
+  name: str
+  shape: str
+  code: str
+  arguments: str
+  attributes: str
+
+  @property
+  def operands(self) -> tuple[str, ...]:
+    """Names of the operations whose results it is given."""
+    return tuple(re.findall(r'%([\w.-]+)', self.arguments))
+
+  def attribute(self, pattern: str) -> str:
+    """Returns the first group of a pattern in the attributes, or ''."""
+    found = re.search(pattern, self.attributes)
+    return found[1] if found else ''
+
+  @property
+  def scope(self) -> str:
+    """Where it comes from: the scopes of the traced program."""
+    return self.attribute('op_name="([^"]*)"')
+
+  @property
+  def called(self) -> str:
+    """Name of the computation of a fusion, or ''."""
+    return self.attribute(r'calls=%?([\w.-]+)')
+
+
+def operations(text: str) -> dict[str, list[Operation]]:
+  """Returns the operations of each computation; of the main one as 'ENTRY'."""
+  return {
+      name: [op for op in map(_operation, lines) if op]
+      for name, lines in _computations(text).items()
+  }
+
+
+def _operation(line: str) -> Operation | None:
+  match = re.match(r'\s+(?:ROOT )?%([\w.-]+) = (.*)$', line)
+  if not match:
+    return None
+  name, rest = match.groups()
+  # A shape is one word, or a tuple in brackets that may hold brackets.
+  end = _closing(rest) + 1 if rest.startswith('(') else rest.index(' ')
+  shape, rest = rest[:end], rest[end:].lstrip()
+  code, _, rest = rest.partition('(')
+  end = _closing('(' + rest) - 1
+  return Operation(name, shape, code, rest[:end], rest[end + 1 :])
+
+
+def _closing(text: str) -> int:
+  """Returns where the bracket closes with which `text` begins."""
+  depth = 0
+  for i, letter in enumerate(text):
+    depth += (letter == '(') - (letter == ')')
+    if depth == 0:
+      return i
+  return len(text)
+
+
+def dimensions(shape: str) -> list[int]:
+  """Returns the lengths of the axes of an array, or of a tuple's first one."""
+  return [int(n) for n in _ARRAY.search(shape)[2].split(',') if n]
+
+
+def array_bytes(shape: str) -> int:
+  """Returns the bytes of all arrays of a shape."""
+  return _size(shape)
+
+
+def hbm_bytes(shape: str) -> int:
+  """Returns the bytes of those arrays of a shape that are in HBM."""
+  return sum(
+      _size(f'{kind}[{dims}]')
+      for kind, dims, layout in _LAID_OUT.findall(shape) if 'S(' not in layout
+  )
+
+
+def copied_bytes(op: Operation) -> int:
+  """Returns the bytes of HBM traffic of an asynchronous copy or slice."""
+  # Source and destination, of which the smaller one is what moves.
+  arrays = _LAID_OUT.findall(op.shape)[:2]
+  if len(arrays) < 2:
+    return 0
+  moved = min(_size(f'{kind}[{dims}]') for kind, dims, _ in arrays)
+  inside = any('S(' in layout for _, _, layout in arrays)
+  return moved if inside else 2 * moved
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,8 +1,9 @@
 """Compiles a run for a slice, and for changes that make it fit."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 import dataclasses
 import fnmatch
+import re
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -13,6 +14,7 @@ from mocov3_jax.base.errors import UserError
 from mocov3_jax.config import checks
 from mocov3_jax.config import training as config_lib
 from mocov3_jax.parallel import chips as chips_lib
+from mocov3_jax.planning import compiler as compiler_lib
 from mocov3_jax.planning import cost as cost_lib
 from mocov3_jax.planning import topology as topology_lib
 from mocov3_jax.training import pretrain
@@ -20,7 +22,8 @@ from mocov3_jax.training import pretrain
 
 def plan(
     config: ConfigDict, topology: str, images: int = 0, price: float = 0.0,
-    mfu: float = 0.4, propose: bool = True,
+    mfu: float = 0.4, propose: bool = True, schedule: bool = False,
+    dump: str = '', shares: Sequence[str] = (),
 ) -> dict[str, Any]:
   """Compiles for a slice, and for changes of the config until one fits.
 
@@ -32,10 +35,14 @@ def plan(
     mfu: share of the chips' peak that the model's operations are taken to
       reach, for an estimate beside the lower bound.
     propose: whether to try changes if it does not fit.
+    schedule: whether to read the compiler's final schedule as well.
+    dump: new folder for the texts that the compiler printed; '' = none.
+    shares: images a chip to compare, in place of the batch of the config.
 
   Returns:
-    The report, flat, for JSON; of the config, or of the first change of it
-    that fits, which 'changes' names.
+    The report, for JSON; of the config, or of the first change of it that
+    fits, which 'changes' names. With `shares`, that of the share with the
+    smallest bound an image; 'shares' has the bounds of all.
 
   Raises:
     UserError: for bad input, or without the compiler.
@@ -45,27 +52,62 @@ def plan(
         f'--images={images} --price={price} --mfu={mfu}. Allowed: 0 or more, '
         '0 or more, and above 0, at most 1.'
     )
-  chips = topology_lib.get_slice(topology)
-  checks.validate(config, len(chips.devices))
-  images = images or images_of(config)
-  schedule = config_lib.plan(config, images)
+  for share in shares:
+    if not re.fullmatch(r'[1-9]\d{0,6}', share):
+      raise UserError(
+          f'--images_per_chip={",".join(shares)}. Allowed: whole numbers of at '
+          'least 1, such as 8,16,32.'
+      )
+  with compiler_lib.printing(schedule, dump) as compiler:
+    chips = topology_lib.get_slice(topology)
+    count = len(chips.devices)
 
-  def measured(config):
-    found = report_of(config, schedule, chips, price, mfu)
-    return found | {'images': images}
+    def measured(config, changes):
+      changed = config.copy_and_resolve_references().unlock()
+      changed.update_from_flattened_dict(changes)
+      checks.validate(changed, count)
+      number = images or images_of(changed)
+      steps = config_lib.plan(changed, number)
+      found = report_of(changed, steps, chips, price, mfu, compiler)
+      found |= {'images': number} | ({'changes': changes} if changes else {})
+      show(found)
+      return found
 
-  report = measured(config)
-  show(report)
-  if report['fits'] or not propose:
+    if shares:
+      return _compare_shares([
+          measured(config, {'batch_size': int(share) * count})
+          for share in shares
+      ])
+    report = measured(config, {})
+    if report['fits'] or not propose:
+      return report
+    for changes in proposals(config, count):
+      other = measured(config, changes)
+      if other['fits']:
+        return other
     return report
-  for changes in proposals(config, len(chips.devices)):
-    changed = config.copy_and_resolve_references().unlock()
-    changed.update_from_flattened_dict(changes)
-    other = measured(changed) | {'changes': changes}
-    show(other)
-    if other['fits']:
-      return other
-  return report
+
+
+def _compare_shares(reports: Sequence[dict[str, Any]]) -> dict[str, Any]:
+  """Says which share of the batch a chip does in the least time an image."""
+  bounds = {
+      r['images_per_chip']: 1e3 * r['seconds_bound'] / r['images_per_chip']
+      for r in reports if r['fits']
+  }
+  if not bounds:
+    return reports[0]
+  best = min(bounds, key=bounds.__getitem__)
+  lines = ['  bound an image, by the images of a chip: ' + ', '.join(
+      f'{share}: {bound:.3f} ms' for share, bound in bounds.items()
+  )]
+  if best < max(bounds):
+    lines.append(
+        f'  Activations of more images than {best} leave the memory of the '
+        f'core. For a larger batch, try --config.micro_batch={best}.'
+    )
+  console.say('\n'.join(lines))
+  report = next(r for r in reports if r['images_per_chip'] == best)
+  return report | {'shares': {str(n): bound for n, bound in bounds.items()}}
 
 
 def images_of(config: ConfigDict) -> int:
@@ -104,10 +146,10 @@ def proposals(config: ConfigDict, devices: int) -> Iterator[dict[str, Any]]:
 
 def report_of(
     config: ConfigDict, schedule: config_lib.Plan, chips: topology_lib.Slice,
-    price: float, mfu: float,
+    price: float, mfu: float, compiler: compiler_lib.Compiler,
 ) -> dict[str, Any]:
   """Compiles one config, and reports."""
-  cost = cost_lib.measure(config, schedule, chips)
+  cost = cost_lib.measure(config, schedule, chips, compiler)
   count = len(chips.devices)
   report = {
       'libtpu': chips.compiler, 'libtpu_of_jax': chips.prescribed,
@@ -119,7 +161,7 @@ def report_of(
       'hbm_gib': chips.chip.memory / chips_lib.GIB,
   }
   for field in dataclasses.fields(cost):
-    if field.name != 'collectives':
+    if field.name not in ('collectives', 'breakdown'):
       report[field.name] = dataclasses.asdict(cost)[field.name]
   report['collectives'] = {
       kind: dataclasses.asdict(c) for kind, c in cost.collectives.items()
@@ -128,13 +170,14 @@ def report_of(
     return report
   bounds = cost_lib.seconds(cost, chips)
   report |= {f'seconds_{name}': value for name, value in bounds.items()}
-  bound = max(bounds['compute'], bounds['interconnect'])
+  if cost.breakdown:
+    found = dataclasses.asdict(cost.breakdown)
+    report |= found.pop('step') | found
+  bound = max(bounds.values())
   # No chip does more than the bound allows, whatever MFU was asked for.
   likely = max(bound, cost.model_flops / (chips.chip.flops * mfu))
   report |= {
-      'bound_by': max(
-          ('compute', 'interconnect'), key=bounds.__getitem__
-      ),
+      'bound_by': max(bounds, key=bounds.__getitem__),
       'steps': schedule.total_steps, 'assumed_mfu': mfu,
   }
   for suffix, seconds in ('_bound', bound), ('', likely):
@@ -157,9 +200,9 @@ def show(report: dict[str, Any]) -> None:
       '?' if report[field] is None
       else f'{report[field] / chips_lib.GIB:.2f} GiB'
   )
-  tera = lambda field, unit='': (
+  tera = lambda field: (
       'not counted (loops)' if report[field] is None
-      else f'{report[field] / 1e12:.3f} T{unit}'
+      else f'{report[field] / 1e12:.3f} T'
   )
   lines = [
       f'{report["model"]}, batch {report["batch_size"]}, on '
@@ -180,20 +223,19 @@ def show(report: dict[str, Any]) -> None:
       f'    temporary        {gib("temporary")}',
       f'  FLOPs per chip     model {tera("model_flops")}, traced '
       f'{tera("traced_flops")}, compiled {tera("compiled_flops")}',
-      f'  memory traffic     {tera("hbm_bytes", "B")} per chip',
   ]
   for kind, c in report['collectives'].items():
     lines.append(
         f'  {kind:18} {c["count"]} of {c["bytes"] / 2**20:.2f} MiB in all'
     )
+  if 'parts' in report:
+    lines += _breakdown_lines(report)
   if report['fits']:
     lines += [
-        '  a step by the published peaks, not measured: '
-        + ', '.join(
+        '  a step at the least: ' + ', '.join(
             f'{name} {1e3 * report[f"seconds_{name}"]:.1f} ms'
-            for name in ('compute', 'interconnect', 'memory')
-            if name != 'memory' or report['hbm_bytes'] is not None
-        ) + ('' if report['hbm_bytes'] is None else ' (more than what moves)'),
+            for name in ('compute', 'interconnect', 'program')
+        ),
         f'  {report["steps"]} steps, {report["images"]} images an epoch',
         f'    lower bound      {_time(report, "_bound")} (by '
         f'{report["bound_by"]})',
@@ -201,6 +243,36 @@ def show(report: dict[str, Any]) -> None:
         f'--mfu={report["assumed_mfu"]:g})',
     ]
   console.say('\n'.join(lines))
+
+
+def _breakdown_lines(report: dict[str, Any]) -> list[str]:
+  """Returns the table of where the time goes, a line each."""
+  scheduled = report['schedule_ms'] > 0
+  columns = {'bound_ms': 'bound', 'flops_ms': 'FLOPs', 'hbm_ms': 'HBM'}
+  if scheduled:
+    columns['schedule_ms'] = 'schedule'
+  row = lambda name, values: f'    {name:24}' + ''.join(
+      f'{values[field]:10.2f}' for field in columns
+  )
+  lines = [
+      '  where the time of the program goes: lower bounds in ms, not measured',
+      f'    {"":24}' + ''.join(f'{name:>10}' for name in columns.values()),
+      row('step', report),
+      *(row(name, t) for name, t in report['parts'].items()),
+      '    of which',
+      *(row(name, t) for name, t in report['networks'].items()),
+      f'    beside it, {report["copies_ms"]:.2f} ms of copies from and to HBM',
+  ]
+  if not scheduled:
+    lines.append(
+        '    --schedule reads the final program as well, which tells far more'
+    )
+  if report['dynamic_loops']:
+    lines.append(
+        f'    {report["dynamic_loops"]} operations have loops of unknown '
+        'length, counted once'
+    )
+  return lines
 
 
 def _time(report: dict[str, Any], suffix: str) -> str:

@@ -1,0 +1,72 @@
+"""`benchmark losses`: the first losses of a run, here and on a CPU."""
+
+import functools
+from typing import Any
+
+import jax
+from ml_collections import ConfigDict
+
+from mocov3_jax import models
+from mocov3_jax.base import console
+from mocov3_jax.benchmarks import step_process
+from mocov3_jax.config import checks
+from mocov3_jax.config import training as config_lib
+from mocov3_jax.data import pipeline
+from mocov3_jax.method.build import build_method
+from mocov3_jax.parallel import sharding
+from mocov3_jax.training import pretrain
+
+
+def benchmark_losses(config: ConfigDict, steps: int) -> dict[str, Any]:
+  """Takes the first steps of a run on this machine's device and on its CPU.
+
+  Args:
+    config: of the run, such as configs/digits.py.
+    steps: how many.
+
+  Returns:
+    'here' and 'cpu', a loss a step; the largest relative difference of the
+    two, 'difference'; and 'device'.
+
+  Raises:
+    UserError: for a bad config.
+  """
+  found = {}
+  for place in 'here', 'cpu':
+    build = functools.partial(first_losses, config, steps, place == 'cpu')
+    with step_process.stepper(build) as ask:
+      found[place], device = ask(step_process.whole)
+    if place == 'here':
+      found['device'] = device
+  found['difference'] = max(
+      abs(a - b) / abs(b)
+      for a, b in zip(found['here'], found['cpu'], strict=True)
+  )
+  console.say(
+      f'{steps} losses on {found["device"]} and on the CPU differ by at most '
+      f'{found["difference"]:.1e} of their value'
+  )
+  return found
+
+
+def first_losses(
+    config: ConfigDict, steps: int, on_cpu: bool
+) -> tuple[list[float], str]:
+  """Returns the losses of the first steps, and the kind of the device."""
+  if on_cpu:
+    jax.config.update('jax_platforms', 'cpu')
+  checks.validate(config, 1)
+  mesh = sharding.make_mesh(jax.devices()[:1])
+  splits = pretrain.load_splits(config)
+  plan = config_lib.plan(config, len(splits.train))
+  execution = models.execution_on(mesh, config.model, config.data.image_size)
+  method = build_method(config, plan, 1, execution)
+  step = sharding.jit_step(*pretrain.make_step(config, method), mesh)
+  reader = pretrain.make_reader(
+      config, splits.train, sharding.local_positions(mesh, config.batch_size)
+  )
+  state, losses = step.init(), []
+  for batch in pipeline.train_batches(reader, 0, steps, 2):
+    state, values = step(state, sharding.to_global(batch, mesh))
+    losses.append(float(values['train/loss']))
+  return losses, jax.devices()[0].device_kind
