@@ -1,5 +1,6 @@
 """The planner: collectives, topologies, bounds. No TPU compiler is needed."""
 
+import dataclasses
 import importlib.util
 import json
 
@@ -15,7 +16,7 @@ from mocov3_jax.method.build import build_method
 from mocov3_jax.parallel import chips as chips_lib
 from mocov3_jax.parallel import sharding
 from mocov3_jax.planning import cost as cost_lib
-from mocov3_jax.planning import hlo, plan, topology
+from mocov3_jax.planning import gpus, hlo, plan, topology
 from mocov3_jax.planning.breakdown import Breakdown, Time
 from mocov3_jax.training import flops as flops_lib
 
@@ -91,10 +92,11 @@ def test_the_model_needs_eight_forward_passes():
 
 def test_bounds_follow_from_published_peaks():
   chips = topology.Slice(
-      'v5e:2x2', chips_lib.CHIPS['v5e'], [None] * 4, '0.0.52', '0.0.42.*'
+      'v5e:2x2', chips_lib.CHIPS['v5e'], [None] * 4, 'libtpu 0.0.52', '0.0.42.*'
   )
   cost = cost_lib.Cost(
-      fits=True, state=1, total=1, model_flops=1.0, traced_flops=1.0,
+      attention='pallas', fits=True, state=1, total=1, model_flops=1.0,
+      traced_flops=1.0,
       compiled_flops=197e12,
       breakdown=Breakdown(Time(bound_ms=2e3), {}, {}, 0.0, 0, 0),
       collectives={
@@ -129,19 +131,21 @@ def test_proposals_leave_a_batchnorm_backbone_whole():
   assert list(plan.proposals(c, 16)) == [{'fsdp_devices': 16}]
 
 
-def planned(monkeypatch, cost, *arguments, **options):
+def planned(monkeypatch, cost, *arguments, options=(), **changes):
   """What is reported of a slice of four chips and a step of a given cost."""
   chips = topology.Slice(
-      'v5e:2x2', chips_lib.CHIPS['v5e'], [None] * 4, '0.0.52', '0.0.42.*'
+      'v5e:2x2', chips_lib.CHIPS['v5e'], [None] * 4, 'libtpu 0.0.52', '0.0.42.*'
   )
   monkeypatch.setattr(plan.topology_lib, 'get_slice', lambda name: chips)
-  monkeypatch.setattr(plan.cost_lib, 'measure', lambda *_: cost)
-  c = tiny.config(**{'schedule.epochs': 100.0, **options})
-  return plan.plan(c, 'v5e:2x2', *arguments)
+  measure = cost if callable(cost) else lambda *_: cost
+  monkeypatch.setattr(plan.cost_lib, 'measure', measure)
+  c = tiny.config(**{'schedule.epochs': 100.0, **changes})
+  return plan.plan(c, 'v5e:2x2', *arguments, **dict(options))
 
 
 COST = cost_lib.Cost(
-    fits=True, state=1, total=2, model_flops=197e9, traced_flops=2 * 197e9
+    attention='pallas', fits=True, state=1, total=2, model_flops=197e9,
+    traced_flops=2 * 197e9,
 )
 
 
@@ -217,6 +221,103 @@ def test_a_missing_compiler_is_one_clear_message(monkeypatch):
   )
   assert code == 2 and 'mocov3_jax[tpu]' in err, err
   assert 'Traceback' not in err and not out
+
+
+@pytest.mark.parametrize('given, words', [
+    ('h100', 'h100:1 to h100:8'), ('h100:9', 'h100:1 to h100:8'),
+    ('h1000:1', 'a100, h100, h200, v4'),
+])
+def test_a_gpu_that_cannot_be_is_named(given, words):
+  with pytest.raises(UserError, match=words):
+    topology.get_slice(given)
+
+
+@pytest.mark.parametrize('options, words', [
+    ({'shares': ['8', 'x']}, '--images_per_chip=8,x'),
+    ({'shares': ['0']}, '--images_per_chip=0'),
+    ({'dump': '.'}, '--dump=. is not empty'),
+])
+def test_options_that_cannot_be_are_named(monkeypatch, options, words):
+  with pytest.raises(UserError, match=words):
+    planned(monkeypatch, COST, options=options)
+
+
+def test_shares_of_a_batch_are_compared(monkeypatch, capsys):
+  # The larger share takes twice as long an image.
+  def measure(config, *_):
+    share = config.batch_size // 4
+    time = share * (1.0 if share <= 16 else 2.0)
+    return dataclasses.replace(COST, breakdown=Breakdown(
+        Time(bound_ms=time), {}, {}, 0.0, 0, 0
+    ))
+
+  report = planned(
+      monkeypatch, measure, 6400, options={'shares': ['16', '32']}
+  )
+  assert report['images_per_chip'] == 16
+  assert report['shares'] == {
+      '16': pytest.approx(1.0), '32': pytest.approx(2.0)
+  }
+  assert 'try --config.micro_batch=16' in capsys.readouterr().err
+
+
+def test_the_table_tells_parts_and_networks(monkeypatch, capsys):
+  cost = dataclasses.replace(COST, breakdown=Breakdown(
+      Time(1.0, 2.0, 3.0, 4.5), {'MLP': Time(1.0, 0.5, 2.0, 2.5)},
+      {'backward': Time(0.5, 0.5, 0.5, 0.75)}, 0.25, 3, 0,
+  ))
+  report = planned(monkeypatch, cost, 6400)
+  assert (report['flops_ms'], report['hbm_ms']) == (1.0, 2.0)
+  assert (report['schedule_ms'], report['bound_ms']) == (3.0, 4.5)
+  assert report['parts']['MLP']['bound_ms'] == 2.5
+  # It is more than what the products take at the peak.
+  assert report['seconds_bound'] == pytest.approx(4.5e-3)
+  assert report['bound_by'] == 'program'
+  told = capsys.readouterr().err
+  for words in (
+      'MLP                           2.50      1.00      0.50      2.00',
+      '0.25 ms of copies', '3 operations have loops', 'not measured',
+  ):
+    assert words in told, told
+
+
+GPU_PROGRAM = """
+%graph (p: bf16[8]) -> bf16[8] {
+  %p = bf16[8]{0} parameter(0)
+  %gemm = bf16[8]{0} custom-call(%p), custom_call_target="__cublas$lt$matmul"
+  ROOT %f = bf16[8]{0} fusion(%gemm), kind=kCustom, calls=%x, \
+backend_config={"fusion_backend_config":{"kind":"__triton"}}
+}
+
+ENTRY %main (p: bf16[8]) -> bf16[8] {
+  %p.1 = bf16[8]{0} parameter(0)
+  %c = bf16[8]{0} custom-call(%p.1), custom_call_target="__cudnn$fmhaSoftmax"
+  %l = bf16[8]{0} fusion(%c), kind=kLoop, calls=%y
+  ROOT %call = bf16[8]{0} call(%l), to_apply=%graph
+}
+"""
+
+
+def test_kernels_are_counted_by_library():
+  assert gpus.kernels(GPU_PROGRAM) == {
+      'cuDNN attention': 1, 'XLA': 1, 'cuBLAS': 1, 'Triton': 1
+  }
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(NO_COMPILER, reason='needs libtpu')
+@pytest.mark.parametrize('slice_', ['v4:1x1x1', 'v5e:1x1', 'v5p:1x1x1',
+                                    'v6e:1x1'])
+def test_the_kernels_compile_for_each_chip(slice_):
+  code, out, err = tiny.run(
+      'plan', '--config=configs/imagenet/vit_s16.py', f'--topology={slice_}',
+      '--config.batch_size=8', '--config.model.depth=2',
+      '--config.head.hidden_dim=512', '--config.model.dtype=bfloat16',
+  )
+  assert code == 0, err
+  report = json.loads(out.splitlines()[-1])
+  assert report['attention'] == 'pallas' and report['fits']
+  assert report['parts']['attention']['flops_ms'] > 0
 
 
 @pytest.mark.slow

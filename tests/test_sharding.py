@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import tiny
 
-from mocov3_jax import evals
+from mocov3_jax import evals, models
 from mocov3_jax.config import training as config_lib
 from mocov3_jax.data import pipeline
 from mocov3_jax.evals.evaluator import EvalContext
@@ -24,7 +24,8 @@ def run_steps(config, devices, steps=10):
   mesh = sharding.make_mesh(jax.devices()[:devices], config.fsdp_devices)
   splits = pretrain.load_splits(config)
   plan = config_lib.plan(config, len(splits.train))
-  method = build_method(config, plan, mesh.size)
+  execution = models.execution_on(mesh, config.model, config.data.image_size)
+  method = build_method(config, plan, mesh.size, execution)
   step = sharding.jit_step(*pretrain.make_step(config, method), mesh)
   reader = pretrain.make_reader(
       config, splits.train, sharding.local_positions(mesh, config.batch_size)
@@ -63,8 +64,18 @@ def one_device():
         pytest.param(8, {'fsdp_devices': 8}, marks=pytest.mark.slow),
         (8, {'fsdp_devices': 2, 'micro_batch': 4}),
         pytest.param(1, {'micro_batch': 16}, marks=pytest.mark.slow),
+        *(
+            pytest.param(8, changes | {'model.attention': name},
+                         marks=pytest.mark.slow)
+            for name in ('einsum', 'pallas')
+            for changes in ({}, {'fsdp_devices': 2, 'micro_batch': 4})
+        ),
     ],
-    ids=['data', 'fsdp', 'data fsdp passes', 'passes'],
+    ids=[
+        'data', 'fsdp', 'data fsdp passes', 'passes', 'data, einsum',
+        'data fsdp passes, einsum', 'data, pallas',
+        'data fsdp passes, pallas',
+    ],
 )
 def test_losses_do_not_depend_on_devices_or_passes(
     one_device, monkeypatch, devices, changes

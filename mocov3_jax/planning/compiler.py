@@ -26,7 +26,7 @@ class Program:
   Attributes:
     compiled: the program.
     optimised: its optimised HLO.
-    code: the same with memory spaces and asynchronous copies.
+    code: the same with memory spaces and asynchronous copies; '' of GPUs.
     schedule: its bundles, where they were asked for.
   """
 
@@ -79,6 +79,17 @@ class Compiler:
             'its schedule. Use a process of its own: the command plan.'
         )
     return Program(compiled, texts[OPTIMISED], texts[CODE], schedule)
+
+  def compile_for_gpus(self, lowered: jax.stages.Lowered) -> Program:
+    """Compiles with XLA's GPU compiler, which cannot try kernels here."""
+    # Triton's products would have tiles that nobody has chosen.
+    options = {'xla_gpu_enable_triton_gemm': False}
+    with tempfile.TemporaryDirectory() as folder:
+      compiled = lowered.compile(compiler_options=options)
+      path = pathlib.Path(folder) / f'{OPTIMISED}.txt'
+      path.write_text(compiled.as_text())
+      self._keep([path])
+      return Program(compiled, path.read_text(), '', None)
 
   def _keep(self, paths: Any) -> None:
     """Copies what was printed to the folder of `--dump`, one a program."""

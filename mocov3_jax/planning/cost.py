@@ -13,7 +13,7 @@ from mocov3_jax.config import training as config_lib
 from mocov3_jax.data.pipeline import Batch
 from mocov3_jax.method.build import build_method, image_shape
 from mocov3_jax.parallel import sharding
-from mocov3_jax.planning import hlo, topology
+from mocov3_jax.planning import gpus, hlo, topology
 from mocov3_jax.planning.breakdown import Breakdown, breakdown
 from mocov3_jax.planning.compiler import Compiler
 from mocov3_jax.training import flops, pretrain
@@ -24,6 +24,7 @@ class Cost:
   """Of a compiled step, per chip. None = could not be told.
 
   Attributes:
+    attention: its implementation.
     fits: whether it fits the chip's memory.
     state: bytes of parameters, target, statistics and optimizer state.
     arguments: bytes of the state and the batch.
@@ -36,9 +37,11 @@ class Cost:
     compiled_flops: as the compiler counts them, everything included; None if
       there are loops, whose bodies it counts once.
     collectives: by kind.
-    breakdown: where the time of the step goes.
+    breakdown: where the time of the step goes, on TPUs.
+    kernels: by library, on GPUs.
   """
 
+  attention: str
   fits: bool
   state: int
   total: int
@@ -51,6 +54,7 @@ class Cost:
       default_factory=dict
   )
   breakdown: Breakdown | None = None
+  kernels: dict[str, int] | None = None
 
 
 def abstract_batch(config: ConfigDict) -> Batch:
@@ -79,7 +83,10 @@ def measure(
   execution = models.execution_on(mesh, config.model, config.data.image_size)
   method = build_method(config, plan, mesh.size, execution)
   step = sharding.jit_step(*pretrain.make_step(config, method), mesh)
+  with chips.tracing():
+    traced_flops = flops.traced_flops(method, abstract_batch(config).images)
   known = {
+      'attention': execution.attention,
       'state': sum(
           math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
           for x in jax.tree.leaves(step.state)
@@ -87,13 +94,16 @@ def measure(
       'model_flops': flops.step_flops(
           method, image_shape(config.data), config.batch_size
       ) / mesh.size,
-      'traced_flops': flops.traced_flops(
-          method, abstract_batch(config).images
-      ) / mesh.size,
+      'traced_flops': traced_flops / mesh.size,
   }
   try:
-    traced = step.trace(abstract_batch(config))
-    program = compiler.compile(traced.lower())
+    with chips.tracing():
+      traced = step.trace(abstract_batch(config))
+      lowered = traced.lower()
+    if chips.are_gpus:
+      program = compiler.compile_for_gpus(lowered)
+    else:
+      program = compiler.compile(lowered)
   except jax.errors.JaxRuntimeError as e:
     needed = memory_needed(str(e))
     if needed is None:
@@ -108,16 +118,19 @@ def measure(
   compiled_flops = None
   if not hlo.has_loops(program.optimised):
     compiled_flops = program.compiled.cost_analysis()['flops']
+  if chips.are_gpus:
+    details = {'kernels': gpus.kernels(program.optimised)}
+  else:
+    details = {'breakdown': breakdown(
+        program.code, chips.chip, program.schedule,
+        flops.pallas_grids(traced.jaxpr.jaxpr),
+    )}
   return Cost(
       fits=total <= chips.chip.memory, total=total,
       arguments=memory.argument_size_in_bytes,
       temporary=memory.temp_size_in_bytes,
       collectives=hlo.collectives(program.optimised),
-      compiled_flops=compiled_flops,
-      breakdown=breakdown(
-          program.code, chips.chip, program.schedule,
-          flops.pallas_grids(traced.jaxpr.jaxpr),
-      ), **known,
+      compiled_flops=compiled_flops, **details, **known,
   )
 
 

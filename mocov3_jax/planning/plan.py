@@ -60,6 +60,11 @@ def plan(
       )
   with compiler_lib.printing(schedule, dump) as compiler:
     chips = topology_lib.get_slice(topology)
+    if chips.are_gpus and (schedule or shares):
+      raise UserError(
+          f'--topology={topology}: of GPUs no time is known. Leave out '
+          '--schedule and --images_per_chip.'
+      )
     count = len(chips.devices)
 
     def measured(config, changes):
@@ -152,7 +157,7 @@ def report_of(
   cost = cost_lib.measure(config, schedule, chips, compiler)
   count = len(chips.devices)
   report = {
-      'libtpu': chips.compiler, 'libtpu_of_jax': chips.prescribed,
+      'compiler': chips.compiler, 'libtpu_of_jax': chips.prescribed,
       'topology': chips.name, 'chips': count, 'model': config.model.name,
       'batch_size': config.batch_size,
       'images_per_chip': config.batch_size // count,
@@ -166,7 +171,7 @@ def report_of(
   report['collectives'] = {
       kind: dataclasses.asdict(c) for kind, c in cost.collectives.items()
   }
-  if not cost.fits:
+  if cost.kernels is not None or not cost.fits:
     return report
   bounds = cost_lib.seconds(cost, chips)
   report |= {f'seconds_{name}': value for name, value in bounds.items()}
@@ -210,11 +215,11 @@ def show(report: dict[str, Any]) -> None:
       f'{report["images_per_chip"]} images each; micro_batch '
       f'{report["micro_batch"]}, remat {report["remat"]}, fsdp_devices '
       f'{report["fsdp_devices"]}',
-      f'  compiled by libtpu {report["libtpu"]}'
+      f'  attention {report["attention"]}, compiled by {report["compiler"]}'
       + (
-          '' if not report['libtpu_of_jax']
-          or fnmatch.fnmatch(report['libtpu'], report['libtpu_of_jax'])
-          else f'; with this JAX, TPUs run {report["libtpu_of_jax"]}'
+          '' if not report['libtpu_of_jax'] or fnmatch.fnmatch(
+              report['compiler'], f'libtpu {report["libtpu_of_jax"]}'
+          ) else f'; with this JAX, TPUs run {report["libtpu_of_jax"]}'
       ),
       f'  memory per chip    {gib("total")} of {report["hbm_gib"]:.0f} GiB: '
       + ('fits' if report['fits'] else 'DOES NOT FIT'),
@@ -228,9 +233,13 @@ def show(report: dict[str, Any]) -> None:
     lines.append(
         f'  {kind:18} {c["count"]} of {c["bytes"] / 2**20:.2f} MiB in all'
     )
+  if report['kernels'] is not None:
+    lines.append('  kernels            ' + ', '.join(
+        f'{count} {library}' for library, count in report['kernels'].items()
+    ) + '; of their time nothing is known')
   if 'parts' in report:
     lines += _breakdown_lines(report)
-  if report['fits']:
+  if 'seconds' in report:
     lines += [
         '  a step at the least: ' + ', '.join(
             f'{name} {1e3 * report[f"seconds_{name}"]:.1f} ms'

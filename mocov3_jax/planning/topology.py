@@ -1,4 +1,4 @@
-"""TPU slices that are not there: their topology and their published figures."""
+"""Chips that are not there: their topology and their published figures."""
 
 from collections.abc import Sequence
 import contextlib
@@ -14,6 +14,10 @@ import jax
 
 from mocov3_jax.base.errors import UserError, unknown
 from mocov3_jax.parallel.chips import CHIPS, Chip
+from mocov3_jax.planning.gpus import GPUS, Gpu, assumed_cudnn, target_config
+
+# XLA's GPU compiler comes as one of these.
+PLUGINS = 'jax_cuda12_plugin', 'jax_cuda13_plugin'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,19 +25,28 @@ class Slice:
   """Chips of one kind, connected.
 
   Attributes:
-    name: such as 'v5e:16x16'.
+    name: such as 'v5e:16x16' or 'h100:8'.
     chip: figures of each.
     devices: for the compiler; they cannot run anything.
-    compiler: its version.
+    compiler: its name and version.
     prescribed: the version of it that this JAX runs on a slice, such as
       '0.0.42.*'; '' if JAX names none.
   """
 
   name: str
-  chip: Chip
+  chip: Chip | Gpu
   devices: list[Any]
   compiler: str
   prescribed: str
+
+  @property
+  def are_gpus(self) -> bool:
+    """Whether they are GPUs, of which no time can be told."""
+    return isinstance(self.chip, Gpu)
+
+  def tracing(self) -> contextlib.AbstractContextManager[None]:
+    """Returns the context to trace programs for these chips in."""
+    return assumed_cudnn() if self.are_gpus else contextlib.nullcontext()
 
 
 def parse(topology: str) -> tuple[Chip, tuple[int, ...]]:
@@ -44,7 +57,7 @@ def parse(topology: str) -> tuple[Chip, tuple[int, ...]]:
   """
   kind, _, shape = topology.partition(':')
   if kind not in CHIPS:
-    raise unknown('--topology', kind, CHIPS)
+    raise unknown('--topology', kind, (*CHIPS, *GPUS))
   chip = CHIPS[kind]
   sides = 'x'.join(['N'] * chip.dimensions)
   if not re.fullmatch('x'.join([r'[1-9]\d*'] * chip.dimensions), shape):
@@ -64,6 +77,8 @@ def get_slice(topology: str) -> Slice:
   Raises:
     UserError: for what is not known, or without the compiler (libtpu).
   """
+  if topology.partition(':')[0] in GPUS:
+    return _get_gpus(topology)
   chip, sides = parse(topology)
   if importlib.util.find_spec('libtpu') is None:
     raise UserError(
@@ -92,8 +107,42 @@ def get_slice(topology: str) -> Slice:
       ) from e
   return Slice(
       topology, chip, list(found.devices),
-      importlib.metadata.version('libtpu'),
+      f'libtpu {importlib.metadata.version("libtpu")}',
       prescribed_compiler(importlib.metadata.requires('jax') or ()),
+  )
+
+
+def _get_gpus(topology: str) -> Slice:
+  """Describes GPUs of one machine to XLA's GPU compiler."""
+  kind, _, count = topology.partition(':')
+  if not re.fullmatch(r'[1-8]', count):
+    raise UserError(
+        f'--topology={topology!r}. Allowed: {kind}:1 to {kind}:8, the GPUs of '
+        'one machine.'
+    )
+  gpu = GPUS[kind]
+  # Everything that runs does so on the CPU.
+  jax.config.update('jax_platforms', 'cpu')
+  os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '2')  # No driver, it says.
+  plugin = next(
+      (name for name in PLUGINS if importlib.util.find_spec(name)), None
+  )
+  if plugin is None:
+    raise UserError(
+        f'--topology={topology} needs the GPU compiler, which is not '
+        'installed. Use: pip install "mocov3_jax[gpu-plan]", or in a clone '
+        'pip install -e ".[gpu-plan]".'
+    )
+  from jax.experimental import topologies
+
+  found = topologies.get_topology_desc(
+      platform='cuda', target_config=target_config(gpu),
+      topology=f'1x1x{count}',
+  )
+  package = plugin.replace('_', '-')
+  return Slice(
+      topology, gpu, list(found.devices),
+      f'{package} {importlib.metadata.version(package)}', '',
   )
 
 
