@@ -6,12 +6,13 @@
 #
 # OUT is a new folder. Each measurement is written there as it is had: its row
 # to OUT/rows.jsonl, what it printed to OUT/NAME.log, a profile of ViT-B/16 to
-# OUT/profile; the table comes last. One that fails is a row as well. --long
-# adds ViT-L/16, and PyTorch beside all networks. PyTorch is compared with where
-# it is installed.
+# OUT/profile; the table comes last. One that fails, or for which no time is
+# left, is a row as well. --long adds ViT-L/16, PyTorch beside all networks, and
+# 15 minutes. PyTorch is compared with where it is installed.
 #
 # PYTHON chooses an interpreter that has the packages already; .venv is made
-# otherwise. TINY=1 takes small networks, to try this script on a CPU.
+# otherwise. TINY=1 takes small networks, and an hour, to try this script on a
+# CPU.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 if [ $# -lt 1 ] || [ -e "$1" ]; then
@@ -28,11 +29,11 @@ else
 fi
 mkdir -p "$out"
 
-row() {  # NAME SECONDS ARGUMENTS...: one command of `benchmark`, and its row.
-  local name=$1 limit=$2 start=$SECONDS code=0
-  shift 2
+row() {  # NAME ARGUMENTS...: one command of `benchmark`, and its row.
+  local name=$1 start=$SECONDS left=$((end - SECONDS)) code=0
+  shift
   echo "$name ..." >&2
-  timeout "$limit" "$python" -m mocov3_jax.benchmark "$@" \
+  timeout "$((left > 1 ? left : 1))" "$python" -m mocov3_jax.benchmark "$@" \
     > "$out/$name.json" 2> "$out/$name.log" || code=$?
   "$python" - "$name" "$code" "$((SECONDS - start))" "$out" <<'END'
 import json, pathlib, sys
@@ -54,6 +55,8 @@ resnet=(--config=configs/imagenet/resnet50.py --config.batch_size=256
         --config.model.dtype=bfloat16)
 turns=(--rounds=3 --steps=5)
 images=640
+end=$((SECONDS + 290))
+if [ "$long" = --long ]; then end=$((end + 900)); fi
 if [ -n "${TINY:-}" ]; then
   small=(--config.batch_size=4 --config.data.image_size=32
          --config.head.hidden_dim=64)
@@ -66,6 +69,7 @@ if [ -n "${TINY:-}" ]; then
   resnet+=("${small[@]}" --config.model.dim=8)
   turns=(--rounds=1 --steps=1)
   images=32
+  end=$((SECONDS + 3600))
 fi
 against=none
 if "$python" -c 'import torch, timm' 2>/dev/null; then against=compiled; fi
@@ -84,23 +88,24 @@ for i in range(min(int(sys.argv[2]), 160)):  # As large as ImageNet's mean.
   rough.resize((500, 375), Image.Resampling.BICUBIC).save(
       folder / f'{i}.jpg', quality=90)
 END
-row losses 60 losses --config=configs/digits.py --steps=10
-row attention 60 attention "${vit_b[@]}" "${turns[@]}"
-row vit_b 180 step "${vit_b[@]}" "${turns[@]}" --against=$against
-row profile 60 step "${vit_b[@]}" --rounds=1 --steps=3 --against=none \
+row losses losses --config=configs/digits.py --steps=10
+row attention attention "${vit_b[@]}" "${turns[@]}"
+row vit_b step "${vit_b[@]}" "${turns[@]}" --against=$against \
   --profile="$out/profile"
-row vit_s 60 step "${vit_s[@]}" "${turns[@]}" --against=$others
-row resnet50 60 step "${resnet[@]}" "${turns[@]}" --against=$others
-row input 60 input --config=configs/folder.py:"$out/photos" \
-  --images="$images" --rounds=1
+row input input --config=configs/folder.py:"$out/photos" \
+  --config.batch_size=16 --images="$images" --rounds=1
+row vit_s step "${vit_s[@]}" "${turns[@]}" --against=$others
+row resnet50 step "${resnet[@]}" "${turns[@]}" --against=$others
 if [ "$long" = --long ]; then
-  row vit_l 180 step "${vit_l[@]}" "${turns[@]}" --against=$others
+  row vit_l step "${vit_l[@]}" "${turns[@]}" --against=$others
 fi
 rm -r "$out/photos"
 
 "$python" - "$out/rows.jsonl" <<'END'
 import json, sys
 def about(row):
+  if row['code'] == 124:
+    return f'not finished in time; see {row["name"]}.log'
   if row['code']:
     return f'failed with code {row["code"]}; see {row["name"]}.log'
   if row['name'] == 'losses':

@@ -746,3 +746,35 @@ def test_without_a_fitting_python_it_says_how_to_get_one(tmp_path):
       'smoke.sh', path=tmp_path / 'bin', root=home, PYTHON='/no/python3'
   )
   assert code == 2 and '/no/python3 is' in err and 'absent' in err
+
+
+def test_the_accelerator_check_wants_a_new_folder(tmp_path):
+  for arguments in [], [str(tmp_path)]:
+    done = subprocess.run(
+        ['bash', 'launch/accelerator_check.sh', *arguments], cwd=tiny.ROOT,
+        capture_output=True, text=True,
+    )
+    assert done.returncode == 2 and 'NEW_FOLDER' in done.stderr
+
+
+@pytest.mark.slow
+def test_the_accelerator_check_writes_a_row_a_measurement(tmp_path):
+  out = tmp_path / 'measured'
+  done = subprocess.run(
+      ['bash', 'launch/accelerator_check.sh', str(out), '--long'],
+      cwd=tiny.ROOT, capture_output=True, text=True,
+      env=os.environ | {
+          'TINY': '1', 'PYTHON': sys.executable, 'JAX_PLATFORMS': 'cpu'
+      },
+  )
+  assert done.returncode == 0, done.stderr
+  rows = [json.loads(row) for row in (out / 'rows.jsonl').open()]
+  assert [row['name'] for row in rows] == [
+      'losses', 'attention', 'vit_b', 'input', 'vit_s', 'resnet50', 'vit_l'
+  ]
+  assert all(row['code'] == 0 for row in rows), done.stdout
+  assert rows[0]['difference'] == 0  # Both are the CPU.
+  assert rows[2]['jax']['images_per_second'] > 0
+  assert any((out / 'profile').rglob('*'))
+  assert not (out / 'photos').exists()
+  assert len(done.stdout.splitlines()) == len(rows)

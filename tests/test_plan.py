@@ -16,7 +16,7 @@ from mocov3_jax.method.build import build_method
 from mocov3_jax.parallel import chips as chips_lib
 from mocov3_jax.parallel import sharding
 from mocov3_jax.planning import cost as cost_lib
-from mocov3_jax.planning import gpus, hlo, plan, topology
+from mocov3_jax.planning import gpus, hlo, plan, timing, topology
 from mocov3_jax.planning.breakdown import Breakdown, Time
 from mocov3_jax.training import flops as flops_lib
 
@@ -279,6 +279,15 @@ def test_the_table_tells_parts_and_networks(monkeypatch, capsys):
       '0.25 ms of copies', '3 operations have loops', 'not measured',
   ):
     assert words in told, told
+
+
+def test_a_planned_step_is_timed_on_these_devices_alone():
+  c = tiny.config()
+  steps = config_lib.plan(c, 1437)
+  count, kind = jax.device_count(), jax.devices()[0].device_kind
+  assert timing.step_seconds(c, steps, ('TPU v4',), count) is None
+  assert timing.step_seconds(c, steps, (kind,), count + 1) is None
+  assert timing.step_seconds(c, steps, (kind,), count) > 0
 
 
 GPU_PROGRAM = """

@@ -43,16 +43,21 @@ CHIPS = {
                 3584e9 / 8, 2),
 }
 
+# What JAX calls them.
+DEVICE_KINDS = {
+    'v4': ('TPU v4',),
+    'v5e': ('TPU v5 lite', 'TPU v5e'),
+    'v5p': ('TPU v5', 'TPU v5p'),
+    'v6e': ('TPU v6 lite', 'TPU v6e'),
+}
+
 # Dense bfloat16 operations per second (float16 on the T4 and V100, which have
 # no other) of one device as JAX names it: the makers' data sheets.
 PEAK_FLOPS = {
-    'TPU v4': CHIPS['v4'].flops,
-    'TPU v5 lite': CHIPS['v5e'].flops,
-    'TPU v5e': CHIPS['v5e'].flops,
-    'TPU v5': CHIPS['v5p'].flops,
-    'TPU v5p': CHIPS['v5p'].flops,
-    'TPU v6 lite': CHIPS['v6e'].flops,
-    'TPU v6e': CHIPS['v6e'].flops,
+    **{
+        kind: CHIPS[name].flops
+        for name, kinds in DEVICE_KINDS.items() for kind in kinds
+    },
     'NVIDIA A100-PCIE-40GB': 312e12,
     'NVIDIA A100-SXM4-40GB': 312e12,
     'NVIDIA A100-SXM4-80GB': 312e12,

@@ -16,6 +16,7 @@ from mocov3_jax.config import training as config_lib
 from mocov3_jax.parallel import chips as chips_lib
 from mocov3_jax.planning import compiler as compiler_lib
 from mocov3_jax.planning import cost as cost_lib
+from mocov3_jax.planning import timing
 from mocov3_jax.planning import topology as topology_lib
 from mocov3_jax.training import pretrain
 
@@ -75,6 +76,8 @@ def plan(
       steps = config_lib.plan(changed, number)
       found = report_of(changed, steps, chips, price, mfu, compiler)
       found |= {'images': number} | ({'changes': changes} if changes else {})
+      if found['fits']:
+        found['seconds_here'] = timing.seconds_here(changed, steps, chips)
       show(found)
       return found
 
@@ -239,6 +242,11 @@ def show(report: dict[str, Any]) -> None:
     ) + '; of their time nothing is known')
   if 'parts' in report:
     lines += _breakdown_lines(report)
+  if 'seconds_here' in report and report['seconds_here'] is not None:
+    lines.append(
+        f'  MEASURED on this machine: {1e3 * report["seconds_here"]:.2f} ms a '
+        'step'
+    )
   if 'seconds' in report:
     lines += [
         '  a step at the least: ' + ', '.join(

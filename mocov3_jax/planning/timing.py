@@ -1,0 +1,80 @@
+"""Times a planned step where the planned chips are those of this machine."""
+
+from concurrent import futures
+import multiprocessing
+import pathlib
+import statistics
+import time
+
+import jax
+import jax.numpy as jnp
+from ml_collections import ConfigDict
+
+from mocov3_jax import models
+from mocov3_jax.config import training as config_lib
+from mocov3_jax.method.build import build_method
+from mocov3_jax.parallel import sharding
+from mocov3_jax.parallel.chips import DEVICE_KINDS
+from mocov3_jax.planning import cost, topology
+from mocov3_jax.training import pretrain
+
+# Where Linux shows an accelerator.
+DEVICES = '/dev/accel0', '/dev/vfio/0', '/dev/nvidia0'
+STEPS = 10
+
+
+def seconds_here(
+    config: ConfigDict, plan: config_lib.Plan, chips: topology.Slice
+) -> float | None:
+  """Returns the seconds of a step on this machine; None if it has other chips.
+
+  In a process of its own: this one has told JAX that it is a CPU.
+
+  Args:
+    config: of the run.
+    plan: of the run.
+    chips: as planned.
+  """
+  if not any(pathlib.Path(path).exists() for path in DEVICES):
+    return None
+  kinds = (
+      (chips.chip.name,) if chips.are_gpus
+      else DEVICE_KINDS[chips.name.partition(':')[0]]
+  )
+  context = multiprocessing.get_context('spawn')
+  with futures.ProcessPoolExecutor(1, mp_context=context) as pool:
+    return pool.submit(
+        step_seconds, config, plan, kinds, len(chips.devices)
+    ).result()
+
+
+def step_seconds(
+    config: ConfigDict, plan: config_lib.Plan, kinds: tuple[str, ...],
+    count: int,
+) -> float | None:
+  """Returns the median of some steps on the devices of this process.
+
+  Args:
+    config: of the run.
+    plan: of the run.
+    kinds: names of the planned device; None is returned for another one,
+    count: or for another number of them.
+  """
+  devices = jax.devices()
+  if len(devices) != count or devices[0].device_kind not in kinds:
+    return None
+  mesh = sharding.make_mesh(devices, config.fsdp_devices)
+  execution = models.execution_on(mesh, config.model, config.data.image_size)
+  method = build_method(config, plan, mesh.size, execution)
+  step = sharding.jit_step(*pretrain.make_step(config, method), mesh)
+  batch = jax.jit(
+      lambda: jax.tree.map(
+          lambda x: jnp.full(x.shape, 7, x.dtype), cost.abstract_batch(config)
+      ), out_shardings=sharding.batch_sharding(mesh),
+  )()
+  state, taken = step.init(), []
+  for _ in range(STEPS + 2):
+    start = time.perf_counter()
+    state, _ = jax.block_until_ready(step(state, batch))
+    taken.append(time.perf_counter() - start)
+  return statistics.median(taken[2:])  # The first one compiles.
