@@ -83,8 +83,6 @@ def measure(
   execution = models.execution_on(mesh, config.model, config.data.image_size)
   method = build_method(config, plan, mesh.size, execution)
   step = sharding.jit_step(*pretrain.make_step(config, method), mesh)
-  with chips.tracing():
-    traced_flops = flops.traced_flops(method, abstract_batch(config).images)
   known = {
       'attention': execution.attention,
       'state': sum(
@@ -94,12 +92,13 @@ def measure(
       'model_flops': flops.step_flops(
           method, image_shape(config.data), config.batch_size
       ) / mesh.size,
-      'traced_flops': traced_flops / mesh.size,
+      'traced_flops': flops.traced_flops(
+          method, abstract_batch(config).images
+      ) / mesh.size,
   }
   try:
-    with chips.tracing():
-      traced = step.trace(abstract_batch(config))
-      lowered = traced.lower()
+    traced = step.trace(abstract_batch(config))
+    lowered = traced.lower()
     if chips.are_gpus:
       program = compiler.compile_for_gpus(lowered)
     else:

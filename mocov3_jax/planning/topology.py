@@ -44,8 +44,8 @@ class Slice:
     """Whether they are GPUs, of which no time can be told."""
     return isinstance(self.chip, Gpu)
 
-  def tracing(self) -> contextlib.AbstractContextManager[None]:
-    """Returns the context to trace programs for these chips in."""
+  def assumed(self) -> contextlib.AbstractContextManager[None]:
+    """Returns the context in which JAX takes them for present."""
     return assumed_cudnn() if self.are_gpus else contextlib.nullcontext()
 
 
