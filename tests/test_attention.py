@@ -13,6 +13,8 @@ import tiny
 from mocov3_jax import models
 from mocov3_jax.base.errors import UserError
 from mocov3_jax.config import training as config_lib
+from mocov3_jax.data import pipeline
+from mocov3_jax.method.build import build_method
 from mocov3_jax.models import execution as execution_lib
 from mocov3_jax.models.attention import ATTENTION, Dense, Tokens
 from mocov3_jax.models.execution import Execution
@@ -229,3 +231,42 @@ def test_a_run_records_its_attention(tmp_path):
   pretrain.pretrain(c, str(tmp_path))
   found = json.loads((tmp_path / 'environment.json').read_text())
   assert found['attention'] == 'einsum'
+
+
+@pytest.mark.slow
+def test_ten_losses_are_as_close_as_a_rounding_of_the_input():
+  c = tiny.config(**{'model.dtype': 'bfloat16', 'schedule.epochs': 3.0})
+  mesh = sharding.make_mesh(jax.devices()[:1])
+  splits = pretrain.load_splits(c)
+  plan = config_lib.plan(c, len(splits.train))
+  reader = pretrain.make_reader(
+      c, splits.train, sharding.local_positions(mesh, c.batch_size)
+  )
+  batches = list(pipeline.train_batches(reader, 0, 10, 2))
+
+  def losses(name, rounding=0.0):
+    method = build_method(c, plan, 1, Execution(name, name != 'reference'))
+    plain = method.augment
+
+    def augmented(images, key):
+      views = plain(images, key)
+      up = jax.random.bernoulli(jax.random.key(1), 0.5, views.shape)
+      scale = 1 + jnp.where(up, rounding, -rounding)
+      return (views.astype(jnp.float32) * scale).astype(views.dtype)
+
+    step = sharding.jit_step(
+        *pretrain.make_step(c, method.replace(augment=augmented)), mesh
+    )
+    state, found = step.init(), []
+    for batch in batches:
+      state, values = step(state, sharding.to_global(batch, mesh))
+      found.append(float(values['train/loss']))
+    return np.asarray(found)
+
+  usual = losses('reference')
+  # bfloat16 has eight bits: one rounding is a 256th at most.
+  apart = np.abs(losses('reference', 2.0**-8) - usual).max()
+  for name in HERE:
+    found = np.abs(losses(name) - usual).max()
+    print(name, found, apart)
+    assert found <= apart

@@ -125,6 +125,36 @@ def test_each_operation_is_of_a_part_and_a_network():
   assert list(found.networks) == ['backward', 'online forward']
 
 
+LOOP = """
+%body (p: (s32[], f32[8,512])) -> (s32[], f32[8,512]) {
+  %p = (s32[]{:T(128)}, f32[8,512]{1,0:T(8,128)}) parameter(0)
+  %x = f32[8,512]{1,0:T(8,128)} get-tuple-element(%p), index=1
+  %y = f32[8,512]{1,0:T(8,128)} add(%x, %x)
+  ROOT %t = (s32[]{:T(128)}, f32[8,512]{1,0:T(8,128)}) tuple(%i, %y)
+}
+
+%condition (p: (s32[], f32[8,512])) -> pred[] {
+  %n = s32[]{:T(128)} LENGTH
+  ROOT %c = pred[]{:T(512)S(6)} compare(%i, %n), direction=LT
+}
+
+ENTRY %main (a: f32[8,512]) -> (s32[], f32[8,512]) {
+  %a = (s32[]{:T(128)}, f32[8,512]{1,0:T(8,128)}) parameter(0)
+  ROOT %w = (s32[]{:T(128)}, f32[8,512]{1,0:T(8,128)}) while(%a), \
+condition=%condition, body=%body
+}
+"""
+
+
+@pytest.mark.parametrize('length, times, dynamic', [
+    ('constant(7)', 7, 0), ('parameter(0)', 1, 1),
+])
+def test_the_body_of_a_loop_counts_as_often_as_it_runs(length, times, dynamic):
+  found = breakdown(LOOP.replace('LENGTH', length), CHIP)
+  assert moved(found) == pytest.approx(times * 2 * 4 * 8 * 512)
+  assert found.dynamic_loops == dynamic
+
+
 def test_a_line_is_an_operation():
   op = hlo.operations(PROGRAM)['ENTRY'][2]
   assert (op.name, op.code, op.operands, op.called) == (

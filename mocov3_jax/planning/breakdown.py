@@ -20,7 +20,7 @@ from mocov3_jax.planning.bundles import Schedule
 # Codes of what takes no time of its own: names of values, and the two ends of
 # what runs beside the program.
 FREE = frozenset({
-    'parameter', 'get-tuple-element', 'tuple', 'bitcast', 'constant',
+    'call', 'parameter', 'get-tuple-element', 'tuple', 'bitcast', 'constant',
     'after-all', 'partition-id', 'replica-id', 'async-done', 'async-update',
     'copy-done', 'send-done', 'recv-done',
 })
@@ -87,8 +87,8 @@ class Breakdown:
     parts: by part of the model, the longest first.
     networks: by network and direction; what is of none is in none.
     copies_ms: HBM traffic of asynchronous copies, which run beside the rest.
-    dynamic_loops: operations with a loop that is counted once, since the
-      program computes how often it runs.
+    dynamic_loops: loops, and operations with one, that are counted once,
+      since the program computes how often they run.
     unscheduled: operations whose bundles are not known; they are bounded by
       the other two.
   """
@@ -116,10 +116,12 @@ def breakdown(
   computations = hlo.operations(text)
   step, copies, dynamic, unscheduled = Time(), 0, 0, 0
   parts, networks = {}, {}
-  shapes = {op.name: op.shape for op in computations['ENTRY']}
-  for op in computations['ENTRY']:
+  for op, times, shapes in _running(computations):
+    if op.code == 'while':
+      dynamic += not hlo.trips(op, computations)
+      continue
     if op.code in COPIES:
-      copies += hlo.copied_bytes(op)
+      copies += times * hlo.copied_bytes(op)
     if op.code in FREE | COPIES or op.shape.endswith(SCALAR):
       continue
     if re.search(FREE_CALLS, op.attributes):
@@ -138,14 +140,14 @@ def breakdown(
       )
       unscheduled += issued is None
       dynamic += bool(issued and issued.dynamic_loops)
+    cycles = issued.cycles if issued else 0.0
+    flops, padded, moved, cycles = (
+        1e3 * times * x for x in (flops, padded, moved, cycles)
+    )
     time = Time(
-        flops_ms=1e3 * flops / chip.flops,
-        hbm_ms=1e3 * moved / chip.bandwidth,
-        schedule_ms=1e3 * issued.cycles / chip.clock if issued else 0.0,
+        flops / chip.flops, moved / chip.bandwidth, cycles / chip.clock
     )
-    time.bound_ms = max(
-        1e3 * padded / chip.flops, time.hbm_ms, time.schedule_ms
-    )
+    time.bound_ms = max(padded / chip.flops, time.hbm_ms, time.schedule_ms)
     scope = _scope(op, computations)
     step.add(time)
     parts.setdefault(_part(op, scope), Time()).add(time)
@@ -158,6 +160,29 @@ def breakdown(
       {name: networks[name] for name, _ in NETWORKS if name in networks},
       1e3 * copies / chip.bandwidth, dynamic, unscheduled,
   )
+
+
+def _running(
+    computations: Mapping[str, list[hlo.Operation]], name: str = 'ENTRY',
+    times: int = 1,
+) -> Iterable[tuple[hlo.Operation, int, dict[str, str]]]:
+  """Yields what runs, and how often, with the shapes beside it.
+
+  Fusions are one operation; the bodies of loops run as often as the loop does,
+  and once if that is not known.
+  """
+  shapes = {op.name: op.shape for op in computations[name]}
+  for op in computations[name]:
+    yield op, times, shapes
+    if op.code == 'while':
+      body = op.attribute(r'body=%?([\w.-]+)')
+      yield from _running(
+          computations, body, times * max(hlo.trips(op, computations), 1)
+      )
+    elif op.code == 'call':
+      yield from _running(
+          computations, op.attribute(r'to_apply=%?([\w.-]+)'), times
+      )
 
 
 def _part(op: hlo.Operation, scope: str) -> str:
@@ -208,12 +233,12 @@ def _moved(
     computations: Mapping[str, list[hlo.Operation]],
 ) -> int:
   """Returns the bytes that an operation reads from and writes to HBM."""
-  moved = hlo.hbm_bytes(op.shape)
   sliced = _sliced(op.called, computations)
+  read = {}  # An operand that is given twice is read once.
   for i, name in enumerate(op.operands):
     whole = hlo.hbm_bytes(shapes[name]) if name in shapes else 0
-    moved += min(whole, sliced[i]) if i in sliced else whole
-  return moved
+    read[name] = min(whole, sliced[i]) if i in sliced else whole
+  return hlo.hbm_bytes(op.shape) + sum(read.values())
 
 
 def _sliced(

@@ -79,6 +79,23 @@ def operations(text: str) -> dict[str, list[Operation]]:
   }
 
 
+def trips(
+    loop: Operation, computations: dict[str, list[Operation]]
+) -> int:
+  """Returns how often a loop runs; 0 if that is not known."""
+  known = loop.attribute(r'known_trip_count\D*(\d+)')
+  if known:
+    return int(known)
+  # Loops of lax.map and lax.scan count from 0 to a constant.
+  condition = loop.attribute(r'condition=%?([\w.-]+)')
+  bounds = [
+      int(op.arguments) for op in (
+          computations[condition] if condition in computations else ()
+      ) if op.code == 'constant' and op.arguments.isdigit()
+  ]
+  return max(bounds, default=0)
+
+
 def _operation(line: str) -> Operation | None:
   match = re.match(r'\s+(?:ROOT )?%([\w.-]+) = (.*)$', line)
   if not match:

@@ -110,8 +110,8 @@ def _compare_shares(reports: Sequence[dict[str, Any]]) -> dict[str, Any]:
   )]
   if best < max(bounds):
     lines.append(
-        f'  Activations of more images than {best} leave the memory of the '
-        f'core. For a larger batch, try --config.micro_batch={best}.'
+        f'  More images than {best} take longer each. For a larger batch, try '
+        f'--config.micro_batch={best}.'
     )
   console.say('\n'.join(lines))
   report = next(r for r in reports if r['images_per_chip'] == best)
