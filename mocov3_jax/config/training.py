@@ -110,7 +110,7 @@ def schema() -> Schema:
 
 def _data() -> Schema:
   return {
-      # Where the images come from: 'digits', 'folder:PATH' or
+      # Where the images come from: 'digits', 'folder:PATH', 'idx:FOLDER' or
       # 'tfds:NAME[:SPLIT]'.
       'source': Knob('digits'),
       # Labels of a folder, for the kNN monitor alone: 'auto' = the names of

@@ -7,7 +7,7 @@ from etils import epath
 import numpy as np
 
 from mocov3_jax.base.errors import UserError, unknown
-from mocov3_jax.data import folder, tfds
+from mocov3_jax.data import folder, idx, tfds
 from mocov3_jax.data.sources import ArraySource, Splits
 
 
@@ -50,6 +50,7 @@ class Kind(NamedTuple):
 SOURCES = {
     'digits': Kind('digits', lambda path, labels, cache: digits()),
     'folder': Kind('folder:PATH', folder.load, takes_labels=True),
+    'idx': Kind('idx:FOLDER', lambda path, labels, cache: idx.load(path)),
     'tfds': Kind(
         'tfds:NAME[:SPLIT]', lambda path, labels, cache: tfds.load(path)
     ),
