@@ -15,7 +15,8 @@
 # CPU.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-if [ $# -lt 1 ] || [ -e "$1" ]; then
+if [ $# -lt 1 ] || [ $# -gt 2 ] || [ -e "$1" ] || [ "${2:---long}" != --long ]
+then
   echo "error: usage: bash launch/accelerator_check.sh NEW_FOLDER [--long]" >&2
   exit 2
 fi
@@ -33,7 +34,7 @@ row() {  # NAME ARGUMENTS...: one command of `benchmark`, and its row.
   local name=$1 start=$SECONDS left=$((end - SECONDS)) code=0
   shift
   echo "$name ..." >&2
-  timeout "$((left > 1 ? left : 1))" "$python" -m mocov3_jax.benchmark "$@" \
+  timeout -k 10 "$((left > 1 ? left : 1))" "$python" -m mocov3_jax.benchmark "$@" \
     > "$out/$name.json" 2> "$out/$name.log" || code=$?
   "$python" - "$name" "$code" "$((SECONDS - start))" "$out" <<'END'
 import json, pathlib, sys

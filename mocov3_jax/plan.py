@@ -1,15 +1,17 @@
-"""Plans a run on TPUs that are not there: python -m mocov3_jax.plan \\
+"""Plans a run on TPUs or GPUs that are not there: python -m mocov3_jax.plan \\
     --config=FILE --topology=v5e:16x16
 
 Compiles the real step of a recipe at full size with the real TPU compiler, on
 any machine, and tells whether it fits, what it computes, moves and sends; what
 time each part of the model takes at the least; and what time at an assumed
-share of the chip's peak (--mfu). Nothing is measured. Needs the compiler, which
-the extra `tpu` brings. Takes minutes.
+share of the chip's peak (--mfu). Nothing is measured, unless this machine has
+the planned chips. Needs the compiler, which the extra `tpu` brings. Takes
+minutes.
 
 --schedule reads the program's final instructions as well, for a bound that
 tells far more: what the compiler made of attention, norms, re-layouts.
---images_per_chip=8,16,32 compares shares of the batch.
+--images_per_chip=8,16,32 compares shares of the batch. For GPUs
+(--topology=h100:8, the extra `gpu-plan`) it tells memory and kernels alone.
 
 A table goes to stderr; the last line on stdout is one JSON object.
 """
@@ -22,7 +24,8 @@ def define(flags: command_line.Flags) -> command_line.Action:
   """Defines the flags; returns what they ask for."""
   config = flags.config('Recipe, such as configs/imagenet/vit_b16.py.')
   topology = flags.string(
-      'topology', None, 'Chip and shape, such as v5e:16x16.', required=True
+      'topology', None, 'Chip and shape, such as v5e:16x16, or h100:8.',
+      required=True
   )
   images = flags.integer(
       'images', 0, 'In the training set; 0 = as many as the source has.'

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import types
 
 import jax
 import jax.numpy as jnp
@@ -137,7 +138,8 @@ def test_a_batch_that_the_mesh_does_not_divide_runs_by_the_reference():
   chosen = Execution('pallas', True, mesh)
   assert chosen.for_images(16) == chosen
   assert chosen.for_images(3) == execution_lib.REFERENCE
-  assert dataclasses.replace(chosen, mesh=None).for_images(3).mesh is None
+  alone = dataclasses.replace(chosen, mesh=None)
+  assert alone.for_images(3) == alone
 
 
 @pytest.mark.parametrize('asked, platform, dtype, tokens, head_dim, name', [
@@ -149,15 +151,28 @@ def test_a_batch_that_the_mesh_does_not_divide_runs_by_the_reference():
     ('auto', 'tpu', 'bfloat16', 197, 48, 'einsum'),
     ('auto', 'tpu', 'float32', 197, 64, 'reference'),
     ('auto', 'gpu', 'bfloat16', 197, 64, 'cudnn'),
-    # NaN in cuDNN's backward pass.
+    # NaN in cuDNN's backward pass, of odd lengths once they are padded.
     ('auto', 'gpu', 'bfloat16', 64, 64, 'reference'),
+    ('auto', 'gpu', 'bfloat16', 191, 64, 'reference'),
+    ('auto', 'gpu', 'bfloat16', 197, 12, 'reference'),
+    ('auto', 'gpu', 'bfloat16', 197, 256, 'reference'),
     ('auto', 'gpu', 'float32', 197, 64, 'reference'),
     ('reference', 'tpu', 'bfloat16', 197, 64, 'reference'),
     ('pallas', 'cpu', 'float32', 17, 8, 'pallas'),
 ])
 def test_auto_is_a_table(asked, platform, dtype, tokens, head_dim, name):
   assert execution_lib.choose(
-      asked, platform, dtype, tokens, head_dim
+      asked, platform, dtype, tokens, head_dim, '9.0'
+  ) == name
+
+
+@pytest.mark.parametrize('capability, name', [
+    ('8.0', 'cudnn'), ('12.0', 'cudnn'), ('7.5', 'reference'),
+    ('gfx942', 'reference'), ('', 'reference'),
+])
+def test_cudnn_wants_a_gpu_that_has_it(capability, name):
+  assert execution_lib.choose(
+      'auto', 'gpu', 'bfloat16', 197, 64, capability
   ) == name
 
 
@@ -191,7 +206,7 @@ def failing(*_):
 
 
 @pytest.mark.parametrize('implementation, words', [
-    (None, ''), (broken, 'from the reference in float32'),
+    (None, ''), (broken, 'from exact products'),
     (failing, 'NotImplementedError: no such kernel'),
 ])
 def test_an_implementation_is_compared_before_it_is_used(
@@ -200,7 +215,7 @@ def test_an_implementation_is_compared_before_it_is_used(
   if implementation:
     monkeypatch.setitem(ATTENTION, 'pallas', implementation)
   why = start.disagreement(
-      Execution('pallas'), small_vit(dtype=jnp.bfloat16), 25
+      Execution('pallas'), small_vit(dtype=jnp.bfloat16), 20
   )
   assert (words in why and '\n' not in why) if words else why == ''
 
@@ -210,8 +225,9 @@ def test_an_implementation_is_compared_before_it_is_used(
     ({'device': 'cpu', 'attention': 'einsum'}, 'einsum', ''),
     ({'device': 'cpu'}, 'reference', ''),  # Of a version without the choice.
     ({'device': 'TPU v4', 'attention': 'pallas'}, 'reference',
-     'begun on another kind of device, with model.attention=pallas'),
-    ({'device': 'cpu', 'attention': ['x']}, 'reference', 'something unknown'),
+     'begun on another kind of device than cpu, with model.attention=pallas'),
+    ({'device': 'cpu', 'attention': ['x']}, 'reference',
+     'names no attention that this version knows'),
 ])
 def test_a_continued_run_keeps_its_attention(tmp_path, before, name, said):
   if before:
@@ -221,6 +237,41 @@ def test_a_continued_run_keeps_its_attention(tmp_path, before, name, said):
   )
   assert chosen.attention == name
   assert said in ''.join(notes) and bool(notes) == bool(said)
+
+
+class Tpu:
+  """A mesh of one device that is said to be a TPU."""
+
+  devices = np.array([types.SimpleNamespace(
+      platform='tpu', device_kind='TPU v5 lite'
+  )])
+  size = 1
+
+
+def test_an_accelerator_falls_back_to_the_reference(monkeypatch, tmp_path):
+  c = tiny.config(**{'model.dtype': 'bfloat16', 'model.dim': 64,
+                     'model.num_heads': 2})
+  mesh = Tpu()
+  chosen, notes = start.choose(c, mesh, str(tmp_path))
+  assert chosen.attention == 'pallas' and chosen.keep_gelu
+  assert notes == ['attention: pallas']
+  monkeypatch.setitem(ATTENTION, 'pallas', failing)
+  chosen, notes = start.choose(c, mesh, str(tmp_path))
+  assert chosen.attention == 'reference' and not chosen.keep_gelu
+  assert 'cannot be used here (NotImplementedError' in notes[0]
+  # What was asked for by name is not replaced.
+  c.model.attention = 'pallas'
+  with pytest.raises(UserError, match="'pallas' cannot be used here.*Use auto"):
+    start.choose(c, mesh, str(tmp_path))
+
+
+def test_a_run_of_an_earlier_version_keeps_all_of_it(tmp_path):
+  (tmp_path / 'environment.json').write_text('{"device": "TPU v5 lite"}')
+  c = tiny.config(**{'model.dtype': 'bfloat16', 'model.dim': 64,
+                     'model.num_heads': 2})
+  chosen, notes = start.choose(c, Tpu(), str(tmp_path))
+  assert chosen.attention == 'reference' and not chosen.keep_gelu
+  assert notes == ['attention: reference']
 
 
 def test_a_run_records_its_attention(tmp_path):
@@ -264,9 +315,7 @@ def test_ten_losses_are_as_close_as_a_rounding_of_the_input():
     return np.asarray(found)
 
   usual = losses('reference')
-  # bfloat16 has eight bits: one rounding is a 256th at most.
-  apart = np.abs(losses('reference', 2.0**-8) - usual).max()
+  # bfloat16 has eight bits: a rounding is half of the last of them at most.
+  apart = np.abs(losses('reference', 2.0**-9) - usual).max()
   for name in HERE:
-    found = np.abs(losses(name) - usual).max()
-    print(name, found, apart)
-    assert found <= apart
+    assert np.abs(losses(name) - usual).max() <= apart

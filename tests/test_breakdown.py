@@ -17,6 +17,8 @@ from mocov3_jax.planning.breakdown import breakdown
 
 PROGRAMS = pathlib.Path(__file__).parent / 'tpu_programs.zip'
 CHIP = CHIPS['v5e']
+# A bundle: address, label, depth, and more instructions.
+LINE = '  0x{:x} {} {} {{ %a = sadd.s32 %b, 1 {}}}'
 # Values in a vector register.
 REGISTER = 8 * 128
 
@@ -75,10 +77,18 @@ def test_elementwise_work_is_bound_by_memory(bounds):
 def test_a_kernel_counts_as_often_as_its_grid(bounds):
   found = bounds('kernel', {'twice': 6})
   assert moved(found) == pytest.approx(3 * 4 * 6 * 256 * 512)
-  longer = bounds('kernel', {'twice': 60})
-  each = (cycles(longer) - cycles(found)) / 54
+  each = cycles(found) / 6
   assert 1 < each / (256 * 512 / REGISTER) < 2
   assert found.dynamic_loops == 0
+
+
+def test_a_kernel_whose_length_is_not_printed_counts_by_its_grid():
+  text = LINE.format(0, 'LB:', '>', '')
+  assert bundles.issued(text, grid=60) == bundles.Issued(60, 0)
+  # Two cores share the programs: the loop of each says how often it runs.
+  exit_test = ';; %c = scmp.ge.s32 %a, 32 /* loop exit test */ '
+  text = LINE.format(0, 'LB:', '>', exit_test)
+  assert bundles.issued(text, grid=60) == bundles.Issued(30, 0)
 
 
 def test_without_a_schedule_there_are_two_bounds(bounds):
@@ -105,7 +115,9 @@ calls=%fused, metadata={op_name="jit(step)/jvp(Network)/blocks_0/mlp/fc1/add"}
 metadata={op_name="jit(step)/transpose(jvp(Network))/blocks_0/attn/mul"}
   %copy.2 = f32[8,512]{0,1:T(8,128)} copy(%copy.1), \
 metadata={op_name="jit(step)/ema/add"}
-  ROOT %all-reduce.1 = f32[8,512]{1,0:T(8,128)} all-reduce(%copy.2), \
+  %copy.3 = f32[8,512]{0,1:T(8,128)} copy(%copy.2), \
+metadata={op_name="jit(step)/transpose(jvp(loss))/mul"}
+  ROOT %all-reduce.1 = f32[8,512]{1,0:T(8,128)} all-reduce(%copy.3), \
 to_apply=%add
 }
 """
@@ -120,6 +132,7 @@ def test_each_operation_is_of_a_part_and_a_network():
       'MLP': pytest.approx(rows),
       're-layouts of attention': pytest.approx(rows),
       'optimizer and EMA': pytest.approx(2 * rows),
+      'heads and loss': pytest.approx(2 * rows),
       'collectives': pytest.approx(2 * rows),
   }
   assert list(found.networks) == ['backward', 'online forward']
@@ -155,6 +168,58 @@ def test_the_body_of_a_loop_counts_as_often_as_it_runs(length, times, dynamic):
   assert found.dynamic_loops == dynamic
 
 
+def test_a_loop_that_may_end_sooner_is_not_counted():
+  either = LOOP.replace('LENGTH', 'constant(1000)').replace(
+      '  ROOT %c =', '  %d = pred[]{:T(512)S(6)} compare(%i, %x)\n  ROOT %c ='
+  )
+  assert breakdown(either, CHIP).dynamic_loops == 1
+  assert hlo.has_loops(either)
+  assert not hlo.has_loops(LOOP.replace('LENGTH', 'constant(1)'))
+
+
+PARTS_OF_ARRAYS = """
+%nested (q: f32[4096,1024], k: s32[]) -> f32[8,1024] {
+  %q = f32[4096,1024]{1,0} parameter(0)
+  %k = s32[] parameter(1)
+  ROOT %s.1 = f32[8,1024]{1,0} dynamic-slice(%q, %k, %k)
+}
+
+%update (p: f32[4096,1024], u: f32[8,1024], k: s32[]) -> f32[4096,1024] {
+  %p = f32[4096,1024]{1,0} parameter(0)
+  %u = f32[8,1024]{1,0} parameter(1)
+  %k.1 = s32[] parameter(2)
+  %b = f32[4096,1024]{1,0} bitcast(%p)
+  %part = f32[8,1024]{1,0} fusion(%b, %k.1), kind=kLoop, calls=%nested
+  %sum = f32[8,1024]{1,0} add(%part, %u)
+  ROOT %d = f32[4096,1024]{1,0} dynamic-update-slice(%p, %sum, %k.1, %k.1)
+}
+
+ENTRY %main (a: f32[4096,1024], r: f32[8,1024]) -> f32[8,1024] {
+  %a = f32[4096,1024]{1,0} parameter(0)
+  %r = f32[8,1024]{1,0} parameter(1)
+  %i = s32[]{:T(128)S(6)} parameter(2)
+  OPERATION
+}
+"""
+ROWS = 4 * 8 * 1024
+
+
+@pytest.mark.parametrize('operation, rows', [
+    # Read and written.
+    ('ROOT %x = f32[8,1024]{1,0} slice(%a), slice={[0:8], [0:1024]}', 2),
+    ('ROOT %x = f32[4096,1024]{1,0} dynamic-update-slice(%a, %r, %i, %i)', 2),
+    # The part of the large array, the small one, and what is written back.
+    ('ROOT %x = f32[4096,1024]{1,0} fusion(%a, %r, %i), calls=%update', 3),
+    # What runs beside the program, and what moves nothing.
+    ('%x = (f32[8,1024]{1,0}, f32[32,1024]{1,0}) all-gather-start(%r)\n'
+     '  ROOT %y = f32[32,1024]{1,0} all-gather-done(%x)', 0),
+    ('ROOT %x = f32[4096,1024]{1,0} conditional(%i, %a, %a)', 0),
+])
+def test_only_what_moves_is_counted(operation, rows):
+  found = breakdown(PARTS_OF_ARRAYS.replace('OPERATION', operation), CHIP)
+  assert moved(found) == pytest.approx(rows * ROWS)
+
+
 def test_a_line_is_an_operation():
   op = hlo.operations(PROGRAM)['ENTRY'][2]
   assert (op.name, op.code, op.operands, op.called) == (
@@ -165,13 +230,12 @@ def test_a_line_is_an_operation():
 
 
 def test_a_loop_runs_as_often_as_its_exit_says():
-  line = '  0x{:x} {} {} {{ %a = sadd.s32 %b, 1 {}}}'
   text = '\n'.join([
-      line.format(0, '  :', '', ''),
-      line.format(1, 'LB:', '>', ''),
-      line.format(2, '  :', '>',
+      LINE.format(0, '  :', '', ''),
+      LINE.format(1, 'LB:', '>', ''),
+      LINE.format(2, '  :', '>',
                   ';; %c = scmp.ge.s32 %a, 40 /* loop exit test */ '),
-      line.format(3, 'LB:', '>', ';; %d = vdelay 4 '),
+      LINE.format(3, 'LB:', '>', ';; %d = vdelay 4 '),
   ])
   # Two bundles forty times; then a loop without an exit, which is said.
   assert bundles.issued(text) == bundles.Issued(1 + 2 * 40 + 5, 1)

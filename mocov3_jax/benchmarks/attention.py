@@ -74,8 +74,7 @@ def benchmark_attention(
 def _compiled(name: str, config: ConfigDict, backbone: ViT) -> tuple[Any, ...]:
   """Returns a jitted function and its arguments."""
   dim, dtype = backbone.dim, backbone.dtype
-  real = (config.data.image_size // backbone.patch_size) ** 2
-  real += backbone.readout == 'cls'
+  real = backbone.tokens(config.data.image_size)
   rows = Execution(name).padded(real)
   tokens = Tokens(rows, real, rows)
   keys = jax.random.split(jax.random.key(0), 3)

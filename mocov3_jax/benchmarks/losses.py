@@ -5,9 +5,11 @@ from typing import Any
 
 import jax
 from ml_collections import ConfigDict
+import numpy as np
 
 from mocov3_jax import models
 from mocov3_jax.base import console
+from mocov3_jax.base.errors import UserError
 from mocov3_jax.benchmarks import step_process
 from mocov3_jax.config import checks
 from mocov3_jax.config import training as config_lib
@@ -29,7 +31,7 @@ def benchmark_losses(config: ConfigDict, steps: int) -> dict[str, Any]:
     two, 'difference'; and 'device'.
 
   Raises:
-    UserError: for a bad config.
+    UserError: for a bad config, or losses that are not finite.
   """
   found = {}
   for place in 'here', 'cpu':
@@ -38,6 +40,13 @@ def benchmark_losses(config: ConfigDict, steps: int) -> dict[str, Any]:
       found[place], device = ask(step_process.whole)
     if place == 'here':
       found['device'] = device
+  for place in 'here', 'cpu':
+    if not np.isfinite(found[place]).all():
+      raise UserError(
+          f'{place}, the losses are not finite: {found[place]}. Use a lower '
+          'optimizer.lr_per_256; if only those of this device are not, it '
+          'computes wrongly.'
+      )
   found['difference'] = max(
       abs(a - b) / abs(b)
       for a, b in zip(found['here'], found['cpu'], strict=True)

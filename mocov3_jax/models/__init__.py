@@ -227,16 +227,17 @@ def execution_on(
     UserError: as `build_backbone` and `choose`.
   """
   backbone = build_backbone(model, image_size)
-  platform = mesh.devices.flat[0].platform
+  device = mesh.devices.flat[0]
   if isinstance(backbone, ResNet):
     return REFERENCE
-  tokens = (image_size // backbone.patch_size) ** 2
   name = choose(
-      model.attention, platform, model.dtype,
-      tokens + (backbone.readout == 'cls'), backbone.dim // backbone.num_heads,
+      model.attention, device.platform, model.dtype,
+      backbone.tokens(image_size), backbone.dim // backbone.num_heads,
+      device.compute_capability if device.platform == 'gpu' else '',
   )
-  keep_gelu = platform == 'tpu' and not backbone.remat
-  return Execution(name, keep_gelu, mesh)
+  # The reference is what versions without a choice computed, in all of it.
+  keep_gelu = device.platform == 'tpu' and name != 'reference'
+  return Execution(name, keep_gelu and not backbone.remat, mesh)
 
 
 def _check_vit(vit: ViT, image_size: int) -> None:

@@ -6,6 +6,7 @@ it is continued.
 """
 
 import dataclasses
+import re
 
 from jax.sharding import Mesh
 
@@ -63,7 +64,8 @@ REFERENCE = Execution()
 
 
 def choose(
-    asked: str, platform: str, dtype: str, tokens: int, head_dim: int
+    asked: str, platform: str, dtype: str, tokens: int, head_dim: int,
+    capability: str = '',
 ) -> str:
   """Returns the implementation of attention to run.
 
@@ -73,12 +75,13 @@ def choose(
     dtype: `config.model.dtype`.
     tokens: of an image.
     head_dim: width of a head.
+    capability: CUDA's compute capability of a GPU, such as '9.0'.
 
   Raises:
     UserError: for a name that is unknown, or cannot run there.
   """
   if asked == 'auto':
-    return _auto(platform, dtype, tokens, head_dim)
+    return _auto(platform, dtype, tokens, head_dim, capability)
   if asked not in PLATFORMS:
     raise unknown('model.attention', asked, ('auto', *PLATFORMS))
   if platform not in PLATFORMS[asked]:
@@ -94,11 +97,17 @@ def choose(
   return asked
 
 
-def _auto(platform: str, dtype: str, tokens: int, head_dim: int) -> str:
+def _auto(
+    platform: str, dtype: str, tokens: int, head_dim: int, capability: str
+) -> str:
   if dtype != 'bfloat16' or platform == 'cpu':
     return 'reference'
   if platform == 'tpu':
     short = tokens <= PALLAS_TOKENS and head_dim in PALLAS_HEADS
     return 'pallas' if short else 'einsum'
-  # cuDNN's backward pass gives NaN for 64 keys more than a multiple of 128.
-  return 'reference' if tokens % 128 == 64 else 'cudnn'
+  # cuDNN wants Ampere or newer, and heads of whole 16 bytes. Its backward pass
+  # gives NaN for 64 keys more than a multiple of 128; odd ones are padded.
+  has_cudnn = re.fullmatch(r'([89]|1\d)\.\d+', capability) is not None
+  fits = head_dim % 8 == 0 and head_dim <= 128
+  breaks = (tokens + tokens % 2) % 128 == 64
+  return 'cudnn' if has_cudnn and fits and not breaks else 'reference'

@@ -110,7 +110,8 @@ def _call(
             dimension_semantics=('parallel',)
         ),
         cost_estimate=pl.CostEstimate(
-            flops=flops, transcendentals=batch * num_heads * tokens**2,
+            flops=flops,
+            transcendentals=batch * num_heads * tokens * outs[-1].shape[-1],
             bytes_accessed=sum(map(nbytes, (*args, *outs))),
         ),
         interpret=interpret, name=name,

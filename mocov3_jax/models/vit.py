@@ -91,6 +91,11 @@ class ViT(nn.Module):
     """Names of the blocks' parameters, in their order."""
     return tuple(f'blocks_{i}' for i in range(self.depth))
 
+  def tokens(self, image_size: int) -> int:
+    """Returns how many tokens a square image of this side becomes."""
+    patches = (image_size // self.patch_size) ** 2
+    return patches + (self.readout == 'cls')
+
   @property
   def has_batch_norm(self) -> bool:
     """Whether an image's features depend on the others of its batch."""

@@ -42,7 +42,7 @@ def start(
     UserError: if only some of them are given, or they do not meet.
   """
   given = coordinator, num_processes, process_id
-  if all(x is None for x in given) and not _in_cluster():
+  if all(x is None for x in given) and not in_cluster():
     return
   if any(x is None for x in given) and not all(x is None for x in given):
     raise UserError(
@@ -104,7 +104,8 @@ def environment_alone() -> dict[str, str]:
   return {k: v for k, v in os.environ.items() if k != SLURM_TASKS}
 
 
-def _in_cluster() -> bool:
+def in_cluster() -> bool:
+  """Returns whether this process is one of several, by its environment."""
   # A single task of Slurm, or a single TPU host, is on its own.
   tasks = os.getenv(SLURM_TASKS, '1')
   hosts = os.getenv('TPU_WORKER_HOSTNAMES', '')
@@ -143,13 +144,25 @@ def from_primary(make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
 
   Args:
     make: returns what can be written as JSON.
+
+  Raises:
+    UserError: in all processes, if `make` does.
   """
   if jax.process_count() == 1:
     return make()
-  text = json.dumps(make() if is_primary() else {}).encode()
+  told = {}
+  if is_primary():
+    try:
+      told = {'value': make()}
+    except UserError as e:  # The others wait to hear of it.
+      told = {'failure': str(e)}
+  text = json.dumps(told).encode()
   length = int(multihost_utils.broadcast_one_to_all(np.asarray(len(text))))
   padded = np.frombuffer(text.ljust(length)[:length], np.uint8)
-  return json.loads(bytes(multihost_utils.broadcast_one_to_all(padded)))
+  told = json.loads(bytes(multihost_utils.broadcast_one_to_all(padded)))
+  if 'failure' in told:
+    raise UserError(told['failure'])
+  return told['value']
 
 
 def any_of(why: str) -> str:

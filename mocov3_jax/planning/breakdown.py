@@ -5,7 +5,9 @@ operations at the chip's peak, what it moves between HBM and the core at the
 bandwidth, and the bundles of its program at the clock. The largest of them
 bounds the operation, and the sum over the operations bounds the step, since a
 core does one operation at a time. It is a bound of this program, and not a
-measurement: waits for memory and for the matrix unit are not in it.
+measurement: waits for memory and for the matrix unit are not in it. Where the
+printed program is not understood, it may be too high: a branch whose condition
+is unknown counts as taken.
 """
 
 from collections.abc import Iterable, Mapping
@@ -20,18 +22,22 @@ from mocov3_jax.planning.bundles import Schedule
 # Codes of what takes no time of its own: names of values, and the two ends of
 # what runs beside the program.
 FREE = frozenset({
-    'call', 'parameter', 'get-tuple-element', 'tuple', 'bitcast', 'constant',
-    'after-all', 'partition-id', 'replica-id', 'async-done', 'async-update',
-    'copy-done', 'send-done', 'recv-done',
+    'call', 'conditional', 'parameter', 'get-tuple-element', 'tuple',
+    'bitcast', 'constant', 'after-all', 'partition-id', 'replica-id',
+    'async-done', 'async-update', 'copy-done', 'send-done', 'recv-done',
 })
 # Calls that only name bytes otherwise; and results in the core's scalar memory.
 FREE_CALLS = r'custom_call_target="(ConcatBitcast|SliceBitcast|AllocateBuffer)"'
 SCALAR = 'S(6)}'
 # A Pallas kernel.
 KERNEL = 'custom_call_target="tpu_custom_call"'
+# Collectives that run beside the program; `hlo.collectives` counts them.
+BESIDE = rf'({"|".join(hlo.KINDS)})-(start|done)'
+# What reads or writes a part of its first operand.
+SLICES, UPDATE = ('slice', 'dynamic-slice', 'gather'), 'dynamic-update-slice'
 COPIES = frozenset({'async-start', 'copy-start'})
 RELAYOUTS = frozenset({'copy', 'reshape', 'transpose'})
-# The matrix unit works on 128 rows of the contraction and 128 columns.
+# Rows of the contraction that the matrix unit works on at a time.
 MXU = 128
 
 # What a scope of the traced program belongs to: the first pattern found.
@@ -42,7 +48,7 @@ PARTS = (
     ('MLP', r'/mlp/'),
     ('patches', r'/patch_embed/'),
     ('augmentation', r'augment/'),
-    ('heads and loss', r'/(projector|predictor|loss)/'),
+    ('heads and loss', r'/(projector|predictor)/|jvp\(loss\)'),
     ('optimizer and EMA', r'/(optimizer|ema|metrics)/'),
     ('blocks, else', r'/blocks_\d+/'),
 )
@@ -88,7 +94,8 @@ class Breakdown:
     networks: by network and direction; what is of none is in none.
     copies_ms: HBM traffic of asynchronous copies, which run beside the rest.
     dynamic_loops: loops, and operations with one, that are counted once,
-      since the program computes how often they run.
+      since the program computes how often they run; and conditions, whose
+      branches are not counted.
     unscheduled: operations whose bundles are not known; they are bounded by
       the other two.
   """
@@ -120,15 +127,18 @@ def breakdown(
     if op.code == 'while':
       dynamic += not hlo.trips(op, computations)
       continue
-    if op.code in COPIES:
+    dynamic += op.code == 'conditional'
+    if op.code in COPIES and not _sends(op, computations):
       copies += times * hlo.copied_bytes(op)
     if op.code in FREE | COPIES or op.shape.endswith(SCALAR):
+      continue
+    if re.fullmatch(BESIDE, op.code):
       continue
     if re.search(FREE_CALLS, op.attributes):
       continue
     flops, padded = _flops(op.called, computations)
     if KERNEL in op.attributes:  # As its author says; see `pl.CostEstimate`.
-      flops = padded = float(op.attribute(r'"flops":"(\d+)"') or 0)
+      flops, padded = float(op.attribute(r'"flops":"(\d+)"') or 0), 0.0
     moved = _moved(op, shapes, computations)
     issued = None
     if schedule:
@@ -159,6 +169,16 @@ def breakdown(
       dict(sorted(parts.items(), key=lambda part: -part[1].bound_ms)),
       {name: networks[name] for name, _ in NETWORKS if name in networks},
       1e3 * copies / chip.bandwidth, dynamic, unscheduled,
+  )
+
+
+def _sends(
+    op: hlo.Operation, computations: Mapping[str, list[hlo.Operation]]
+) -> bool:
+  """Returns whether what runs beside the program is a collective."""
+  return any(
+      inner.code.startswith(hlo.KINDS)
+      for inner in hlo.inside(op.called, computations)
   )
 
 
@@ -204,20 +224,10 @@ def _scope(
   The compiler names a fusion after its result, and a weight's gradient may be
   fused with the optimizer.
   """
-  for inner in _inside(op.called, computations):
+  for inner in hlo.inside(op.called, computations):
     if inner.code == 'convolution' and inner.scope:
       return inner.scope
   return op.scope
-
-
-def _inside(
-    computation: str, computations: Mapping[str, list[hlo.Operation]]
-) -> Iterable[hlo.Operation]:
-  """Yields the operations of a fusion, and of those fused into it."""
-  if computation in computations:
-    for op in computations[computation]:
-      yield op
-      yield from _inside(op.called, computations)
 
 
 def _grid(op: hlo.Operation, grids: Mapping[str, int]) -> int:
@@ -233,33 +243,86 @@ def _moved(
     computations: Mapping[str, list[hlo.Operation]],
 ) -> int:
   """Returns the bytes that an operation reads from and writes to HBM."""
-  sliced = _sliced(op.called, computations)
   read = {}  # An operand that is given twice is read once.
   for i, name in enumerate(op.operands):
     whole = hlo.hbm_bytes(shapes[name]) if name in shapes else 0
-    read[name] = min(whole, sliced[i]) if i in sliced else whole
-  return hlo.hbm_bytes(op.shape) + sum(read.values())
+    part = _part_read(op, i, computations)
+    read[name] = whole if part is None else min(whole, part)
+  return sum(read.values()) + _written(op, op.shape, shapes, computations)
 
 
-def _sliced(
-    computation: str, computations: Mapping[str, list[hlo.Operation]]
-) -> dict[int, int]:
-  """Returns which parameters of a fusion are only sliced, and to how much."""
-  if computation not in computations:
-    return {}
-  ops = computations[computation]
-  found = {}
-  for parameter in ops:
-    if parameter.code != 'parameter':
-      continue
-    users = [op for op in ops if parameter.name in op.operands]
-    if users and all(
-        op.code in ('slice', 'dynamic-slice', 'gather')
-        and op.operands[0] == parameter.name for op in users
-    ):
-      number = int(parameter.arguments)
-      found[number] = sum(hlo.array_bytes(op.shape) for op in users)
-  return found
+def _part_read(
+    op: hlo.Operation, operand: int,
+    computations: Mapping[str, list[hlo.Operation]],
+) -> int | None:
+  """Returns the bytes that are read of an operand; None if that is all."""
+  if op.code in SLICES and operand == 0:
+    return hlo.array_bytes(op.shape)
+  if op.code == UPDATE and operand == 0:
+    return 0  # It becomes the result.
+  if op.called in computations:
+    inner = computations[op.called]
+    for parameter in inner:
+      if parameter.code == 'parameter' and parameter.arguments == str(operand):
+        return _part_used(parameter.name, inner, computations)
+  return None
+
+
+def _part_used(
+    name: str, ops: list[hlo.Operation],
+    computations: Mapping[str, list[hlo.Operation]],
+) -> int | None:
+  """Returns the bytes of a value that others read; None if that is all."""
+  total = 0
+  if any(op.is_root and op.name == name for op in ops):
+    return None  # It is handed on.
+  for user in ops:
+    for i, operand in enumerate(user.operands):
+      if operand != name:
+        continue
+      if user.code == 'bitcast':
+        part = _part_used(user.name, ops, computations)
+      else:
+        part = _part_read(user, i, computations)
+      if part is None:
+        return None
+      total += part
+  return total
+
+
+def _written(
+    op: hlo.Operation, shape: str, shapes: Mapping[str, str],
+    computations: Mapping[str, list[hlo.Operation]],
+) -> int:
+  """Returns the bytes that an operation writes to HBM.
+
+  Args:
+    op: what gives the result.
+    shape: of the result, with the layout that says where it is.
+    shapes: of the values beside it.
+    computations: of the program.
+  """
+  whole = hlo.hbm_bytes(shape)
+  if op.code == UPDATE:  # In place.
+    return min(whole, hlo.array_bytes(shapes[op.operands[1]]))
+  if op.called not in computations:
+    return whole
+  inner = {x.name: x for x in computations[op.called]}
+  root = next((x for x in inner.values() if x.is_root), None)
+  if root is None:
+    return whole
+  arrays = hlo.elements(shape)
+  results = root.operands if root.code == 'tuple' else (root.name,)
+  if len(results) != len(arrays):
+    return whole
+  written = 0
+  beside = {name: x.shape for name, x in inner.items()}
+  for name, array in zip(results, arrays, strict=True):
+    result = inner[name]
+    while result.code == 'bitcast':
+      result = inner[result.operands[0]]
+    written += _written(result, array, beside, computations)
+  return written
 
 
 def _flops(
@@ -267,10 +330,10 @@ def _flops(
 ) -> tuple[float, float]:
   """Returns the operations of a fusion's products; as they are, and padded.
 
-  Padded: contraction and columns to whole `MXU`.
+  Padded: the contraction to whole `MXU`, whichever operand the unit holds.
   """
   flops = padded = 0.0
-  ops = {op.name: op for op in _inside(computation, computations)}
+  ops = {op.name: op for op in hlo.inside(computation, computations)}
   for op in ops.values():
     if op.code != 'convolution':
       continue
@@ -282,10 +345,9 @@ def _flops(
     contracted = right[labels[2].index('i')] * _taps(
         op, labels, left, out
     )
-    columns = out[labels[3].index('f')]
     product = 2.0 * math.prod(out) * contracted
     flops += product
-    padded += product * _padding(contracted) * _padding(columns)
+    padded += product * _padding(contracted)
   return flops, padded
 
 

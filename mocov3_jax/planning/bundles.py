@@ -2,10 +2,11 @@
 
 A TPU core issues one bundle of instructions (a VLIW) each cycle. The compiler
 can print the bundles of each operation of a program, with its loops and how
-often they run (`DUMP_FLAGS`). The bundles times how often each runs are a lower
-bound of the operation's cycles: what is missing is every wait, for memory and
-for the matrix unit. The text format is not documented; what is understood of it
-is tested on programs of known cost (tests/test_plan.py).
+often they run (`DUMP_FLAGS`). The bundles times how often each runs are cycles
+that the operation cannot do without; every wait, for memory and for the matrix
+unit, is missing. Branches that are not understood count as taken, which may be
+too many. The text format is not documented; what is understood of it is tested
+on programs of known cost (tests/test_breakdown.py).
 """
 
 from collections.abc import Sequence
@@ -89,7 +90,8 @@ class Schedule:
     Args:
       name: of the operation in the optimised HLO.
       iteration_bounds: of a product's tiles: rows, columns, contraction.
-      grid: programs of a Pallas kernel; 0 = it is none.
+      grid: programs of a Pallas kernel; 0 = it is none. Asked where the text
+        does not say: a chip with two cores shares them.
     """
     if name not in self._files:
       if name not in self._same_as:
@@ -112,7 +114,10 @@ def issued(
   dynamic = 0
   for depth in range(1, max((b.depth for b in bundles), default=0) + 1):
     for loop in _loops(bundles, depth):
-      trips = grid if grid and depth == 1 else _trips(loop, depth)
+      trips = _trips(loop, depth)
+      if grid and depth == 1:
+        # A pipeline of three stages, each of which runs once a program.
+        trips = trips - 2 if trips > 2 else grid
       if not trips:
         dynamic += 1
         continue
@@ -172,17 +177,14 @@ def _skip_regions(
   """Counts what a loop branches over as often as it runs.
 
   A product over a * b * c tiles (`iteration_bounds`) is a software pipeline
-  of a * b * c + 2 trips, of which the first and the last skip the body. If the
-  contraction is cut into c parts, what follows the sum (a bias, the optimizer)
-  runs in each c-th trip only.
+  of a * b * c + 2 trips (half of the tiles on each of two cores), of which the
+  first and the last skip the body. If the contraction is cut into c parts,
+  what follows the sum (a bias, the optimizer) runs in each c-th trip only.
   """
   at_depth = '\n'.join(b.text for b in loop if b.depth == depth)
   pipelined = trips > 2 and re.search(
       rf'scmp\.lt\.s32(?:\.totalorder)? [^,;]*, {trips - 1}\b', at_depth
   )
-  tiles = 1
-  for bound in iteration_bounds:
-    tiles *= bound
   parts = iteration_bounds[2] if len(iteration_bounds) > 2 else 1
   for start, bundle in enumerate(loop):
     branch = _BRANCH.search(bundle.text)
@@ -200,7 +202,7 @@ def _skip_regions(
     share = 1.0
     if pipelined and multiplies and end - start > len(loop) / 2:
       share = (trips - 2) / trips
-    elif parts > 1 and not multiplies and trips == tiles + 2:
+    elif pipelined and parts > 1 and not multiplies:
       share = 1 / parts
     for b in region:
       b.times *= share

@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 
+from mocov3_jax.base import files
 from mocov3_jax.base.errors import UserError
 from mocov3_jax.planning.bundles import DUMP_FLAGS, Schedule
 
@@ -57,6 +58,7 @@ class Compiler:
     Raises:
       UserError: if there is no schedule, and it was asked for.
     """
+    self._count += 1
     if self._bundles:
       for path in self._bundles.iterdir():
         path.unlink()
@@ -64,10 +66,16 @@ class Compiler:
       compiled = lowered.compile(compiler_options={
           'xla_dump_to': folder, 'xla_dump_hlo_as_text': True,
       })
-      paths = {
-          kind: sorted(pathlib.Path(folder).glob(f'*.{kind}.txt'))[-1]
-          for kind in (OPTIMISED, CODE)
-      }
+      paths = {}
+      for kind in OPTIMISED, CODE:
+        found = sorted(pathlib.Path(folder).glob(f'*.{kind}.txt'))
+        if not found:
+          raise UserError(
+              f'this version of libtpu prints no {kind}.txt, which plan reads. '
+              'Use the version that this JAX prescribes: pip install '
+              '"mocov3_jax[tpu]".'
+          )
+        paths[kind] = found[-1]
       texts = {kind: path.read_text() for kind, path in paths.items()}
       self._keep(paths.values())
     schedule = None
@@ -82,18 +90,19 @@ class Compiler:
 
   def compile_for_gpus(self, lowered: jax.stages.Lowered) -> Program:
     """Compiles with XLA's GPU compiler, which cannot try kernels here."""
+    self._count += 1
     # Triton's products would have tiles that nobody has chosen.
     options = {'xla_gpu_enable_triton_gemm': False}
+    compiled = lowered.compile(compiler_options=options)
+    text = compiled.as_text()
     with tempfile.TemporaryDirectory() as folder:
-      compiled = lowered.compile(compiler_options=options)
       path = pathlib.Path(folder) / f'{OPTIMISED}.txt'
-      path.write_text(compiled.as_text())
+      path.write_text(text)
       self._keep([path])
-      return Program(compiled, path.read_text(), '', None)
+    return Program(compiled, text, '', None)
 
   def _keep(self, paths: Any) -> None:
     """Copies what was printed to the folder of `--dump`, one a program."""
-    self._count += 1
     if not self._dump:
       return
     folder = self._dump / f'program_{self._count}'
@@ -112,11 +121,20 @@ def printing(schedule: bool, dump: str = '') -> Iterator[Compiler]:
     dump: folder to keep in what it prints; '' = none.
 
   Raises:
-    UserError: if `dump` is there already, and is not an empty folder.
+    UserError: if `dump` cannot be made, or is not empty.
   """
-  kept = pathlib.Path(dump) if dump else None
-  if kept and kept.exists() and (not kept.is_dir() or any(kept.iterdir())):
-    raise UserError(f'--dump={dump} is not empty. Use a new folder.')
+  kept = pathlib.Path(files.absolute(dump, '--dump')) if dump else None
+  if kept:
+    try:
+      kept.mkdir(parents=True, exist_ok=True)
+      taken = any(kept.iterdir())
+    except OSError as e:
+      raise UserError(
+          f'--dump={dump} cannot be made: {e.strerror or e}. Use a folder this '
+          'user may write to.'
+      ) from e
+    if taken:
+      raise UserError(f'--dump={dump} is not empty. Use a new folder.')
   with contextlib.ExitStack() as stack:
     bundles = None
     if schedule:

@@ -33,7 +33,7 @@ class Cost:
     model_flops: that the model needs: each product once forward and twice
       backward, no recomputation, no augmentation.
     traced_flops: of all matrix products of the program as traced, with what
-      is computed twice.
+      is computed twice, and without what is inside of a library's kernels.
     compiled_flops: as the compiler counts them, everything included; None if
       there are loops, whose bodies it counts once.
     collectives: by kind.
@@ -125,7 +125,7 @@ def measure(
         flops.pallas_grids(traced.jaxpr.jaxpr),
     )}
   return Cost(
-      fits=total <= chips.chip.memory, total=total,
+      fits=total <= chips.memory, total=total,
       arguments=memory.argument_size_in_bytes,
       temporary=memory.temp_size_in_bytes,
       collectives=hlo.collectives(program.optimised),

@@ -9,6 +9,7 @@ where S(1) in a layout says that the array is in VMEM, and not in HBM.
 """
 
 import collections
+from collections.abc import Iterator
 import dataclasses
 import math
 import re
@@ -39,6 +40,7 @@ class Operation:
     name: unique in the program.
     shape: of the result, as text, with layouts; perhaps a tuple.
     code: such as 'fusion' or 'custom-call'.
+    is_root: whether it is the result of its computation.
     arguments: what is in the brackets: the operands, or the number of a
       parameter.
     attributes: the rest of the line.
@@ -47,6 +49,7 @@ class Operation:
   name: str
   shape: str
   code: str
+  is_root: bool
   arguments: str
   attributes: str
 
@@ -86,27 +89,47 @@ def trips(
   known = loop.attribute(r'known_trip_count\D*(\d+)')
   if known:
     return int(known)
-  # Loops of lax.map and lax.scan count from 0 to a constant.
-  condition = loop.attribute(r'condition=%?([\w.-]+)')
-  bounds = [
-      int(op.arguments) for op in (
-          computations[condition] if condition in computations else ()
-      ) if op.code == 'constant' and op.arguments.isdigit()
-  ]
-  return max(bounds, default=0)
+  # Loops of lax.map and lax.scan count from 0 to a constant, and ask nothing
+  # else.
+  name = loop.attribute(r'condition=%?([\w.-]+)')
+  if name not in computations:
+    return 0
+  asked = list(inside(name, computations))
+  codes = [op.code for op in asked]
+  bounds = [int(op.arguments) for op in asked if op.code == 'constant'
+            and op.arguments.isdigit()]
+  plain = set(codes) <= {
+      'parameter', 'get-tuple-element', 'constant', 'compare', 'fusion',
+      'bitcast', 'copy',
+  }
+  if plain and codes.count('compare') == 1 and len(bounds) == 1:
+    return bounds[0]
+  return 0
+
+
+def inside(
+    computation: str, computations: dict[str, list[Operation]]
+) -> Iterator[Operation]:
+  """Yields the operations of a computation, and of those fused into it."""
+  if computation in computations:
+    for op in computations[computation]:
+      yield op
+      yield from inside(op.called, computations)
 
 
 def _operation(line: str) -> Operation | None:
-  match = re.match(r'\s+(?:ROOT )?%([\w.-]+) = (.*)$', line)
+  match = re.match(r'\s+(ROOT )?%([\w.-]+) = (.*)$', line)
   if not match:
     return None
-  name, rest = match.groups()
+  root, name, rest = match.groups()
   # A shape is one word, or a tuple in brackets that may hold brackets.
   end = _closing(rest) + 1 if rest.startswith('(') else rest.index(' ')
   shape, rest = rest[:end], rest[end:].lstrip()
   code, _, rest = rest.partition('(')
   end = _closing('(' + rest) - 1
-  return Operation(name, shape, code, rest[:end], rest[end + 1 :])
+  return Operation(
+      name, shape, code, root is not None, rest[:end], rest[end + 1 :]
+  )
 
 
 def _closing(text: str) -> int:
@@ -124,15 +147,18 @@ def dimensions(shape: str) -> list[int]:
   return [int(n) for n in _ARRAY.search(shape)[2].split(',') if n]
 
 
-def array_bytes(shape: str) -> int:
-  """Returns the bytes of all arrays of a shape."""
-  return _size(shape)
+def elements(shape: str) -> list[str]:
+  """Returns the arrays of a shape, each as text with its layout."""
+  return [
+      f'{kind}[{dims}]{{{layout}}}'
+      for kind, dims, layout in _LAID_OUT.findall(shape)
+  ]
 
 
 def hbm_bytes(shape: str) -> int:
   """Returns the bytes of those arrays of a shape that are in HBM."""
   return sum(
-      _size(f'{kind}[{dims}]')
+      array_bytes(f'{kind}[{dims}]')
       for kind, dims, layout in _LAID_OUT.findall(shape) if 'S(' not in layout
   )
 
@@ -143,7 +169,7 @@ def copied_bytes(op: Operation) -> int:
   arrays = _LAID_OUT.findall(op.shape)[:2]
   if len(arrays) < 2:
     return 0
-  moved = min(_size(f'{kind}[{dims}]') for kind, dims, _ in arrays)
+  moved = min(array_bytes(f'{kind}[{dims}]') for kind, dims, _ in arrays)
   inside = any('S(' in layout for _, _, layout in arrays)
   return moved if inside else 2 * moved
 
@@ -168,7 +194,7 @@ def collectives(text: str) -> dict[str, Collectives]:
     text: the optimised HLO, `compiled.as_text()`.
   """
   computations = _computations(text)
-  times = _times(computations)
+  times = _times(computations, text)
   found = collections.defaultdict(list)
   seen = set()
   for name, lines in computations.items():
@@ -180,18 +206,19 @@ def collectives(text: str) -> dict[str, Collectives]:
       # fusions, where its operand is a parameter.
       channel = re.search(r'channel_id=(\d+)', line)
       if channel and re.search(rf'{match[2]}\S*\(%param', line):
-        key = match[2], channel[1], _size(match[1])
+        key = match[2], channel[1], array_bytes(match[1])
         if key in seen:
           continue
         seen.add(key)
-      found[match[2]] += [_size(match[1])] * times[name]
+      found[match[2]] += [array_bytes(match[1])] * times[name]
   return {
       kind: Collectives(len(sizes), sum(sizes))
       for kind, sizes in sorted(found.items())
   }
 
 
-def _size(shape: str) -> int:
+def array_bytes(shape: str) -> int:
+  """Returns the bytes of all arrays of a shape."""
   return sum(
       BYTES[kind] * math.prod(int(n) for n in dims.split(',') if n)
       for kind, dims in _ARRAY.findall(shape) if kind in BYTES
@@ -209,18 +236,18 @@ def _computations(text: str) -> dict[str, list[str]]:
   return found
 
 
-def _times(computations: dict[str, list[str]]) -> dict[str, int]:
+def _times(computations: dict[str, list[str]], text: str) -> dict[str, int]:
   """Returns how often each computation runs; loops by their bounds."""
   times = dict.fromkeys(computations, 0)
+  parsed = operations(text)
 
   def visit(name, count):
     times[name] += count
-    for line in computations[name]:
+    for op in parsed[name]:
       inner = count
-      loop = re.search(r'condition=%?([\w.-]+)', line)
-      if loop:
-        inner *= _trips(line, computations[loop[1]])
-      for called in _CALLED.findall(line):
+      if op.code == 'while':
+        inner *= max(trips(op, parsed), 1)
+      for called in _CALLED.findall(op.attributes):
         if called in computations:
           visit(called, inner)
 
@@ -230,16 +257,12 @@ def _times(computations: dict[str, list[str]]) -> dict[str, int]:
   return times
 
 
-def _trips(line: str, condition: list[str]) -> int:
-  known = re.search(r'known_trip_count\D*(\d+)', line)
-  if known:
-    return int(known[1])
-  # Loops of lax.map and lax.scan count from 0 to a constant.
-  bounds = re.findall(r'constant\((\d+)\)', '\n'.join(condition))
-  return max(map(int, bounds), default=1)
-
-
 def has_loops(text: str) -> bool:
   """Returns whether a part of the program runs more than once."""
-  computations = _computations(text)
-  return any(n > 1 for n in _times(computations).values())
+  computations = operations(text)
+  if 'ENTRY' not in computations:
+    raise ValueError('the text holds no program')
+  return any(
+      op.code == 'while' and trips(op, computations) != 1
+      for ops in computations.values() for op in ops
+  )

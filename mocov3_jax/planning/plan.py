@@ -59,6 +59,26 @@ def plan(
           f'--images_per_chip={",".join(shares)}. Allowed: whole numbers of at '
           'least 1, such as 8,16,32.'
       )
+  report, config, steps, chips = _planned(
+      config, topology, images, price, mfu, propose, schedule, dump, shares
+  )
+  if 'seconds' in report or report['kernels'] is not None:
+    report['seconds_here'] = timing.seconds_here(config, steps, chips)
+    if report['seconds_here'] is not None:
+      console.say(
+          f'  MEASURED on this machine: {1e3 * report["seconds_here"]:.2f} ms '
+          'a step'
+      )
+  return report
+
+
+def _planned(
+    config: ConfigDict, topology: str, images: int, price: float, mfu: float,
+    propose: bool, schedule: bool, dump: str, shares: Sequence[str],
+) -> tuple[
+    dict[str, Any], ConfigDict, config_lib.Plan, topology_lib.Slice
+]:
+  """Returns the report that `plan` describes, and what it is of."""
   with compiler_lib.printing(schedule, dump) as compiler:
     chips = topology_lib.get_slice(topology)
     if chips.are_gpus and (schedule or shares):
@@ -68,54 +88,65 @@ def plan(
       )
     count = len(chips.devices)
 
+    def changed(changes):
+      other = config.copy_and_resolve_references().unlock()
+      other.update_from_flattened_dict(changes)
+      checks.validate(other, count)
+      return other, changes
+
     def measured(config, changes):
-      changed = config.copy_and_resolve_references().unlock()
-      changed.update_from_flattened_dict(changes)
-      checks.validate(changed, count)
-      number = images or images_of(changed)
-      steps = config_lib.plan(changed, number)
-      found = report_of(changed, steps, chips, price, mfu, compiler)
+      number = images or images_of(config)
+      steps = config_lib.plan(config, number)
+      found = report_of(config, steps, chips, price, mfu, compiler)
       found |= {'images': number} | ({'changes': changes} if changes else {})
-      if found['fits']:
-        found['seconds_here'] = timing.seconds_here(changed, steps, chips)
       show(found)
-      return found
+      return found, config, steps, chips
 
     if shares:
-      return _compare_shares([
-          measured(config, {'batch_size': int(share) * count})
-          for share in shares
-      ])
-    report = measured(config, {})
-    if report['fits'] or not propose:
-      return report
+      # All of them are checked before the first is compiled.
+      others = [
+          changed({'batch_size': int(share) * count}) for share in shares
+      ]
+      return _best_share([measured(*other) for other in others])
+    first = measured(*changed({}))
+    if first[0]['fits'] or not propose:
+      return first
     for changes in proposals(config, count):
-      other = measured(config, changes)
-      if other['fits']:
+      other = measured(*changed(changes))
+      if other[0]['fits']:
         return other
-    return report
+    return first
 
 
-def _compare_shares(reports: Sequence[dict[str, Any]]) -> dict[str, Any]:
-  """Says which share of the batch a chip does in the least time an image."""
+def _best_share(planned: Sequence[tuple[Any, ...]]) -> tuple[Any, ...]:
+  """Says which share of the batch a chip does in the least time an image.
+
+  Args:
+    planned: what `_planned` returns, of each share.
+
+  Returns:
+    That of the best one.
+  """
+  reports = [report for report, *_ in planned]
   bounds = {
       r['images_per_chip']: 1e3 * r['seconds_bound'] / r['images_per_chip']
       for r in reports if r['fits']
   }
+  for report in reports:
+    report['shares'] = {str(n): bound for n, bound in bounds.items()}
   if not bounds:
-    return reports[0]
+    return planned[0]
   best = min(bounds, key=bounds.__getitem__)
   lines = ['  bound an image, by the images of a chip: ' + ', '.join(
       f'{share}: {bound:.3f} ms' for share, bound in bounds.items()
   )]
-  if best < max(bounds):
+  if best < max(bounds) and not reports[0]['has_batch_norm']:
     lines.append(
         f'  More images than {best} take longer each. For a larger batch, try '
         f'--config.micro_batch={best}.'
     )
   console.say('\n'.join(lines))
-  report = next(r for r in reports if r['images_per_chip'] == best)
-  return report | {'shares': {str(n): bound for n, bound in bounds.items()}}
+  return next(p for p in planned if p[0]['images_per_chip'] == best)
 
 
 def images_of(config: ConfigDict) -> int:
@@ -167,7 +198,10 @@ def report_of(
       'images_per_chip': config.batch_size // count,
       'micro_batch': config.micro_batch, 'remat': config.model.remat,
       'fsdp_devices': config.fsdp_devices,
-      'hbm_gib': chips.chip.memory / chips_lib.GIB,
+      'hbm_gib': chips.memory / chips_lib.GIB,
+      'has_batch_norm': models.build_backbone(
+          config.model, config.data.image_size
+      ).has_batch_norm,
   }
   for field in dataclasses.fields(cost):
     if field.name not in ('collectives', 'breakdown'):
@@ -243,11 +277,6 @@ def show(report: dict[str, Any]) -> None:
     ) + '; of their time nothing is known')
   if 'parts' in report:
     lines += _breakdown_lines(report)
-  if 'seconds_here' in report and report['seconds_here'] is not None:
-    lines.append(
-        f'  MEASURED on this machine: {1e3 * report["seconds_here"]:.2f} ms a '
-        'step'
-    )
   if 'seconds' in report:
     lines += [
         '  a step at the least: ' + ', '.join(
@@ -288,7 +317,12 @@ def _breakdown_lines(report: dict[str, Any]) -> list[str]:
   if report['dynamic_loops']:
     lines.append(
         f'    {report["dynamic_loops"]} operations have loops of unknown '
-        'length, counted once'
+        'length, counted once, or conditions, not counted'
+    )
+  if scheduled and report['unscheduled']:
+    lines.append(
+        f'    {report["unscheduled"]} operations have no instructions of '
+        'their own; the other two bounds hold for them'
     )
   return lines
 

@@ -11,22 +11,24 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from mocov3_jax import models
+from mocov3_jax.base import console
 from mocov3_jax.config import training as config_lib
 from mocov3_jax.method.build import build_method
-from mocov3_jax.parallel import sharding
+from mocov3_jax.parallel import processes, sharding
 from mocov3_jax.parallel.chips import DEVICE_KINDS
 from mocov3_jax.planning import cost, topology
 from mocov3_jax.training import pretrain
 
-# Where Linux shows an accelerator.
-DEVICES = '/dev/accel0', '/dev/vfio/0', '/dev/nvidia0'
+# Where Linux shows a TPU, and a GPU.
+TPU_DEVICES, GPU_DEVICES = ('/dev/accel0', '/dev/vfio/0'), ('/dev/nvidia0',)
 STEPS = 10
+MOST_SECONDS = 900
 
 
 def seconds_here(
     config: ConfigDict, plan: config_lib.Plan, chips: topology.Slice
 ) -> float | None:
-  """Returns the seconds of a step on this machine; None if it has other chips.
+  """Returns the seconds of a step on this machine.
 
   In a process of its own: this one has told JAX that it is a CPU.
 
@@ -34,18 +36,34 @@ def seconds_here(
     config: of the run.
     plan: of the run.
     chips: as planned.
+
+  Returns:
+    None where this machine has other chips, is one of several that belong
+    together, or cannot take the step now, which is said.
   """
-  if not any(pathlib.Path(path).exists() for path in DEVICES):
+  devices = GPU_DEVICES if chips.are_gpus else TPU_DEVICES
+  if processes.in_cluster() or not any(
+      pathlib.Path(path).exists() for path in devices
+  ):
     return None
   kinds = (
       (chips.chip.name,) if chips.are_gpus
       else DEVICE_KINDS[chips.name.partition(':')[0]]
   )
   context = multiprocessing.get_context('spawn')
-  with futures.ProcessPoolExecutor(1, mp_context=context) as pool:
+  pool = futures.ProcessPoolExecutor(1, mp_context=context)
+  try:
     return pool.submit(
         step_seconds, config, plan, kinds, len(chips.devices)
-    ).result()
+    ).result(timeout=MOST_SECONDS)
+  except Exception as e:  # A busy chip, its memory, a lost process.
+    console.say(
+        f'the step was not timed on this machine: {type(e).__name__} '
+        f'{(str(e).splitlines() or [""])[0][:200]}'
+    )
+    return None
+  finally:
+    pool.shutdown(wait=False, cancel_futures=True)
 
 
 def step_seconds(

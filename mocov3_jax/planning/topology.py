@@ -16,6 +16,8 @@ from mocov3_jax.base.errors import UserError, unknown
 from mocov3_jax.parallel.chips import CHIPS, Chip
 from mocov3_jax.planning.gpus import GPUS, Gpu, assumed_cudnn, target_config
 
+# Of a GPU's memory, what JAX takes (XLA_PYTHON_CLIENT_MEM_FRACTION).
+GPU_SHARE = 0.75
 # XLA's GPU compiler comes as one of these.
 PLUGINS = 'jax_cuda12_plugin', 'jax_cuda13_plugin'
 
@@ -44,6 +46,11 @@ class Slice:
     """Whether they are GPUs, of which no time can be told."""
     return isinstance(self.chip, Gpu)
 
+  @property
+  def memory(self) -> float:
+    """Bytes of a chip that a run can have."""
+    return self.chip.memory * (GPU_SHARE if self.are_gpus else 1)
+
   def assumed(self) -> contextlib.AbstractContextManager[None]:
     """Returns the context in which JAX takes them for present."""
     return assumed_cudnn() if self.are_gpus else contextlib.nullcontext()
@@ -69,13 +76,14 @@ def parse(topology: str) -> tuple[Chip, tuple[int, ...]]:
 
 
 def get_slice(topology: str) -> Slice:
-  """Describes a slice to the TPU compiler, which runs on any machine.
+  """Describes chips to their compiler, which runs on any machine.
 
   Args:
-    topology: chip and shape, such as 'v5e:16x16' or 'v4:4x4x4'.
+    topology: chip and shape, such as 'v5e:16x16' or 'v4:4x4x4'; or a GPU and
+      how many, 'h100:8'.
 
   Raises:
-    UserError: for what is not known, or without the compiler (libtpu).
+    UserError: for what is not known, or without the compiler.
   """
   if topology.partition(':')[0] in GPUS:
     return _get_gpus(topology)
@@ -123,7 +131,6 @@ def _get_gpus(topology: str) -> Slice:
   gpu = GPUS[kind]
   # Everything that runs does so on the CPU.
   jax.config.update('jax_platforms', 'cpu')
-  os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '2')  # No driver, it says.
   plugin = next(
       (name for name in PLUGINS if importlib.util.find_spec(name)), None
   )
@@ -135,10 +142,18 @@ def _get_gpus(topology: str) -> Slice:
     )
   from jax.experimental import topologies
 
-  found = topologies.get_topology_desc(
-      platform='cuda', target_config=target_config(gpu),
-      topology=f'1x1x{count}',
-  )
+  try:
+    found = topologies.get_topology_desc(
+        platform='cuda', target_config=target_config(gpu),
+        topology=f'1x1x{count}',
+    )
+  except Exception as e:  # Such as a plugin of another version.
+    text = (str(e).splitlines() or [''])[0][:200]
+    raise UserError(
+        f'--topology={topology}: the GPU compiler gives no such machine '
+        f'({type(e).__name__}: {text}). Use the plugin that this JAX wants: '
+        'pip install "mocov3_jax[gpu-plan]".'
+    ) from e
   package = plugin.replace('_', '-')
   return Slice(
       topology, gpu, list(found.devices),

@@ -1,6 +1,5 @@
 """How a run computes: chosen at its start, kept when it goes on, checked."""
 
-import dataclasses
 import math
 
 import jax
@@ -10,16 +9,18 @@ from ml_collections import ConfigDict
 
 from mocov3_jax import models
 from mocov3_jax.base import files
+from mocov3_jax.base.errors import UserError
 from mocov3_jax.models.attention import ATTENTION, Dense, Tokens
 from mocov3_jax.models.execution import PLATFORMS, Execution
 from mocov3_jax.models.vit import ViT
 from mocov3_jax.parallel import processes
 
-# How much further from float32 than the reference an implementation may be,
-# in half precision: each has its own roundings.
+# How much further from exact products than the reference an implementation
+# may be: each has its own roundings.
 MOST_ROUNDING = 2.0
 
 
+@processes.exit_on_lost_peer()
 def choose(
     config: ConfigDict, mesh: Mesh, path: str
 ) -> tuple[Execution, list[str]]:
@@ -35,80 +36,102 @@ def choose(
     path: the workdir.
 
   Raises:
-    UserError: for an implementation that is unknown or cannot run there.
+    UserError: for an implementation that is unknown, cannot run there, or was
+      asked for by name and does not agree with the reference.
   """
-  chosen = models.execution_on(mesh, config.model, config.data.image_size)
-  device = mesh.devices.flat[0]
-  notes = []
-  if config.model.attention == 'auto':
-    kept, other_device = _recorded(path, device)
-    if other_device:
-      notes.append(
-          f'the run was begun on another kind of device, with '
-          f'model.attention={kept}; on {device.device_kind} it is '
-          f'{chosen.attention}'
-      )
-    elif kept:
-      chosen = dataclasses.replace(chosen, attention=kept)
-  if device.platform == 'cpu':
+  asked = config.model.attention
+  processes.require_same({'model.attention': asked})
+  size, device = config.data.image_size, mesh.devices.flat[0]
+  chosen = models.execution_on(mesh, config.model, size)
+  kept, notes = _recorded(path, device)
+  if asked == 'auto' and kept:
+    model = config.model.copy_and_resolve_references().unlock()
+    model.attention = kept
+    chosen = models.execution_on(mesh, model, size)
+  elif asked != 'auto' or not isinstance(_backbone(config), ViT):
+    notes = []
+  if device.platform == 'cpu' or not isinstance(_backbone(config), ViT):
     return chosen, notes
-  backbone = models.build_backbone(config.model, config.data.image_size)
-  if isinstance(backbone, ViT):
-    tokens = (config.data.image_size // backbone.patch_size) ** 2
-    why = processes.any_of(
-        disagreement(chosen, backbone, tokens + (backbone.readout == 'cls'))
+  why = processes.any_of(disagreement(chosen, _backbone(config), size))
+  if why and asked != 'auto':
+    raise UserError(
+        f'model.attention={asked!r} cannot be used here: {why}. Use auto.'
     )
-    if why:
-      notes.append(
-          f'model.attention={chosen.attention} cannot be used here ({why}); '
-          'the reference runs instead'
-      )
-      chosen = dataclasses.replace(chosen, attention='reference')
-    notes.append(f'attention: {chosen.attention}')
+  if why:
+    notes.append(
+        f'model.attention={chosen.attention} cannot be used here ({why}); the '
+        'reference runs instead'
+    )
+    chosen = Execution(mesh=mesh)
+  notes.append(f'attention: {chosen.attention}')
   return chosen, notes
 
 
-def _recorded(path: str, device: jax.Device) -> tuple[str, bool]:
-  """Returns what a begun run computes with, and whether that was elsewhere.
+def _backbone(config: ConfigDict) -> models.Backbone:
+  return models.build_backbone(config.model, config.data.image_size)
+
+
+def _recorded(path: str, device: jax.Device) -> tuple[str, list[str]]:
+  """Returns what a begun run computes with, if it can go on with that.
 
   Returns:
-    '' and False if the run is not begun yet. A run of a version that recorded
-    nothing has the reference.
+    '' if the run is not begun yet, or was elsewhere; and what to say of that.
+    A run of a version that recorded nothing has the reference.
   """
   file = files.absolute(path) / 'environment.json'
   found = processes.from_primary(lambda: files.read_object(file))
   if not found:
-    return '', False
+    return '', []
   kept = found['attention'] if 'attention' in found else 'reference'
   if kept not in list(PLATFORMS):  # Whatever a file may hold.
-    return 'something unknown', True
+    return '', [f'{file} names no attention that this version knows']
   elsewhere = 'device' not in found or found['device'] != device.device_kind
-  return kept, elsewhere or device.platform not in PLATFORMS[kept]
+  if elsewhere or device.platform not in PLATFORMS[kept]:
+    return '', [
+        f'the run was begun on another kind of device than '
+        f'{device.device_kind}, with model.attention={kept}; it is chosen anew'
+    ]
+  return kept, []
 
 
-def disagreement(execution: Execution, backbone: ViT, tokens: int) -> str:
+def disagreement(execution: Execution, backbone: ViT, image_size: int) -> str:
   """Compares an implementation of attention with the reference.
 
   Args:
     execution: what is to be compared.
     backbone: of which the shapes and the dtype are.
-    tokens: of an image.
+    image_size: side of the images, pixels.
 
   Returns:
     What is wrong; '' if they agree up to the rounding of the dtype.
   """
   if execution.attention == 'reference':
     return ''
+  real = backbone.tokens(image_size)
+  rows = execution.padded(real)
+  # The last block asks for the class token alone.
+  asked = [rows] + [1] * (backbone.readout == 'cls')
+  try:
+    for queries in asked:
+      why = _difference(execution, backbone, Tokens(rows, real, queries))
+      if why:
+        return why
+  except Exception as e:  # Compilers have many kinds.
+    return f'{type(e).__name__}: {(str(e).splitlines() or [""])[0][:200]}'
+  return ''
+
+
+def _difference(execution: Execution, backbone: ViT, tokens: Tokens) -> str:
   images, dim = 2, backbone.dim
-  rows = execution.padded(tokens)
   keys = jax.random.split(jax.random.key(0), 4)
   normal = lambda key, *shape: jax.random.normal(key, shape)
-  x = normal(keys[0], images * rows, dim)
+  x = normal(keys[0], images * tokens.rows, dim)
   kernels = [
       normal(key, dim, width) / math.sqrt(dim)
       for key, width in ((keys[1], 3 * dim), (keys[2], dim))
   ]
-  weights = normal(keys[3], images, tokens, dim)  # Of the real tokens alone.
+  queries = min(tokens.real, tokens.queries)  # Of the real tokens alone.
+  weights = normal(keys[3], images, queries, dim)
 
   def outcome(attention, dtype):
     def loss(x, kernels):
@@ -118,27 +141,25 @@ def disagreement(execution: Execution, backbone: ViT, tokens: int) -> str:
           for kernel, name in zip(kernels, ('qkv', 'proj'), strict=True)
       )
       out = ATTENTION[attention](
-          cast(x), qkv, proj, backbone.num_heads, Tokens(rows, tokens, rows),
-          None,
+          cast(x), qkv, proj, backbone.num_heads, tokens, None
       )
-      out = out.reshape(images, rows, dim)[:, :tokens].astype(jnp.float32)
+      out = out.reshape(images, -1, dim)[:, :queries].astype(jnp.float32)
       return jnp.sum(out * weights), out
 
     grad = jax.grad(loss, argnums=(0, 1), has_aux=True)
     return jax.tree.leaves(jax.jit(grad)(x, kernels))
 
-  try:
+  # Accelerators round the operands of float32 products, if they may.
+  with jax.default_matmul_precision('highest'):
     exact = outcome('reference', jnp.float32)
-    usual = outcome('reference', backbone.dtype)
-    found = outcome(execution.attention, backbone.dtype)
-  except Exception as e:  # Compilers have many kinds.
-    return f'{type(e).__name__}: {(str(e).splitlines() or [""])[0][:200]}'
+  usual = outcome('reference', backbone.dtype)
+  found = outcome(execution.attention, backbone.dtype)
   for a, b, c in zip(exact, usual, found, strict=True):
-    # In float32 the reference is itself, and 1e-5 what rounding does.
+    # Where the reference is exact, 1e-5 is what another order of sums does.
     allowed = MOST_ROUNDING * _distance(b, a) + 1e-5
     if not _distance(c, a) <= allowed:
       return (
-          f'it is {_distance(c, a):.1e} from the reference in float32, where '
+          f'it is {_distance(c, a):.1e} from exact products, where '
           f'{allowed:.1e} is allowed'
       )
   return ''
