@@ -104,8 +104,10 @@ def small_vit(**changes):
 
 
 @pytest.mark.parametrize('readout, mlp_norm', [
-    ('cls', 'layer'), ('norm_pool', 'layer'), ('pool', 'layer'),
-    ('cls', 'batch'), ('pool', 'batch'),
+    ('cls', 'layer'), ('pool', 'batch'),
+    pytest.param('norm_pool', 'layer', marks=pytest.mark.slow),
+    pytest.param('pool', 'layer', marks=pytest.mark.slow),
+    pytest.param('cls', 'batch', marks=pytest.mark.slow),
 ])
 def test_padding_changes_no_network(readout, mlp_norm):
   # 25 or 26 tokens, of which the kernel makes 32.

@@ -56,7 +56,10 @@ class Case(NamedTuple):
   keys: models.Embeddings
 
 
-@pytest.fixture(scope='module', params=CASES)
+@pytest.fixture(scope='module', params=[
+    pytest.param(case, marks=[pytest.mark.slow] * case.endswith('pallas'))
+    for case in CASES
+])
 def step(request):
   file, model = CASES[request.param]
   arrays, _ = golden.load(file)

@@ -71,8 +71,8 @@ MUTATIONS = {
     ),
     'q, k and v initialised as one matrix': (
         'models/attention.py',
-        "kernel_init=xavier(dim, dim), name='qkv'",
-        "kernel_init=xavier(dim, 3 * dim), name='qkv'",
+        'DenseParams(3 * dim, init,',
+        'DenseParams(3 * dim, xavier(dim, 3 * dim),',
         'test_models.py',
     ),
     'stride in the first convolution of a bottleneck': (

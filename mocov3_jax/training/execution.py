@@ -1,7 +1,9 @@
 """How a run computes: chosen at its start, kept when it goes on, checked."""
 
 import math
+from typing import Any
 
+from etils import epath
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
@@ -79,7 +81,7 @@ def _recorded(path: str, device: jax.Device) -> tuple[str, list[str]]:
     A run of a version that recorded nothing has the reference.
   """
   file = files.absolute(path) / 'environment.json'
-  found = processes.from_primary(lambda: files.read_object(file))
+  found = processes.from_primary(lambda: _environment(file))
   if not found:
     return '', []
   kept = found['attention'] if 'attention' in found else 'reference'
@@ -92,6 +94,13 @@ def _recorded(path: str, device: jax.Device) -> tuple[str, list[str]]:
         f'{device.device_kind}, with model.attention={kept}; it is chosen anew'
     ]
   return kept, []
+
+
+def _environment(file: epath.Path) -> dict[str, Any]:
+  try:
+    return files.read_object(file)
+  except OSError:  # Whoever claims the workdir says what is wrong with it.
+    return {}
 
 
 def disagreement(execution: Execution, backbone: ViT, image_size: int) -> str:
