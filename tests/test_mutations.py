@@ -111,7 +111,7 @@ MUTATIONS = {
 def run_tests(folder, tests):
   """Runs one file of tests against the package in `folder`."""
   return subprocess.run(
-      [sys.executable, '-m', 'pytest', '-x', '-q', '-p', 'no:cacheprovider',
+      [sys.executable, '-m', 'pytest', '-x', '-q',
        f'tests/{tests}'],
       cwd=folder, capture_output=True, text=True,
       env=os.environ | {'PYTHONPATH': str(folder)},
