@@ -13,11 +13,11 @@ import dataclasses
 import re
 from unittest import mock
 
+from mocov3_jax.parallel.chips import GIB
 from mocov3_jax.planning import hlo
 
 # That of the cuDNN that the kernels are taken from.
 CUDNN = 9, 10, 0
-GIB = 2**30
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,9 +124,7 @@ def kernels(text: str) -> dict[str, int]:
 
   def visit(name):
     for op in computations[name]:
-      inner = op.attribute(
-          r'(?:calls|to_apply|called_computations|body)=\{?%?([\w.-]+)'
-      )
+      inner = op.attribute(hlo.CALLED)
       target = op.attribute(r'custom_call_target="([^"]*)"')
       if target.startswith('__cublas'):
         found['cuBLAS'] += 1

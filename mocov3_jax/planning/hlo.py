@@ -27,7 +27,7 @@ _COLLECTIVE = re.compile(
 )
 _ARRAY = re.compile(r'\b([a-z]+\d*)\[([\d,]*)\]')
 _LAID_OUT = re.compile(r'\b([a-z]+\d*)\[([\d,]*)\](?:\{([^}]*)\})?')
-_CALLED = re.compile(
+CALLED = re.compile(
     r'(?:calls|to_apply|called_computations|body)=\{?%?([\w.-]+)'
 )
 
@@ -58,7 +58,7 @@ class Operation:
     """Names of the operations whose results it is given."""
     return tuple(re.findall(r'%([\w.-]+)', self.arguments))
 
-  def attribute(self, pattern: str) -> str:
+  def attribute(self, pattern: str | re.Pattern[str]) -> str:
     """Returns the first group of a pattern in the attributes, or ''."""
     found = re.search(pattern, self.attributes)
     return found[1] if found else ''
@@ -247,7 +247,7 @@ def _times(computations: dict[str, list[str]], text: str) -> dict[str, int]:
       inner = count
       if op.code == 'while':
         inner *= max(trips(op, parsed), 1)
-      for called in _CALLED.findall(op.attributes):
+      for called in CALLED.findall(op.attributes):
         if called in computations:
           visit(called, inner)
 

@@ -44,17 +44,18 @@ def choose(
   asked = config.model.attention
   processes.require_same({'model.attention': asked})
   size, device = config.data.image_size, mesh.devices.flat[0]
+  backbone = models.build_backbone(config.model, size)
   chosen = models.execution_on(mesh, config.model, size)
-  kept, notes = _recorded(path, device)
-  if asked == 'auto' and kept:
+  if not isinstance(backbone, ViT):
+    return chosen, []
+  kept, notes = _recorded(path, device) if asked == 'auto' else ('', [])
+  if kept:
     model = config.model.copy_and_resolve_references().unlock()
     model.attention = kept
     chosen = models.execution_on(mesh, model, size)
-  elif asked != 'auto' or not isinstance(_backbone(config), ViT):
-    notes = []
-  if device.platform == 'cpu' or not isinstance(_backbone(config), ViT):
+  if device.platform == 'cpu':
     return chosen, notes
-  why = processes.any_of(disagreement(chosen, _backbone(config), size))
+  why = processes.any_of(disagreement(chosen, backbone, size))
   if why and asked != 'auto':
     raise UserError(
         f'model.attention={asked!r} cannot be used here: {why}. Use auto.'
@@ -67,10 +68,6 @@ def choose(
     chosen = Execution(mesh=mesh)
   notes.append(f'attention: {chosen.attention}')
   return chosen, notes
-
-
-def _backbone(config: ConfigDict) -> models.Backbone:
-  return models.build_backbone(config.model, config.data.image_size)
 
 
 def _recorded(path: str, device: jax.Device) -> tuple[str, list[str]]:
