@@ -111,7 +111,8 @@ MUTATIONS = {
 def run_tests(folder, tests):
   """Runs one file of tests against the package in `folder`."""
   return subprocess.run(
-      [sys.executable, '-m', 'pytest', '-x', '-q',
+      # All of its tests, also those that the suite leaves for `-m slow`.
+      [sys.executable, '-m', 'pytest', '-x', '-q', '-m', '',
        f'tests/{tests}'],
       cwd=folder, capture_output=True, text=True,
       env=os.environ | {'PYTHONPATH': str(folder)},
