@@ -6,11 +6,14 @@ folders checkpoints/<step>. The protocols: configs/eval_knn.py, eval_linear.py,
 eval_logistic.py, eval_finetune.py. The last line on stdout is one JSON object,
 which OUT/result.json holds as well; a line of results.jsonl in the run's
 workdir has the same. A linear probe or a fine-tuning that was stopped goes on
-with the same line.
+with the same line. Several processes work together, started as those of train.
 """
+
+from typing import Any
 
 from mocov3_jax import protocols
 from mocov3_jax.config import command_line
+from mocov3_jax.parallel import processes
 
 
 def define(flags: command_line.Flags) -> command_line.Action:
@@ -19,7 +22,14 @@ def define(flags: command_line.Flags) -> command_line.Action:
   workdir = flags.string(
       'workdir', None, 'Folder of the evaluation.', required=True
   )
-  return lambda: protocols.evaluate(config.value, workdir.value)
+  several = flags.processes()
+
+  def act() -> dict[str, Any] | None:
+    processes.start(*several())
+    results = protocols.evaluate(config.value, workdir.value)
+    return results if processes.is_primary() else None
+
+  return act
 
 
 def main(argv: list[str]) -> int:

@@ -15,14 +15,10 @@ def define(flags: command_line.Flags) -> command_line.Action:
   """Defines the flags; returns what they ask for."""
   config = flags.config('Recipe, such as configs/digits.py.')
   workdir = flags.string('workdir', None, 'Folder of the run.', required=True)
-  coordinator = flags.string(
-      'coordinator', None, 'Of several processes: host:port of the first.'
-  )
-  num_processes = flags.integer('num_processes', None, 'How many there are.')
-  process_id = flags.integer('process_id', None, 'Which one this is, from 0.')
+  several = flags.processes()
 
   def act() -> dict[str, Any] | None:
-    processes.start(coordinator.value, num_processes.value, process_id.value)
+    processes.start(*several())
     processes.enable_compilation_cache()
     results = pretrain(config.value, workdir.value)
     return results if processes.is_primary() else None

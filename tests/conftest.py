@@ -31,7 +31,7 @@ LONGEST = (
     'test_models', 'test_no_number', 'test_resume', 'test_sharding',
     'test_bad_input', 'test_evaluate', 'test_convert', 'test_report',
     'test_hostile', 'test_golden_step', 'test_visualize', 'test_processes',
-    'test_photos', 'test_hosts',
+    'test_photos', 'test_buckets', 'test_hosts',
 )
 
 

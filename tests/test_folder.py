@@ -411,7 +411,7 @@ def test_a_listing_of_a_mounted_bucket_is_not_kept(
   root, cache = tmp_path / 'root', tmp_path / '.listings'
   plant(root, '1.png')
   device = os.stat(root).st_dev
-  monkeypatch.setattr(listing, '_fuse_devices', lambda: {device})
+  monkeypatch.setattr(listing.files, 'fuse_devices', lambda: {device})
   catalog.load(f'folder:{root}', 'none', cache)
   assert not cache.exists()
 
@@ -424,7 +424,7 @@ def test_mounts_of_fuse_are_told_from_others(monkeypatch):
       '39 27 0:47 / /mnt/y rw - fuseblk /dev/sdb1 rw\n'
   )
   monkeypatch.setattr('builtins.open', mock.mock_open(read_data=lines))
-  found = listing._fuse_devices()
+  found = listing.files.fuse_devices()
   monkeypatch.undo()
   assert found == {os.makedev(0, 45), os.makedev(0, 46)}
 

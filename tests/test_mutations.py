@@ -38,9 +38,7 @@ MUTATIONS = {
     'EMA after the optimizer step': (
         'method/train_step.py', '      target_params=target_params,\n',
         '      target_params=ema(\n'
-        '          state.target_params,\n'
-        '          encoder(optax.apply_updates(state.params, updates)),\n'
-        '          momentum,\n'
+        '          state.target_params, encoder(params), momentum\n'
         '      ),\n',
         'test_golden_training.py',
     ),

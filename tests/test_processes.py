@@ -24,10 +24,20 @@ def start(
     workdir, processes, devices=8, others=(), first_alone=False, **overrides
 ):
   """Starts all processes of a run, with `others` in all but the first."""
+  flags = tiny.flags(**(CALM | overrides))
+  return start_command(
+      ['train', f'--workdir={workdir}', *flags], processes, devices, others,
+      first_alone,
+  )
+
+
+def start_command(
+    command, processes, devices=8, others=(), first_alone=False
+):
+  """Starts a command in all processes."""
   with socket.socket() as s:
     s.bind(('127.0.0.1', 0))
     address = f'127.0.0.1:{s.getsockname()[1]}'
-  flags = tiny.flags(**(CALM | overrides))
   force = f'--xla_force_host_platform_device_count={devices // processes}'
   # Each process compiles for itself, which takes longer than to compute.
   quick = os.getenv('XLA_FLAGS', '').replace('_level=1', '_level=0')
@@ -36,8 +46,8 @@ def start(
   ]
   return [
       tiny.start(
-          'train', f'--workdir={workdir}', *flags, *several,
-          *[f'--process_id={i}'] * (processes > 1), *others[:i],
+          *command, *several, *[f'--process_id={i}'] * (processes > 1),
+          *others[:i],
           env_add={'XLA_FLAGS': f'{quick} {force}'},
       )
       for i in range(1 if first_alone else processes)
@@ -199,3 +209,101 @@ def test_half_of_the_flags_is_refused(tmp_path):
       '--num_processes=2',
   )
   assert code == 2 and '--process_id=None' in err
+
+
+# What each protocol needs beside the checkpoint, to be short.
+PROTOCOLS = {
+    'knn': {}, 'logistic': {'logistic.inverse_penalties': (0.1, 1.0)},
+    'linear': {'schedule.steps': 6, 'linear.lr_per_256': (0.1, 1.0)},
+    'finetune': {'schedule.steps': 6, 'schedule.warmup_epochs': 0.2},
+}
+
+
+def evaluation(protocol, run, out, **overrides):
+  """The command that evaluates a run."""
+  overrides = {
+      'checkpoint': run, 'batch_size': 64, 'log.every_steps': 1,
+  } | PROTOCOLS[protocol] | overrides
+  return [
+      'evaluate', f'--config=configs/eval_{protocol}.py', f'--workdir={out}',
+      *(f'--config.{name}={value}' for name, value in overrides.items()),
+  ]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('protocol', PROTOCOLS)
+def test_two_processes_evaluate_as_one_does(one, tmp_path, protocol):
+  found = []
+  for processes in 1, 2:
+    # Of its own, since each evaluation adds a line to it.
+    run = tmp_path / f'run{processes}'
+    shutil.copytree(one, run)
+    out = tmp_path / f'{protocol}{processes}'
+    results = finish(start_command(evaluation(protocol, run, out), processes))
+    for code, _, err in results:
+      assert code == 0, err
+    for _, out_text, _ in results[1:]:
+      assert '{' not in out_text  # The first alone speaks.
+    result = json.loads((out / 'result.json').read_text())
+    assert json.loads(results[0][1].splitlines()[-1]) == result
+    (line,) = (run / 'results.jsonl').read_text().splitlines()
+    assert json.loads(line)[f'{protocol}/top1'] == result[f'{protocol}/top1']
+    found.append((result, out))
+  (alone, alone_out), (together, together_out) = found
+  own = [name for name in alone if name.startswith(f'{protocol}/')]
+  assert len(own) > 1
+  if protocol in ('knn', 'logistic'):
+    for name in own:
+      assert together[name] == alone[name], name
+    return
+  np.testing.assert_allclose(losses(together_out), losses(alone_out), rtol=1e-5)
+  assert together[f'{protocol}/top1'] == pytest.approx(
+      alone[f'{protocol}/top1'], abs=1e-5
+  )
+  # The network that it leaves is one that one process can use.
+  code, out_text, err = tiny.run(
+      *evaluation('knn', together_out, tmp_path / 'again')
+  )
+  assert code == 0, err
+
+
+@pytest.mark.slow
+def test_sigterm_to_one_ends_an_evaluation_in_all(one, tmp_path):
+  # Batches so small that there are many, of which any may be the last.
+  command = evaluation('knn', one, tmp_path / 'knn', batch_size=8)
+  processes = start_command(command, 2)
+  end = time.monotonic() + 120
+  while not (tmp_path / 'knn' / 'config.json').exists():
+    assert time.monotonic() < end
+    time.sleep(0.02)
+  processes[1].send_signal(signal.SIGTERM)
+  results = finish(processes)
+  assert [code for code, _, _ in results] == [143, 143], results
+  for _, _, err in results:
+    assert 'stopped in an evaluation' in err and 'Traceback' not in err
+  for code, _, err in finish(start_command(command, 2)):
+    assert code == 0, err
+
+
+@pytest.mark.slow
+def test_sigterm_during_the_monitor_saves_and_is_measured_again(one, tmp_path):
+  workdir = tmp_path / 'run'
+  copy_of(one, workdir, step=5)
+  # What was measured at step 5 is lost, so that the run begins with it.
+  rows = [
+      row for row in tiny.metrics(workdir)
+      if row['step'] < 5 or 'train/loss' in row
+  ]
+  text = ''.join(json.dumps(row) + '\n' for row in rows)
+  (workdir / 'metrics.jsonl').write_text(text)
+  (process,) = start(workdir, 1)
+  line = ''
+  while 'it is measured now' not in line:
+    line = process.stderr.readline()
+    assert line, 'the run has ended'
+  process.send_signal(signal.SIGTERM)
+  code, _, err = tiny.finish(process)
+  assert code == 143 and 'stopped: saved step 5' in err, err
+  for code, _, err in finish(start(workdir, 1)):
+    assert code == 0, err
+  assert tiny.metrics(workdir) == tiny.metrics(one)

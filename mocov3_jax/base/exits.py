@@ -1,6 +1,6 @@
 """Exit codes, and the signals that end a command."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 import contextlib
 import os
 import signal
@@ -21,30 +21,40 @@ def exit_at_once() -> None:
   os._exit(INTERRUPTED)
 
 
-@contextlib.contextmanager
-def catch_stop_signals() -> Iterator[Callable[[], bool]]:
-  """Turns SIGTERM and Ctrl-C into a question.
+class StopRequest:
+  """Turns SIGTERM and Ctrl-C into a question, while they are `caught`."""
 
-  Yields f() -> whether one of them has come. A second Ctrl-C ends the process
-  at once.
-  """
-  noted = []
+  def __init__(self):
+    """Begins without a request."""
+    self._noted: list[int] = []
 
-  def note(number, _):
-    if number == signal.SIGINT:
-      if noted:
-        exit_at_once()
-      console.say_in_handler(
-          '\nstopping after this step, then saving (again: at once)'
-      )
-    noted.append(number)
+  def __call__(self) -> bool:
+    """Returns whether one of them has come."""
+    return bool(self._noted)
 
-  before = {s: signal.signal(s, note) for s in (signal.SIGTERM, signal.SIGINT)}
-  try:
-    yield lambda: bool(noted)
-  finally:
-    for number, handler in before.items():
-      signal.signal(number, handler)
+  @contextlib.contextmanager
+  def caught(
+      self, then: str = 'after this step, then saving'
+  ) -> Iterator[None]:
+    """Notes the signals; a second Ctrl-C ends the process at once.
+
+    Args:
+      then: when it stops, for the line that answers Ctrl-C.
+    """
+    def note(number, _):
+      if number == signal.SIGINT:
+        if self._noted:
+          exit_at_once()
+        console.say_in_handler(f'\nstopping {then} (again: at once)')
+      self._noted.append(number)
+
+    signals = signal.SIGTERM, signal.SIGINT
+    before = {s: signal.signal(s, note) for s in signals}
+    try:
+      yield
+    finally:
+      for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 @contextlib.contextmanager

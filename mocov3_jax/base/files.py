@@ -1,22 +1,34 @@
-"""Paths that users give, and files that are there whole or not at all."""
+"""Paths that users give, and files that are there whole or not at all.
+
+What is said here of the files and folders of a run goes for objects of a bucket
+as well, where the run is in one; see `buckets`.
+"""
 
 from collections.abc import Iterator
 import contextlib
 import errno
+import io
 import itertools
 import json
 import os
 import secrets
 import stat
+import time
 from typing import Any, BinaryIO
 
 from etils import epath
 
+from mocov3_jax.base import buckets
 from mocov3_jax.base.errors import UserError
 
 # Files and folders in the folder of a run, and bytes of its JSON files, at
 # most: far more than a run writes.
 MOST_ENTRIES, MOST_JSON = 100_000, 2**24
+# Seconds between two copies of a growing file in a bucket, at least, and how
+# many times longer than a copy takes that is.
+FOLLOWED, MOST_SHARE = 60.0, 50
+# Bytes of an object that are asked for at once, when it is read.
+READ_AT_ONCE = 2**20
 # With what a formula begins in a spreadsheet.
 FORMULA = '=', '+', '-', '@', '\t', '\r'
 
@@ -29,16 +41,77 @@ def absolute(path: str, field: str = 'the path') -> epath.Path:
     field: what it is, for the message.
 
   Raises:
-    UserError: for a URL; only local (or mounted) folders work so far.
+    UserError: for a URL.
   """
   if not path:
     raise UserError(f'{field} is empty. Allowed: a path.')
   if '://' in path:
     raise UserError(
         f'{field}: {path!r} is a URL. Use a path of this machine, or a '
-        'mounted one.'
+        'mounted one. (The workdir of a run, and what is read of runs, may be '
+        'gs://BUCKET/FOLDER.)'
     )
   return epath.Path(os.path.abspath(os.path.expanduser(path)))
+
+
+def run_path(path: str, field: str = 'the path') -> epath.Path:
+  """Returns the path of a run: absolute on this machine, or gs://...
+
+  Args:
+    path: as given.
+    field: what it is, for the message.
+
+  Raises:
+    UserError: for another URL, or a bucket that cannot be used here.
+  """
+  if buckets.is_in_bucket(path):
+    return buckets.path_of(path, field)
+  return absolute(path, field)
+
+
+def fuse_devices() -> set[int]:
+  """Returns the devices (st_dev) of file systems that programs provide.
+
+  Mounted buckets are such. They may keep no times of folders, may show nothing
+  of a file before it is closed, and rename no folder in one piece.
+  """
+  try:
+    with open('/proc/self/mountinfo', encoding='utf-8') as file:
+      mounts = [line.split(' - ') for line in file]
+  except (OSError, ValueError):  # Not Linux.
+    return set()
+  return {
+      os.makedev(*map(int, mount.split()[2].split(':')))
+      for mount, kind in mounts
+      if kind == 'fuse' or kind.startswith(('fuse.', 'fuse '))
+  }
+
+
+def is_on_disk(folder: epath.Path) -> bool:
+  """Returns whether files there grow in sight, and folders can be renamed.
+
+  That is so but in buckets, mounted ones included.
+  """
+  if buckets.is_in_bucket(folder):
+    return False
+  return os.stat(folder).st_dev not in fuse_devices()
+
+
+def entries(folder: epath.Path) -> list[epath.Path]:
+  """Returns what a folder of a run holds, sorted; nothing if there is none."""
+  try:
+    return sorted(folder.iterdir())
+  except (FileNotFoundError, NotADirectoryError):
+    return []
+
+
+def make_folder(folder: epath.Path) -> None:
+  """Makes a folder of a run and those above it, where there are such things.
+
+  A bucket has none, but names with slashes.
+  """
+  if not buckets.is_in_bucket(folder):
+    folder.mkdir(parents=True, exist_ok=True)
 
 
 def user_cache(name: str) -> epath.Path | None:
@@ -84,6 +157,8 @@ def require_plain(folder: epath.Path) -> None:
   Raises:
     UserError: with the first that is neither, or if there are too many.
   """
+  if buckets.is_in_bucket(folder):  # It has objects alone.
+    return
   count = 0
   waiting = [os.fspath(folder)]
   while waiting:
@@ -114,6 +189,8 @@ def allocated(folder: epath.Path) -> int:
 
   A file with holes counts for what is stored of it.
   """
+  if buckets.is_in_bucket(folder):
+    return buckets.size(folder)
   total = 0
   for parent, _, names in os.walk(folder):
     for name in names:
@@ -128,10 +205,21 @@ def allocated(folder: epath.Path) -> int:
 def open_own(path: epath.Path, mode: str, **options: Any) -> Any:
   """Opens a file of a run, as `open` does, if it is a file and no link.
 
+  Args:
+    path: of the file.
+    mode: as that of `open`; of an object in a bucket, for reading.
+    **options: as those of `open`.
+
   Raises:
     UserError: if it is anything else.
     OSError: as `open`.
   """
+  if buckets.is_in_bucket(path):
+    if mode not in ('r', 'rb'):
+      raise ValueError(f'{path} cannot be opened to be changed')
+    file = io.BufferedReader(path.open('rb'), READ_AT_ONCE)
+    return file if mode == 'rb' else io.TextIOWrapper(file, **options)
+
   def opener(name, flags):
     return os.open(
         name, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o666
@@ -163,8 +251,9 @@ def read_own(path: epath.Path, most: int) -> bytes | None:
   """
   try:
     with open_own(path, 'rb') as file:
-      size = os.fstat(file.fileno()).st_size
+      size = file.seek(0, os.SEEK_END)
       if size <= most:
+        file.seek(0)
         return file.read()
   except FileNotFoundError:
     return None
@@ -194,6 +283,12 @@ def open_whole(
   Raises:
     UserError: if the file that `field` names cannot be written.
   """
+  if buckets.is_in_bucket(path):
+    # An object is there once it is written, whole.
+    buffer = io.BytesIO()
+    yield buffer
+    path.write_bytes(buffer.getvalue())
+    return
   # A name that nobody can have put there before: several processes may write
   # one file, and others may have a say in the folder.
   part = path.with_name(f'.{path.name[:60]}.{secrets.token_hex(8)}.part')
@@ -222,6 +317,98 @@ def write_json(path: epath.Path, value: Any) -> None:
   """Writes a JSON value, indented, whole or not at all."""
   with open_whole(path) as file:
     file.write((json.dumps(value, indent=2) + '\n').encode())
+
+
+class AppendedFile:
+  """A text file of a run that grows.
+
+  On a disk, what is appended is there at once, also if the process is killed.
+  In a bucket it is there once it is flushed: an object cannot grow and is
+  written anew, and a mounted bucket shows a file once it is closed.
+  """
+
+  def __init__(self, path: epath.Path, begin: bytes | None = None):
+    """Opens the file.
+
+    Args:
+      path: of the file.
+      begin: what it is to hold, in place of what it holds.
+
+    Raises:
+      UserError: if it is no regular file.
+    """
+    self._path = path
+    self._file = self._held = None
+    if begin is not None:
+      with open_whole(path) as file:
+        file.write(begin)
+    if buckets.is_in_bucket(path):
+      if begin is None and path.exists():
+        begin = path.read_bytes()
+      self._held = io.BytesIO()
+      self._held.write(begin or b'')
+      self._changed = False
+      self._next = 0.0
+    else:
+      self._file = open_own(path, 'ab')
+
+  def append(self, text: str) -> None:
+    """Appends a text; surrogates are written as the bytes they stand for."""
+    data = text.encode(errors='surrogateescape')
+    if self._held is None:
+      self._file.write(data)
+      self._file.flush()
+      return
+    self._held.write(data)
+    self._changed = True
+    # Now and then, for who follows a run; the longer it takes, the rarer.
+    if time.monotonic() > self._next:
+      self._write_object()
+
+  def flush(self) -> None:
+    """Puts on disk, or in the bucket, what was appended."""
+    if self._held is None:
+      os.fsync(self._file.fileno())
+      self._file.close()
+      self._file = open_own(self._path, 'ab')
+    else:
+      self._write_object()
+
+  def close(self) -> None:
+    """Flushes and closes the file."""
+    if self._held is None:
+      self._file.close()
+    else:
+      self._write_object()
+
+  def _write_object(self) -> None:
+    if self._changed:
+      began = time.monotonic()
+      self._path.write_bytes(self._held.getvalue())
+      self._changed = False
+      now = time.monotonic()
+      self._next = now + max(FOLLOWED, MOST_SHARE * (now - began))
+
+
+def append(path: epath.Path, text: str) -> None:
+  """Appends lines to a text file of a run, which need not be there yet.
+
+  If a kill cut off its last line, that line ends before them.
+
+  Raises:
+    UserError: if it is no regular file.
+    OSError: if it cannot be written.
+  """
+  try:
+    with open_own(path, 'rb') as file:
+      size = file.seek(0, os.SEEK_END)
+      file.seek(max(0, size - 1))
+      cut_off = file.read(1) not in (b'', b'\n')
+  except FileNotFoundError:
+    cut_off = False
+  file = AppendedFile(path)
+  with contextlib.closing(file):
+    file.append('\n' * cut_off + text)
 
 
 def csv_text(value: Any) -> Any:

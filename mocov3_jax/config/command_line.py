@@ -15,7 +15,7 @@ import warnings
 from absl import flags, logging
 from ml_collections import ConfigDict, config_flags
 
-from mocov3_jax.base import console, exits
+from mocov3_jax.base import buckets, console, exits
 from mocov3_jax.base.errors import (
   Preempted,
   UserError,
@@ -39,6 +39,12 @@ MORE_SPACE = (
 OTHER_BACKEND = (
     'Use a backend that this machine has, by JAX_PLATFORMS=cpu and the '
     'like; without that variable JAX takes the best one.'
+)
+
+BUCKET = (
+    'Use a bucket that is there and that this account may read and write '
+    '(`gcloud auth application-default login`; on a VM, its service account), '
+    'and run the same line again. What was saved before is whole.'
 )
 
 # Google's number on the PCI bus.
@@ -121,6 +127,24 @@ class Flags:
     if required:
       flags.mark_flag_as_required('config', self._values)
     return holder
+
+  def processes(
+      self
+  ) -> Callable[[], tuple[str | None, int | None, int | None]]:
+    """Defines the three flags of a run of several processes.
+
+    Returns:
+      () -> address of the first, how many, and which this is; None where they
+      are not given.
+    """
+    holders = (
+        self.string(
+            'coordinator', None, 'Of several processes: host:port of the first.'
+        ),
+        self.integer('num_processes', None, 'How many there are.'),
+        self.integer('process_id', None, 'Which one this is, from 0.'),
+    )
+    return lambda: tuple(holder.value for holder in holders)
 
   @property
   def config_file(self) -> str:
@@ -220,6 +244,8 @@ def run(
       )
     elif is_out_of_memory(e):
       console.say(f'error: {what}. {LESS_MEMORY}')
+    elif buckets.is_of_bucket(e):
+      console.say(f'error: the bucket cannot be used: {what}. {BUCKET}')
     else:
       raise
     return BAD_INPUT

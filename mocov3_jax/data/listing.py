@@ -117,28 +117,11 @@ def walk(root: bytes) -> Listing:
         else:
           others += 1
   stamps = np.array(stamps, np.int64)
-  reliable = stamps[:, 0].all() and not devices & _fuse_devices()
+  reliable = stamps[:, 0].all() and not devices & files.fuse_devices()
   return Listing(
       np.array(sorted(paths), object), np.array(folders, object), stamps,
       bool(reliable), broken_links, others,
   )
-
-
-def _fuse_devices() -> set[int]:
-  """Returns the devices (st_dev) of file systems that may keep no times.
-
-  A mounted bucket shows the time of the mount, or none, for all folders.
-  """
-  try:
-    with open('/proc/self/mountinfo', encoding='utf-8') as file:
-      mounts = [line.split(' - ') for line in file]
-  except (OSError, ValueError):  # Not Linux.
-    return set()
-  return {
-      os.makedev(*map(int, mount.split()[2].split(':')))
-      for mount, kind in mounts
-      if kind == 'fuse' or kind.startswith(('fuse.', 'fuse '))
-  }
 
 
 def cached_walk(root: bytes, cache: epath.Path | None) -> Listing:

@@ -43,7 +43,7 @@ class Batch(NamedTuple):
     images: uint8 [B, H, W, C] if the source has one size; else the crops of
       the V views, [B, V, S, S, C].
     unreadable: int32 [B], an example that had to be replaced; -1 where none.
-    stop: int32 [B], in training: 1 if this process has been asked to end.
+    stop: int32 [B], in evaluations: 1 if this process has been asked to end.
     labels: int32 [B], where they are wanted; -1 where there is none.
   """
 

@@ -61,6 +61,8 @@ class EvalContext(NamedTuple):
     splits: the images.
     mesh: to work on.
     reader: of this process's part of the training batches.
+    stop_asked: whether this process has been asked to end. An evaluator that
+      takes long heeds it, in all processes alike, and raises Preempted.
   """
 
   config: ConfigDict
@@ -69,3 +71,4 @@ class EvalContext(NamedTuple):
   splits: Splits
   mesh: Mesh
   reader: BatchReader
+  stop_asked: Callable[[], bool] = lambda: False

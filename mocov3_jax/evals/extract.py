@@ -115,7 +115,7 @@ def _rows(
         f'{console.shown(longest)[:100]}... Use a folder without it.'
     )
   return {
-      'features': np.asarray(jax.device_get(values)),
+      'features': values,
       'names': np.array(names),
       'labels': images.labels(readable).astype(np.int32),
       'splits': np.full(len(readable), split),

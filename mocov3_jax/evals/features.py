@@ -1,6 +1,6 @@
 """Features of all images of a source: what evaluators start from."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 import dataclasses
 import functools
 from typing import Any
@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 import numpy as np
 
 from mocov3_jax.base import console
-from mocov3_jax.base.errors import UserError
+from mocov3_jax.base.errors import Preempted, UserError
 from mocov3_jax.data import pipeline
 from mocov3_jax.data.sources import Source
 from mocov3_jax.data.workers import Workers
@@ -22,10 +22,11 @@ from mocov3_jax.parallel import processes, sharding
 
 PyTree = Any
 # (params, batch_stats, source) -> features [n, D] of the images that could be
-# read, and their places in the source, int64 [n].
-Extract = Callable[[PyTree, PyTree, Source], tuple[jax.Array, np.ndarray]]
+# read, in the memory of each host, and their places in the source, int64 [n].
+Extract = Callable[[PyTree, PyTree, Source], tuple[np.ndarray, np.ndarray]]
 # Unreadable images that are named one by one, at a time.
 NAMED = 10
+STOPPED = 'stopped in an evaluation, which the same line begins anew'
 
 
 def width(
@@ -123,19 +124,22 @@ def require_finite(
 def extractor(
     model: Network, data: ConfigDict, mesh: Mesh, batch_size: int,
     workers: Workers, method: str = 'features', log: ReadingLog | None = None,
+    stop_asked: Callable[[], bool] = lambda: False,
 ) -> Extract:
   """Returns an `Extract`, in evaluation mode.
 
-  It raises UserError if too few images can be read, and NonFiniteFeatures.
+  It raises UserError if too few images can be read, NonFiniteFeatures, and
+  Preempted in all processes, after the same batch, once one is asked to stop.
 
   Args:
     model: the network.
     data: of the run: image size and normalisation.
-    mesh: to work on; the features end up on every device.
+    mesh: to work on.
     batch_size: images at a time, over the whole mesh.
     workers: read and decode.
     method: of the network, 'features' or 'project'.
     log: is told what cannot be read.
+    stop_asked: whether this process has been asked to end.
   """
   log = log or ReadingLog()
   positions = sharding.local_positions(mesh, batch_size)
@@ -145,24 +149,46 @@ def extractor(
     variables = {'params': params, 'batch_stats': batch_stats}
     images = augment.whole_images(batch.images, data)
     features = model.apply(variables, images, train=False, method=method)
-    return features, batch.unreadable
+    return features, batch.unreadable, jnp.max(batch.stop)
+
+  def computed(params, batch_stats, source):
+    for batch in pipeline.eval_batches(
+        source, positions, batch_size, data.image_size, workers
+    ):
+      stop = np.full(len(batch.unreadable), stop_asked(), np.int32)
+      batch = sharding.to_global(batch._replace(stop=stop), mesh)
+      yield forward(params, batch_stats, batch)
 
   def extract(params, batch_stats, source):
-    batches = pipeline.eval_batches(
-        source, positions, batch_size, data.image_size, workers
-    )
-    features, unreadable = zip(*(
-        forward(params, batch_stats, sharding.to_global(batch, mesh))
-        for batch in batches
-    ), strict=True)
-    features = jnp.concatenate(features)[: len(source)]
-    places = log.readable(
-        source, np.concatenate(jax.device_get(unreadable))
-    )
+    features, unreadable = None, []
+    for number, found in enumerate(
+        _one_late(computed(params, batch_stats, source))
+    ):
+      rows, bad, stop = jax.device_get(found)
+      if stop:
+        raise Preempted(STOPPED)
+      if features is None:
+        features = np.empty((len(source), *rows.shape[1:]), rows.dtype)
+      part = features[number * batch_size:(number + 1) * batch_size]
+      part[...] = rows[: len(part)]
+      unreadable.append(bad)
+    places = log.readable(source, np.concatenate(unreadable))
     if len(places) < len(source):
-      features = features[jnp.asarray(places)]
-    finite = jax.device_get(jnp.isfinite(features).all(axis=1))
-    require_finite(finite, source, places)
+      features = features[places]
+    require_finite(np.isfinite(features).all(axis=1), source, places)
     return features, places
 
   return extract
+
+
+def _one_late(results: Iterator[Any]) -> Iterator[Any]:
+  """Yields each result once the next one has been asked for.
+
+  So the devices compute one batch while the next is read, and hold no more
+  than these two.
+  """
+  last = next(results)
+  for result in results:
+    yield last
+    last = result
+  yield last

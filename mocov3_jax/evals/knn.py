@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh
+from jax.sharding import Mesh, PartitionSpec
 from ml_collections import ConfigDict
 import numpy as np
 
@@ -26,9 +26,8 @@ from mocov3_jax.parallel import sharding
 
 PyTree = Any
 # Queries compared with the whole bank at once: their similarities to 1.28 M
-# images are 1.3 GB. The bank itself lies on every device, twice while it is
-# normalised: 8 GB of 768 numbers an image, 20 GB of ResNet-50's 2,048;
-# `knn.bank_images` bounds it.
+# images are 1.3 GB over all devices. So is the bank, of ResNet-50's 2,048
+# numbers an image 10 GB, which is there twice while it is normalised.
 QUERY_BLOCK = 256
 
 
@@ -48,60 +47,99 @@ class LabelledFeatures(NamedTuple):
   """Features of the labelled images that could be read.
 
   Attributes:
-    features: [n, D].
+    features: [n, D], in the host's memory.
     labels: int [n].
     unreadable: how many could not be.
   """
 
-  features: jax.Array
+  features: np.ndarray
   labels: np.ndarray
   unreadable: int = 0
 
 
 def nearest(
-    queries: jax.Array, bank: jax.Array, k: int,
-    exclude_self: np.ndarray | None = None, mesh: Mesh | None = None,
-) -> tuple[jax.Array, jax.Array]:
-  """Finds each query's k nearest neighbours, exactly, a block at a time.
+    queries: np.ndarray, bank: np.ndarray, k: int, mesh: Mesh,
+    exclude_self: np.ndarray | None = None,
+) -> tuple[np.ndarray, np.ndarray]:
+  """Finds each query's k nearest neighbours, exactly.
 
   Args:
     queries: [Q, D]; scaled to unit length here.
-    bank: [N, D]; likewise.
+    bank: [N, D]; likewise. Each device of the mesh gets a part of its rows.
     k: neighbours, at most N; of equal ones the first in the bank win.
+    mesh: to work on; all processes of it are given the same.
     exclude_self: int [Q], the row of the bank that is the query itself and no
       neighbour of its own; None = the queries are not in the bank.
-    mesh: over whose devices the queries of a block are split; the bank lies
-      on each of them.
 
   Returns:
     Cosines float32 [Q, k], falling, and rows of the bank, int32 [Q, k].
   """
-  queries, bank = unit(queries), unit(bank)
-  count, width = queries.shape
-
-  def block(part):
-    if mesh is not None:
-      part = jax.lax.with_sharding_constraint(
-          part, sharding.batch_sharding(mesh)
-      )
-    q, excluded = part  # [QUERY_BLOCK, D], [QUERY_BLOCK] or None
-    similarity = jnp.matmul(q, bank.T, precision=jax.lax.Precision.HIGHEST)
-    if excluded is not None:
-      itself = excluded[:, None] == jnp.arange(len(bank))[None]
-      similarity = jnp.where(itself, -jnp.inf, similarity)
-    return jax.lax.top_k(similarity, k)
-
-  padding = -count % QUERY_BLOCK
-  blocks = jnp.pad(queries, ((0, padding), (0, 0)), mode='edge')
-  blocks = blocks.reshape(-1, QUERY_BLOCK, width)
+  padding = -len(queries) % QUERY_BLOCK
+  blocks = np.pad(queries, ((0, padding), (0, 0)), mode='edge')
+  blocks = blocks.reshape(-1, QUERY_BLOCK, queries.shape[1])
   if exclude_self is not None:
-    exclude_self = jnp.pad(exclude_self, (0, padding), mode='edge')
+    exclude_self = np.pad(exclude_self, (0, padding), mode='edge')
     exclude_self = exclude_self.reshape(-1, QUERY_BLOCK)
-  found = jax.lax.map(block, (blocks, exclude_self))
-  found = jax.tree.map(lambda x: x.reshape(-1, k)[:count], found)
-  if mesh is not None:  # Whole on every device, for every process to read.
-    found = jax.lax.with_sharding_constraint(found, sharding.replicated(mesh))
-  return found
+  found = _nearest(
+      blocks, sharding.spread(bank, mesh), exclude_self, k=k, count=len(bank),
+      mesh=mesh,
+  )
+  return jax.tree.map(
+      lambda x: x.reshape(-1, k)[: len(queries)], jax.device_get(found)
+  )
+
+
+@functools.partial(jax.jit, static_argnames=('k', 'count', 'mesh'))
+def _nearest(
+    blocks: jax.Array, bank: jax.Array, exclude_self: jax.Array | None, *,
+    k: int, count: int, mesh: Mesh,
+) -> tuple[jax.Array, jax.Array]:
+  """Finds neighbours, a block of queries [QUERY_BLOCK, D] after the other.
+
+  Each device compares all queries with its part of the bank and finds the best
+  k there. These alone are brought together, and the best k of them kept.
+
+  Args:
+    blocks: [blocks, QUERY_BLOCK, D].
+    bank: [N, D], its rows split over the devices.
+    exclude_self: int [blocks, QUERY_BLOCK], or None.
+    k: neighbours.
+    count: rows of the bank; what follows is padding.
+    mesh: of the bank.
+
+  Returns:
+    Cosines and rows, [blocks, QUERY_BLOCK, k], whole on every device.
+  """
+  axes = sharding.BATCH_AXES
+
+  def of_part(q, excluded, part):
+    """Returns the best k of the rows that this device has, [Q, k]."""
+    row = jax.lax.axis_index(axes) * len(part) + jnp.arange(len(part))
+    similarity = jnp.matmul(q, part.T, precision=jax.lax.Precision.HIGHEST)
+    no_neighbour = jnp.broadcast_to(row >= count, similarity.shape)
+    if excluded is not None:
+      no_neighbour |= row[None] == excluded[:, None]
+    similarity = jnp.where(no_neighbour, -jnp.inf, similarity)
+    cosine, place = jax.lax.top_k(similarity, min(k, len(part)))
+    return cosine, row[place]
+
+  of_parts = jax.shard_map(
+      of_part, mesh=mesh,
+      in_specs=(PartitionSpec(), PartitionSpec(), PartitionSpec(axes)),
+      out_specs=PartitionSpec(None, axes),
+  )
+  bank = unit(bank)
+
+  def block(queries):
+    q, excluded = queries
+    # In the order of the bank, so that of equal ones the first win.
+    cosine, row = of_parts(unit(q), excluded, bank)  # [Q, P k]
+    cosine, place = jax.lax.top_k(cosine, k)
+    return cosine, jnp.take_along_axis(row, place, axis=1)
+
+  return jax.lax.with_sharding_constraint(
+      jax.lax.map(block, (blocks, exclude_self)), sharding.replicated(mesh)
+  )
 
 
 def count_votes(
@@ -134,7 +172,6 @@ def count_votes(
   return jax.lax.scan(add, votes, (weight.T, labels.T))[0]
 
 
-_find = jax.jit(nearest, static_argnames=('k', 'mesh'))
 _vote = jax.jit(count_votes, static_argnames=('num_classes', 'temperature'))
 
 
@@ -200,7 +237,7 @@ def reading(
   batch_size = config.micro_batch * context.mesh.size or config.batch_size
   extract = features_lib.extractor(
       context.model, config.data, context.mesh, batch_size,
-      context.reader.workers, log=log,
+      context.reader.workers, log=log, stop_asked=context.stop_asked,
   )
   bank, queries = bank_and_queries(config.knn, context.splits)
 
@@ -261,7 +298,7 @@ def table(
   exclude_self = None
   if knn.leave_one_out:
     bank = queries = LabelledFeatures(
-        jnp.concatenate([bank.features, queries.features]),
+        np.concatenate([bank.features, queries.features]),
         np.concatenate([bank.labels, queries.labels]),
         bank.unreadable + queries.unreadable,
     )
@@ -294,11 +331,10 @@ def _classify(
 ) -> list[dict[str, Any]]:
   """Returns the share classified right for each (capped) k and temperature."""
   ks = [capped_k(k, len(bank.labels), classes) for k in ks]
-  similarity, index = _find(
-      queries.features, bank.features, k=max(ks), exclude_self=exclude_self,
-      mesh=mesh,
+  similarity, index = nearest(
+      queries.features, bank.features, max(ks), mesh, exclude_self
   )
-  voters = jnp.asarray(bank.labels)[index]
+  voters = bank.labels[index]
   rows = []
   for k in dict.fromkeys(ks):
     for temperature in temperatures:

@@ -1,5 +1,6 @@
 """Logistic regression on features that stay the same: quick, by L-BFGS."""
 
+from collections.abc import Callable
 from typing import Any
 import warnings
 
@@ -11,7 +12,7 @@ HOLD_OUT = 10
 def fit_and_score(
     features: np.ndarray, labels: np.ndarray, test_features: np.ndarray,
     test_labels: np.ndarray, inverse_penalties: tuple[float, ...],
-    iterations: int,
+    iterations: int, go_on: Callable[[], None] = lambda: None,
 ) -> dict[str, Any]:
   """Fits on standardised training features and classifies the test images.
 
@@ -23,6 +24,7 @@ def fit_and_score(
     labels, test_labels: int [N], [n].
     inverse_penalties: C of scikit-learn's LogisticRegression.
     iterations: of L-BFGS, at most.
+    go_on: called before each fit; raises to end here.
 
   Returns:
     'top1', 'inverse_penalty', 'converged', and 'validation', the accuracy on
@@ -35,11 +37,13 @@ def fit_and_score(
   for c in inverse_penalties:
     if not held.any():  # Too few to hold some out.
       break
+    go_on()
     model, _ = fit(features[~held], labels[~held], c, iterations)
     validation[c] = float(model.score(features[held], labels[held]))
   best = inverse_penalties[len(inverse_penalties) // 2]
   if validation:
     best = max(validation, key=validation.__getitem__)
+  go_on()
   model, converged = fit(features, labels, best, iterations)
   return {
       'top1': float(model.score(test_features, test_labels)),

@@ -1,5 +1,6 @@
 """A checkpoint and images, opened for use: by protocols, pictures, extract."""
 
+from collections.abc import Callable
 import dataclasses
 import functools
 from typing import Any
@@ -47,11 +48,12 @@ class Opened:
   def extractor(
       self, batch_size: int, method: str = 'features',
       log: features.ReadingLog | None = None,
+      stop_asked: Callable[[], bool] = lambda: False,
   ) -> features.Extract:
     """Returns what computes features of a source; see `features.extractor`."""
     return features.extractor(
         self.run.model, self.run.config.data, self.mesh, batch_size,
-        self.workers, method, log,
+        self.workers, method, log, stop_asked,
     )
 
   def variables(

@@ -6,6 +6,7 @@ import ipaddress
 import json
 import os
 import re
+import signal
 import socket
 from typing import Any
 import zlib
@@ -14,7 +15,7 @@ import jax
 from jax.experimental import multihost_utils
 import numpy as np
 
-from mocov3_jax.base import console, exits, files
+from mocov3_jax.base import buckets, console, exits, files
 from mocov3_jax.base.errors import UserError
 
 # After so many seconds without a sign of life a process counts as dead.
@@ -67,6 +68,9 @@ def start(
           coordinator_bind_address=_bind_address(coordinator),
           heartbeat_timeout_seconds=HEARTBEAT,
       )
+    # JAX notes SIGTERM from here on. Until something is there to be saved, it
+    # is to end the process.
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
   except (RuntimeError, ValueError) as e:
     raise UserError(
         f'the {num_processes or ""} processes of this run did not meet at '
@@ -229,6 +233,9 @@ def enable_compilation_cache() -> None:
   quick to compile, and bound to the very processor.
   JAX_ENABLE_COMPILATION_CACHE=false turns it off.
   """
+  if buckets.is_in_bucket(jax.config.jax_compilation_cache_dir or ''):
+    # XLA itself cannot write there, and would end the process.
+    jax.config.update('jax_persistent_cache_enable_xla_caches', 'none')
   if jax.config.jax_compilation_cache_dir or jax.default_backend() == 'cpu':
     return
   folder = files.user_cache('compiled')

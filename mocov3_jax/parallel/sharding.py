@@ -170,6 +170,29 @@ def local_positions(mesh: Mesh, batch_size: int) -> np.ndarray:
   return np.concatenate([np.arange(*span) for span in sorted(spans)])
 
 
+def spread(rows: np.ndarray, mesh: Mesh) -> jax.Array:
+  """Puts rows that every process holds on the mesh, each on one device.
+
+  Args:
+    rows: [N, ...], the same in all processes.
+    mesh: of all processes.
+
+  Returns:
+    [N rounded up to a multiple of the devices, ...], split as
+    `batch_sharding` says; zeros at the end.
+  """
+  share = -(-len(rows) // mesh.size)
+
+  def part(index):
+    part = rows[index[0]]
+    absent = share - len(part)
+    return np.pad(part, ((0, absent), *[(0, 0)] * (rows.ndim - 1)))
+
+  return jax.make_array_from_callback(
+      (share * mesh.size, *rows.shape[1:]), batch_sharding(mesh), part
+  )
+
+
 def to_global(batch: PyTree, mesh: Mesh) -> PyTree:
   """Turns each process's part of a batch into global arrays on the mesh.
 

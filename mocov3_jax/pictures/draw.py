@@ -2,8 +2,6 @@
 
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
 from mocov3_jax.base.errors import UserError, unknown
@@ -87,14 +85,14 @@ def neighbours(options: showing.Options, k: int) -> dict[str, Any]:
     own = np.arange(len(places)) if len(places) <= count else (
         np.arange(count) * len(places) // count
     )
-    queries, asked, ask = bank, known[jnp.asarray(own)], places[own]
+    queries, asked, ask = bank, known[own], places[own]
   most = len(places) - (not labelled)
   if k > most:
     raise UserError(
         f'--k={k} is more than there are in {shown.opened.spec}. Allowed: 1 to '
         f'{most}.'
     )
-  cosine, index = jax.device_get(knn.nearest(asked, known, k, own))
+  cosine, index = knn.nearest(asked, known, k, shown.opened.mesh, own)
   return _draw_neighbours(shown, queries, ask, places[index], cosine)
 
 
@@ -165,7 +163,7 @@ def embedding(options: showing.Options, method: str) -> dict[str, Any]:
   values, labels = [], []
   for source in parts:
     found, readable = shown.extract(source)
-    values.append(jax.device_get(found))
+    values.append(found)
     labels.append(source.labels(readable))
   values, labels = np.concatenate(values), np.concatenate(labels)
   if len(values) < projection.FEWEST:

@@ -136,7 +136,7 @@ class Shown:
         'source': self.opened.spec, **result,
     }
 
-  def extract(self, source: Source) -> tuple[jax.Array, np.ndarray]:
+  def extract(self, source: Source) -> tuple[np.ndarray, np.ndarray]:
     """Returns features and the places of what could be read.
 
     Raises:

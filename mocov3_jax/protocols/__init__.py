@@ -20,8 +20,9 @@ PROTOCOLS = {
 }
 
 
+@processes.exit_on_lost_peer()
 def evaluate(config: ConfigDict, path: str) -> dict[str, Any]:
-  """Runs one protocol on a checkpoint.
+  """Runs one protocol on a checkpoint, in all processes of a run together.
 
   Args:
     config: as `eval_config()`, after overrides.
@@ -40,4 +41,6 @@ def evaluate(config: ConfigDict, path: str) -> dict[str, Any]:
     raise unknown('protocol', config.protocol, PROTOCOLS)
   setup = setup_lib.prepare(config)
   results = PROTOCOLS[config.protocol](setup, path)
-  return setup_lib.record(setup, results, files.absolute(path))
+  return processes.from_primary(
+      lambda: setup_lib.record(setup, results, files.run_path(path))
+  )

@@ -17,6 +17,7 @@ from mocov3_jax.evals import features
 from mocov3_jax.method import augment, optimizers
 from mocov3_jax.method.optimizers import PyTree, Schedule
 from mocov3_jax.models.vit import ViT
+from mocov3_jax.parallel import processes
 from mocov3_jax.protocols import mixup
 from mocov3_jax.protocols.classifier import Classifier
 from mocov3_jax.protocols.setup import Setup
@@ -65,7 +66,7 @@ def finetune(setup: Setup, path: str) -> dict[str, Any]:
   magnitude = config.finetune.rand_augment
 
   def finish(results, workdir, state):
-    _summarise(results, workdir)
+    results |= processes.from_primary(lambda: _summary(results, workdir))
     trained = tested(state)
     backbone = {
         name: {'backbone': tree['backbone']}
@@ -225,13 +226,14 @@ def _tester(setup: Setup, model: Classifier):
   extract = features.extractor(
       model, setup.run.config.data, setup.mesh, config.batch_size,
       Workers(config.data.threads), method='__call__', log=setup.log,
+      stop_asked=setup.stop,
   )
   source, labels = sources.labelled(setup.splits.test)
 
   def evaluate(state):
     v = tested(state)
     logits, read = extract(v['params'], v['batch_stats'], source)
-    found = np.argmax(jax.device_get(logits), axis=1)
+    found = np.argmax(logits, axis=1)
     return {
         'test/top1': float(np.mean(found == labels[read])),
         'test/images': len(read),
@@ -241,9 +243,9 @@ def _tester(setup: Setup, model: Classifier):
   return evaluate
 
 
-def _summarise(results: dict[str, Any], workdir: epath.Path) -> None:
+def _summary(results: dict[str, Any], workdir: epath.Path) -> dict[str, Any]:
   rows = metrics.read_metrics(workdir / 'metrics.jsonl')
-  results |= {
+  return {
       'finetune/top1': results['test/top1'],
       'finetune/top1_best': max(after_training(rows, 'test/top1')),
   }

@@ -3,16 +3,18 @@
 from collections.abc import Callable
 from typing import Any
 
-import jax
-import numpy as np
-
+from mocov3_jax.base.errors import Preempted
 from mocov3_jax.data import sources
 from mocov3_jax.evals import knn, logistic
+from mocov3_jax.evals.features import STOPPED
 from mocov3_jax.evals.opened import RANDOM
+from mocov3_jax.parallel import processes
 from mocov3_jax.protocols import setup as setup_lib
 from mocov3_jax.protocols.setup import Setup
 
 PyTree = Any
+# When Ctrl-C ends an evaluation, and what is said then.
+SOON = 'after this batch or fit'
 
 
 def evaluate_knn(setup: Setup, path: str) -> dict[str, Any]:
@@ -23,7 +25,7 @@ def evaluate_knn(setup: Setup, path: str) -> dict[str, Any]:
         variables['params'], variables['batch_stats'],
     )
 
-  with setup_lib.claimed(setup, path):
+  with setup.stop.caught(SOON), setup_lib.claimed(setup, path):
     found = classify(setup.variables)
     found |= _baseline(setup, classify)
   images = found.pop('test_images')
@@ -31,7 +33,10 @@ def evaluate_knn(setup: Setup, path: str) -> dict[str, Any]:
 
 
 def evaluate_logistic(setup: Setup, path: str) -> dict[str, Any]:
-  """Fits logistic regression on the features of whole images."""
+  """Fits logistic regression on the features of whole images.
+
+  Each process of a run does, which is no slower than to wait for one of them.
+  """
   c = setup.config.logistic
 
   def classify(variables):
@@ -41,11 +46,17 @@ def evaluate_logistic(setup: Setup, path: str) -> dict[str, Any]:
       found, read = setup.extract(
           variables['params'], variables['batch_stats'], source
       )
-      parts += [np.asarray(jax.device_get(found)), labels[read]]
-    found = logistic.fit_and_score(*parts, c.inverse_penalties, c.iterations)
+      parts += [found, labels[read]]
+    found = logistic.fit_and_score(
+        *parts, c.inverse_penalties, c.iterations, go_on
+    )
     return found | {'test_images': len(parts[3])}
 
-  with setup_lib.claimed(setup, path):
+  def go_on():
+    if processes.any_of(STOPPED if setup.stop() else ''):
+      raise Preempted(STOPPED)
+
+  with setup.stop.caught(SOON), setup_lib.claimed(setup, path):
     found = classify(setup.variables)
     found |= _baseline(setup, classify)
   images = found.pop('test_images')

@@ -12,6 +12,7 @@ from mocov3_jax.evals import features
 from mocov3_jax.method import augment, optimizers
 from mocov3_jax.method.build import image_shape
 from mocov3_jax.models.layers import BatchNorm
+from mocov3_jax.parallel import processes, sharding
 from mocov3_jax.protocols import linear_step
 from mocov3_jax.protocols import setup as setup_lib
 from mocov3_jax.protocols.setup import Setup
@@ -69,7 +70,8 @@ def probe(setup: Setup, path: str) -> dict[str, Any]:
   )
 
   def finish(results, workdir, state):
-    results |= accuracies(rates, workdir)
+    # The first process has written what it reads here.
+    results |= processes.from_primary(lambda: accuracies(rates, workdir))
     best = [f'{rate:g}' for rate in rates].index(
         f'{results["linear/lr_per_256"]:g}'
     )
@@ -115,7 +117,10 @@ def _tester(setup: Setup, parts: linear_step.Probe):
   """Returns state -> accuracy of each head on the test images."""
   rates = setup.config.linear.lr_per_256
 
-  predict = jax.jit(functools.partial(linear_step.predict, parts))
+  predict = jax.jit(
+      functools.partial(linear_step.predict, parts),
+      out_shardings=sharding.replicated(setup.mesh),
+  )
 
   @functools.cache
   def test():  # The same at every time: the backbone is frozen.
@@ -123,11 +128,13 @@ def _tester(setup: Setup, parts: linear_step.Probe):
     found, read = setup.extract(
         setup.variables['params'], setup.variables['batch_stats'], source
     )
-    return found, labels[read], len(source) - len(read)
+    known = sharding.spread(found, setup.mesh)
+    return known, labels[read], len(source) - len(read)
 
   def evaluate(state):
     known, labels, unreadable = test()
-    found = jax.device_get(predict(state, known))  # [L, n]
+    # [L, n]; behind these are what filled up the devices.
+    found = jax.device_get(predict(state, known))[:, : len(labels)]
     top1 = np.mean(found == labels, axis=1)
     return {
         'test/top1': float(np.max(top1)), 'test/images': len(labels),

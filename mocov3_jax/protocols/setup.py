@@ -6,7 +6,6 @@ import dataclasses
 import hashlib
 import itertools
 import json
-import os
 from typing import Any
 
 from etils import epath
@@ -15,7 +14,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 import numpy as np
 
-from mocov3_jax.base import console, files
+from mocov3_jax.base import console, exits, files
 from mocov3_jax.base.errors import UserError, unknown
 from mocov3_jax.config import evaluation
 from mocov3_jax.data import sources
@@ -51,6 +50,7 @@ class Setup:
     log: knows what `extract` could not read.
     random: () -> such variables of the run's network before its first step.
     source, labels: of the images, as `config.data` of a run names them.
+    stop: whether this process has been asked to end; `extract` heeds it.
   """
 
   config: ConfigDict
@@ -65,6 +65,9 @@ class Setup:
   random: Callable[[], PyTree] | None = None
   source: str = ''
   labels: str = ''
+  stop: exits.StopRequest = dataclasses.field(
+      default_factory=exits.StopRequest
+  )
 
 
 def prepare(config: ConfigDict) -> Setup:
@@ -91,11 +94,13 @@ def prepare(config: ConfigDict) -> Setup:
     raise unknown('encoder', config.encoder, ENCODERS)
   splits = labelled_splits(config, opened)
   log = features.ReadingLog(data.max_unreadable)
+  stop = exits.StopRequest()
   return Setup(
       config, opened.run, splits, opened.mesh,
-      opened.extractor(config.batch_size, log=log),
+      opened.extractor(config.batch_size, log=log, stop_asked=stop),
       _named(opened.variables(config.encoder)), log,
       lambda: _named(opened.variables(RANDOM)), opened.spec, opened.labels,
+      stop,
   )
 
 
@@ -270,14 +275,9 @@ def record(
 
 def _append(path: epath.Path, results: dict[str, Any]) -> None:
   try:
-    with files.open_own(path, 'a+b') as file:
-      # A line that a kill cut off ends here, or both would be lost.
-      size = file.seek(0, os.SEEK_END)
-      file.seek(max(0, size - 1))
-      end = '\n' if file.read(1) not in (b'', b'\n') else ''
-      file.write(f'{end}{json.dumps(results)}\n'.encode())
+    files.append(path, f'{json.dumps(results)}\n')
   except OSError as e:  # The run may be somebody else's.
     console.say(
-        f'warning: {path} cannot be written ({e.strerror}); the result is in '
-        'the workdir alone'
+        f'warning: {path} cannot be written ({e.strerror or e}); the result is '
+        'in the workdir alone'
     )

@@ -50,7 +50,8 @@ def make_trainer(
   return Trainer(
       config=config, schema=evaluation.schema(), plan=plan, mesh=mesh,
       reader=reader, fingerprint=fingerprint(setup), evaluators=[evaluator],
-      notes=(setup.splits.note,) if setup.splits.note else (), **parts,
+      notes=(setup.splits.note,) if setup.splits.note else (),
+      stop=setup.stop, **parts,
   )
 
 

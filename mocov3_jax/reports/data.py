@@ -144,7 +144,8 @@ def make(read: Iterable[history.Run]) -> Report:
 
 
 def _names(runs: Sequence[history.Run]) -> list[str]:
-  folders = [str(run.folder) for run in runs]
+  # A path, also of runs in a bucket.
+  folders = ['/' + str(run.folder).lstrip('/') for run in runs]
   above = os.path.commonpath([os.path.dirname(path) for path in folders])
   return [_printable(os.path.relpath(path, above)) for path in folders]
 

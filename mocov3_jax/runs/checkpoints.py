@@ -15,7 +15,7 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers
 from orbax.checkpoint.metadata import ArrayMetadata
 
-from mocov3_jax.base import files
+from mocov3_jax.base import buckets, files
 from mocov3_jax.base.errors import UserError, is_of_environment
 
 PyTree = Any
@@ -25,6 +25,12 @@ ITEM = 'state'
 # those that they may have in any case. Trained weights hardly compress; what is
 # constant, such as fresh moments, compresses to almost nothing.
 MOST_GROWTH, ALWAYS_ALLOWED = 64, 2**26
+
+
+# By which Orbax tells a complete checkpoint of a bucket, and what it knows of
+# any; there, the time at which a checkpoint was complete.
+MARK, METADATA = 'commit_success.txt', '_CHECKPOINT_METADATA'
+COMPLETE = 'commit_timestamp_nsecs'
 
 
 class Checkpoints:
@@ -62,9 +68,15 @@ class Checkpoints:
         preservation_policy=policies,
         best_fn=best,
         cleanup_tmp_directories=True,
+        # A checkpoint is complete once its folder has its name; where folders
+        # cannot be renamed in one piece, once a file in it says so.
+        temporary_path_class=None if files.is_on_disk(workdir) else (
+            ocp.path.atomicity.CommitFileTemporaryPath
+        ),
     )
     if jax.process_index() == 0:
-      self._folder.mkdir(exist_ok=True)
+      files.make_folder(self._folder)
+      _mark_copies(self._folder)
       self._check_metrics()
     _all_arrive('checkpoints opened')
     self._manager = ocp.CheckpointManager(
@@ -74,7 +86,7 @@ class Checkpoints:
 
   def _check_metrics(self) -> None:
     # Orbax reads all of them when it starts, and gives up at a broken one.
-    for folder in self._folder.iterdir():
+    for folder in files.entries(self._folder):
       file = folder / 'metrics' / 'metrics'
       if _is_step(folder.name) and file.exists():
         try:
@@ -180,11 +192,14 @@ class Checkpoints:
     return self._manager.latest_step()
 
   def _set_aside(self, step: int, reason: str) -> None:
-    self._damaged.mkdir(exist_ok=True)
+    files.make_folder(self._damaged)
     target = self._damaged / str(step)
     if target.exists():
       target.rmtree()
-    (self._folder / str(step)).rename(target)
+    if buckets.is_in_bucket(target):
+      buckets.move(self._folder / str(step), target)
+    else:
+      (self._folder / str(step)).rename(target)
     self._warn(
         f'warning: checkpoint {self._folder / str(step)} is damaged and was '
         f'moved to {self._damaged} ({reason})'
@@ -197,6 +212,26 @@ class Checkpoints:
   def close(self) -> None:
     """Waits and releases the threads."""
     self._manager.close()
+
+
+def _mark_copies(folder: epath.Path) -> None:
+  """Marks complete checkpoints that lack the file by which buckets tell them.
+
+  Where folders cannot be renamed, Orbax takes a checkpoint without that file
+  for one that a kill cut off, and removes it. Older versions of Orbax wrote no
+  such file on a disk, from where a run may have been copied. (METADATA has the
+  time at which a checkpoint was complete, in all versions.)
+  """
+  for step in files.entries(folder):
+    mark = step / MARK
+    if not _is_step(step.name) or mark.exists():
+      continue
+    try:
+      found = files.read_object(step / METADATA)
+    except UserError:
+      continue  # Cut off, or damaged.
+    if COMPLETE in found and found[COMPLETE]:
+      mark.write_text('complete')
 
 
 def _all_arrive(where: str) -> None:
@@ -233,19 +268,18 @@ def find(path: str) -> tuple[epath.Path, epath.Path]:
 
 def _found(path: str) -> tuple[epath.Path, epath.Path]:
   if path:
-    folder = files.absolute(path)
+    folder = files.run_path(path, 'checkpoint')
     if folder.is_file():
       raise UserError(
           f'checkpoint={path!r} is a file. Use a run; weights become one '
           f'by: python -m mocov3_jax.convert --from={path} --to=runs/NEW.'
       )
-    if (folder / 'checkpoints').is_dir():
-      steps = [
-          int(p.name) for p in (folder / 'checkpoints').iterdir()
-          if _is_step(p.name)
-      ]
-      if steps:
-        return folder, folder / 'checkpoints' / str(max(steps))
+    steps = [
+        int(p.name) for p in files.entries(folder / 'checkpoints')
+        if _is_step(p.name)
+    ]
+    if steps:
+      return folder, folder / 'checkpoints' / str(max(steps))
     run = folder.parent.parent
     if _is_step(folder.name) and folder.is_dir():
       if (run / 'config.json').exists():

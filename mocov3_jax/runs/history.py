@@ -131,25 +131,12 @@ def status(folder: epath.Path) -> str:
   """
   if not (folder / 'config.json').exists():
     return 'absent'
-  if in_use(folder):
+  if locks.is_held(folder):
     return 'running'
   if (folder / 'result.json').exists():
     return 'done'
   last = metrics.read_last(folder / 'metrics.jsonl')
   return 'diverged' if 'train/diverged' in last else 'stopped'
-
-
-def in_use(folder: epath.Path) -> bool:
-  """Returns whether a process has claimed the workdir (`workdir.claimed`)."""
-  try:
-    with files.open_own(folder / '.lock', 'r') as file:
-      # Shared, so that two who ask do not take each other for the run.
-      locks.lock(file, shared=True)
-  except FileNotFoundError:
-    pass
-  except BlockingIOError:
-    return True
-  return False
 
 
 def find(paths: Iterable[str]) -> list[epath.Path]:
@@ -163,7 +150,7 @@ def find(paths: Iterable[str]) -> list[epath.Path]:
   """
   return list(dict.fromkeys(
       run for path in paths
-      for run in sorted(_folders(path, files.absolute(path)))
+      for run in sorted(_folders(path, files.run_path(path)))
   ))
 
 
@@ -172,7 +159,7 @@ def _folders(path: str, folder: epath.Path) -> Iterator[epath.Path]:
     yield folder
     return
   inside = [
-      p for p in (folder.iterdir() if folder.is_dir() else ())
+      p for p in files.entries(folder)
       if (p / 'config.json').exists() and (p / 'metrics.jsonl').exists()
       and not _is_evaluations(p)
   ]

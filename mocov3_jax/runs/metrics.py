@@ -2,6 +2,7 @@
 
 import json
 import os
+import tempfile
 from typing import Any, BinaryIO
 
 from etils import epath
@@ -14,6 +15,8 @@ Values = dict[str, float]
 LONGEST_ROW = 2**20
 # Names of metrics in a file, at most; a run with 40 blocks logs about 200.
 MOST_NAMES = 4096
+# Bytes of a TensorBoard file in a bucket, after which another one is begun.
+LARGE_EVENTS = 2**23
 
 
 def read_metrics(path: epath.Path) -> list[dict[str, Any]]:
@@ -86,7 +89,7 @@ def read_last(path: epath.Path) -> dict[str, Any]:
   """Reads the last row of a metrics.jsonl alone; empty if there is none."""
   try:
     with files.open_own(path, 'rb') as file:
-      file.seek(max(0, os.fstat(file.fileno()).st_size - LONGEST_ROW))
+      file.seek(max(0, file.seek(0, os.SEEK_END) - LONGEST_ROW))
       lines = file.read(LONGEST_ROW).splitlines()
   except FileNotFoundError:
     return {}
@@ -126,16 +129,9 @@ class MetricWriter:
     if not active:
       return
     text = ''.join(json.dumps(row) + '\n' for row in rows)
-    with files.open_whole(self._path) as file:
-      file.write(text.encode())
-    self._file = files.open_own(self._path, 'a')
-    # Imports PyTorch where that is installed: seconds, and 0.4 GiB.
-    from tensorboardX import SummaryWriter
-
+    self._file = files.AppendedFile(self._path, text.encode())
     # TensorBoard drops all it has of this step and later.
-    self._board = SummaryWriter(
-        str(workdir / 'tensorboard'), purge_step=step
-    )
+    self._board = _Board(workdir / 'tensorboard', purge_step=step)
     for row in rows:
       if row['step'] == step:
         self._draw(row)
@@ -150,20 +146,19 @@ class MetricWriter:
     self._remember(row)
     if not self._active:
       return
-    self._file.write(json.dumps(row) + '\n')
-    self._file.flush()  # A killed run loses nothing it has logged.
+    self._file.append(json.dumps(row) + '\n')
     self._draw(row)
 
   def _draw(self, row: Values) -> None:
     for name, value in row.items():
       if name != 'step':
-        self._board.add_scalar(name, value, row['step'])
+        self._board.draw(name, value, row['step'])
 
   def flush(self) -> None:
     """Puts on disk what a continuation from here will not write again."""
     if self._active:
       # A checkpoint is on the disk after a crash of the machine; so are these.
-      os.fsync(self._file.fileno())
+      self._file.flush()
       self._board.flush()
 
   def close(self) -> None:
@@ -171,3 +166,66 @@ class MetricWriter:
     if self._active:
       self._file.close()
       self._board.close()
+
+
+class _Board:
+  """TensorBoard's event files in a folder of a run.
+
+  Where files do not grow in sight, as in a bucket, they are written in the
+  machine's own temporary folder and copied whole at each flush.
+  """
+
+  def __init__(self, folder: epath.Path, purge_step: int):
+    """Begins a file.
+
+    Args:
+      folder: of the files.
+      purge_step: TensorBoard drops all it has of this step and later.
+    """
+    self._folder = folder
+    self._staging, self._ended = None, 0
+    if not files.is_on_disk(folder.parent):
+      self._staging = tempfile.TemporaryDirectory(prefix='mocov3_jax')
+    self._begin(purge_step=purge_step)
+
+  def _begin(self, **options: Any) -> None:
+    # Imports PyTorch where that is installed: seconds, and 0.4 GiB.
+    from tensorboardX import SummaryWriter
+
+    where = self._staging.name if self._staging else str(self._folder)
+    self._writer = SummaryWriter(where, **options)
+
+  def draw(self, name: str, value: float, step: int) -> None:
+    """Adds a value."""
+    self._writer.add_scalar(name, value, step)
+
+  def flush(self) -> None:
+    """Puts on disk, or in the bucket, what was drawn."""
+    self._writer.flush()
+    if self._staging:
+      large = self._copy() > LARGE_EVENTS
+      if large:  # What is in a file that has ended is not copied again.
+        self._writer.close()
+        self._copy()
+        for path in epath.Path(self._staging.name).iterdir():
+          path.unlink()
+        self._ended += 1
+        # Several of one second would have one name.
+        self._begin(filename_suffix=f'.{self._ended}')
+
+  def _copy(self) -> int:
+    """Copies the files that are written here; returns their bytes."""
+    total = 0
+    files.make_folder(self._folder)
+    for path in epath.Path(self._staging.name).iterdir():
+      data = path.read_bytes()
+      (self._folder / path.name).write_bytes(data)
+      total += len(data)
+    return total
+
+  def close(self) -> None:
+    """Flushes and closes the file."""
+    self._writer.close()
+    if self._staging:
+      self._copy()
+      self._staging.cleanup()

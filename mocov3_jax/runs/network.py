@@ -15,7 +15,7 @@ from mocov3_jax import models
 from mocov3_jax.base import console, files
 from mocov3_jax.base.errors import UserError, unknown
 from mocov3_jax.config import training as config_lib
-from mocov3_jax.parallel import sharding
+from mocov3_jax.parallel import processes, sharding
 from mocov3_jax.runs import checkpoints
 from mocov3_jax.runs import workdir as workdir_lib
 from mocov3_jax.runs.checkpoints import PyTree
@@ -73,7 +73,7 @@ def locate(path: str) -> tuple[ConfigDict, epath.Path]:
     UserError: if there is none, or its config is not one of this version.
   """
   run, folder = checkpoints.find(path)
-  if run == files.absolute(path) and 'protocol' in workdir_lib.read_config(run):
+  if run == files.run_path(path) and 'protocol' in workdir_lib.read_config(run):
     left = run / NETWORK
     if not left.exists():
       raise UserError(
@@ -97,7 +97,7 @@ def write(
     path: str, config: ConfigDict, step: int, tree: PyTree,
     classes: Sequence[str] = (),
 ) -> None:
-  """Writes a workdir with one checkpoint.
+  """Writes a workdir with one checkpoint, in all processes of a run together.
 
   Args:
     path: of the workdir; one that has this checkpoint is left as it is.
@@ -110,7 +110,7 @@ def write(
     UserError: if it cannot be written, or holds another run.
   """
   with workdir_lib.claimed(path, config, config_lib.schema()) as workdir:
-    if classes:
+    if classes and processes.is_primary():
       files.write_json(workdir / CLASSES, {'classes': list(classes)})
     found = checkpoints.Checkpoints(workdir, 1, 0, console.say)
     with contextlib.closing(found):

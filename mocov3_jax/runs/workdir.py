@@ -5,7 +5,6 @@ import contextlib
 import importlib.metadata
 import json
 import platform
-import time
 from typing import Any
 
 from etils import epath
@@ -13,10 +12,11 @@ import jax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from mocov3_jax.base import console, files
+from mocov3_jax.base import buckets, console, files
 from mocov3_jax.base.errors import UserError
 from mocov3_jax.config import knobs
 from mocov3_jax.config import training as config_lib
+from mocov3_jax.parallel import processes
 from mocov3_jax.runs import locks
 
 # What a command writes beside config.json, and must not write over.
@@ -52,8 +52,9 @@ def claimed(
 ) -> Iterator[epath.Path]:
   """Makes `path` the workdir of this run, or finds that it already is.
 
-  Writes config.json on the first claim. While it is held, no other process
-  can claim the same folder. Errors of the file system inside become UserError.
+  Writes config.json on the first claim. While it is held, no other run can
+  claim the same folder. Errors of the file system inside become UserError. Of
+  several processes of a run, the first one claims it for all.
 
   Args:
     path: of the workdir; made if absent.
@@ -66,13 +67,28 @@ def claimed(
 
   Raises:
     UserError: if it cannot be written, is in use, or holds a run that
-      computes something else; the fields that differ are listed.
+      computes something else; the fields that differ are listed. Also if the
+      processes of the run do not agree on config and data.
   """
-  workdir = files.absolute(path)
+  workdir = files.run_path(path, '--workdir')
+  processes.require_same(
+      knobs.flatten(to_json(config)) | {'the data': data}
+  )
+  with processes.primary_only(
+      _claimed_here(path, workdir, config, schema, data), workdir
+  ) as claim:
+    yield claim
+
+
+@contextlib.contextmanager
+def _claimed_here(
+    path: str, workdir: epath.Path, config: ConfigDict, schema: knobs.Schema,
+    data: dict[str, Any] | None,
+) -> Iterator[epath.Path]:
   try:
-    workdir.mkdir(parents=True, exist_ok=True)
+    files.make_folder(workdir)
     files.require_plain(workdir)
-    with _locked(path, workdir):
+    with locks.held(workdir, path):
       if (workdir / 'config.json').exists():
         _check_same(path, workdir, config, schema)
       else:
@@ -84,9 +100,12 @@ def claimed(
   except (ConnectionError, TimeoutError):  # A closed pipe, or the network.
     raise
   except OSError as e:
+    place = 'a folder this user may write to'
+    if buckets.is_in_bucket(workdir):
+      place = 'a bucket that is there, as an account that may write to it'
     raise UserError(
         f'--workdir={path} cannot be written: {e.strerror or e} '
-        f'({e.filename or workdir}). Use a folder this user may write to.'
+        f'({e.filename or workdir}). Use {place}.'
     ) from e
 
 
@@ -110,35 +129,13 @@ def _check_same(
 
 
 def _check_unused(path: str, workdir: epath.Path) -> None:
-  taken = sorted(p.name for p in workdir.iterdir() if p.name in OUTPUTS)
+  taken = [p.name for p in files.entries(workdir) if p.name in OUTPUTS]
   if taken:
     raise UserError(
         f'--workdir={path} has {", ".join(taken)} but no config.json, so it '
         'is no run to continue. Use a folder without these, or that of '
         'a run.'
     )
-
-
-@contextlib.contextmanager
-def _locked(path: str, workdir: epath.Path) -> Iterator[None]:
-  with files.open_own(workdir / '.lock', 'w') as file:
-    for attempt in range(20):
-      try:
-        if not locks.lock(file):
-          console.say(
-              f'note: the file system of {workdir} has no locks; see to it '
-              'that no other process writes there'
-          )
-        break
-      except BlockingIOError as e:
-        if attempt == 19:
-          raise UserError(
-              f'--workdir={path} is in use by another process. Allowed: to '
-              'wait until it ends, or another workdir.'
-          ) from e
-        # Somebody may be looking whether a run is going on, for a moment.
-        time.sleep(0.05)
-    yield
 
 
 def _check_data(workdir: epath.Path, found: dict[str, Any]) -> None:
@@ -278,5 +275,5 @@ def write_result(results: dict[str, Any], workdir: epath.Path) -> None:
   path = workdir / 'result.json'
   # A crash of the machine may leave an empty one.
   known = path.exists() and path.stat().length
-  if jax.process_index() == 0 and not known:
+  if processes.is_primary() and not known:
     files.write_json(path, results)

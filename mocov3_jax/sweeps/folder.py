@@ -28,7 +28,7 @@ def require_same_sweep(
   Raises:
     UserError: if another sweep, or a single run, is there; with what differs.
   """
-  folder = files.absolute(path)
+  folder = files.run_path(path, '--workdir')
   if (folder / 'config.json').exists():
     raise UserError(
         f'--workdir={path} is the workdir of a run. Use a folder of the '
@@ -108,16 +108,16 @@ def keep(
   Raises:
     UserError: if it cannot be written.
   """
-  folder = files.absolute(path)
+  folder = files.run_path(path, '--workdir')
   now = _described(grid)
   now['runs'] = [
       {'name': point.name, 'command': command}
       for point, command in zip(points, commands, strict=True)
   ]
   try:
-    folder.mkdir(parents=True, exist_ok=True)
-    with files.open_own(folder / '.lock', 'w') as file:
-      locks.lock(file, wait=True)  # Sweeps that share it start at once.
+    files.make_folder(folder)
+    # Sweeps that share it start at once.
+    with locks.held(folder, path, wait=True):
       before = _read(folder)
       if before:
         names = {run['name'] for run in now['runs']}

@@ -19,7 +19,7 @@ from etils import epath
 from mocov3_jax.base import console, exits
 from mocov3_jax.base.errors import Preempted
 from mocov3_jax.parallel import processes
-from mocov3_jax.runs import history
+from mocov3_jax.runs import history, locks
 from mocov3_jax.runs import table as sweep_table
 
 # Seconds between two looks at runs that other processes hold.
@@ -235,7 +235,7 @@ def _attend(
     ('done' | 'diverged' | 'held', ''), or ('failed', why).
   """
   for folder, command in job.commands().items():
-    if history.in_use(folder):
+    if locks.is_held(folder):
       return 'held', ''
     what = '' if command is job.train else f'  {command[2].split(".")[-1]}'
     console.say(f'{place} {job.title}{what}')

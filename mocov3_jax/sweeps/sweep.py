@@ -135,10 +135,10 @@ def make_jobs(
     command = [python, '-m', 'mocov3_jax.train', *point.flags]
     jobs.append(sweeping.Job(
         title=point.title,
-        folder=files_lib.absolute(run),
+        folder=files_lib.run_path(run),
         train=[*command, f'--workdir={run}'],
         evaluations={
-            files_lib.absolute(run) / name: [
+            files_lib.run_path(run) / name: [
                 python, '-m', 'mocov3_jax.evaluate', f'--config={file}',
                 f'--config.checkpoint={run}',
                 f'--workdir={os.path.join(run, name)}',
@@ -154,7 +154,7 @@ def summarise(
   """Reads all runs back; returns them, and a row a grid point."""
   found = []
   for point in points:
-    folder = files_lib.absolute(path) / point.name
+    folder = files_lib.run_path(path) / point.name
     if (folder / 'config.json').exists():
       found.append(history.read(folder, rows=False))
     else:  # It failed before it began.
@@ -204,7 +204,7 @@ def sweep(
     )
   statuses = [run.status for run in found]
   return {
-      'workdir': str(files_lib.absolute(path)), 'runs': len(found),
+      'workdir': str(files_lib.run_path(path)), 'runs': len(found),
       'done': statuses.count('done'), 'diverged': statuses.count('diverged'),
       'table': rows,
   }

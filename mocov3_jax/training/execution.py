@@ -77,7 +77,7 @@ def _recorded(path: str, device: jax.Device) -> tuple[str, list[str]]:
     '' if the run is not begun yet, or was elsewhere; and what to say of that.
     A run of a version that recorded nothing has the reference.
   """
-  file = files.absolute(path) / 'environment.json'
+  file = files.run_path(path, '--workdir') / 'environment.json'
   found = processes.from_primary(lambda: _environment(file))
   if not found:
     return '', []

@@ -8,6 +8,7 @@ from ml_collections import ConfigDict
 import numpy as np
 
 from mocov3_jax import evals
+from mocov3_jax.base import exits
 from mocov3_jax.base.errors import UserError
 from mocov3_jax.config import checks
 from mocov3_jax.config import training as config_lib
@@ -50,8 +51,9 @@ def pretrain(config: ConfigDict, path: str) -> dict[str, Any]:
   )
   watched = splits.train if config.knn.queue_share else None
   init, step = make_step(config, method, watched)
+  stop = exits.StopRequest()
   context = EvalContext(
-      config, method.model, method.augment, splits, mesh, reader
+      config, method.model, method.augment, splits, mesh, reader, stop
   )
   return Trainer(
       config=config, schema=config_lib.schema(), plan=plan, mesh=mesh,
@@ -63,7 +65,7 @@ def pretrain(config: ConfigDict, path: str) -> dict[str, Any]:
       advice='a lower optimizer.lr_per_256, a longer schedule.warmup_epochs, '
       'model.patch_embed=frozen',
       notes=(*_notes(config, splits, method), *notes),
-      environment={'attention': chosen.attention},
+      environment={'attention': chosen.attention}, stop=stop,
   ).run(
       path, lambda results, workdir, _: workdir_lib.write_result(
           results, workdir

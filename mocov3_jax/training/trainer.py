@@ -17,7 +17,7 @@ import jax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from mocov3_jax.base import console, exits, files
+from mocov3_jax.base import console, exits
 from mocov3_jax.base.errors import Preempted, UserError
 from mocov3_jax.config import knobs
 from mocov3_jax.config.training import Plan
@@ -57,6 +57,8 @@ class Trainer:
     monitors: fields of the state that only a monitor uses. Where a checkpoint
       lacks them, they start afresh.
     environment: further entries of environment.json.
+    stop: whether this process has been asked to end; the evaluators may ask
+      it as well.
     flops_per_image: () -> operations of a step per image; None = no MFU is
       logged.
   """
@@ -75,6 +77,9 @@ class Trainer:
   constants: tuple[Any, ...] = ()
   monitors: tuple[str, ...] = ()
   environment: dict[str, str] = dataclasses.field(default_factory=dict)
+  stop: exits.StopRequest = dataclasses.field(
+      default_factory=exits.StopRequest
+  )
   flops_per_image: Callable[[], float] | None = None
 
   @processes.exit_on_lost_peer()
@@ -100,8 +105,10 @@ class Trainer:
     total, save = self.plan.total_steps, self.config.save
     with contextlib.ExitStack() as stack:
       # From before anything is written until all is saved.
-      stop_asked = stack.enter_context(exits.catch_stop_signals())
-      workdir = stack.enter_context(self._claim(path))
+      stack.enter_context(self.stop.caught())
+      workdir = stack.enter_context(workdir_lib.claimed(
+          path, self.config, self.schema, self.fingerprint
+      ))
       checkpoints = stack.enter_context(contextlib.closing(Checkpoints(
           workdir, save.keep_latest, save.keep_best, console.say,
           best_metric(self.evaluators), save.initial,
@@ -119,9 +126,9 @@ class Trainer:
           workdir, self.config, self.plan, self.evaluators, start,
           self._mfu_of_rate(),
       )))
-      unreadable = UnreadableImages(
+      unreadable = stack.enter_context(contextlib.closing(UnreadableImages(
           workdir, self.reader, self.config, self.plan, log.rows, start
-      )
+      )))
       self._announce(log, start)
       waits = collections.deque()  # Seconds; of batches not yet logged.
       stopping = overdue = False
@@ -164,6 +171,10 @@ class Trainer:
           if not log.last_step:
             raise  # The state was broken before this start.
           raise loop.NonFinite(step, log.last_step) from e
+        except Preempted as e:
+          save_now(step, state)
+          checkpoints.wait()
+          raise Preempted(f'stopped: saved step {step} in {workdir}') from e
         except UserError:  # Such as files that can no longer be read.
           if step:
             save_now(step, state)
@@ -178,21 +189,22 @@ class Trainer:
       ) -> None:
         nonlocal overdue, saved_at
         log.flush()
+        unreadable.flush()
         checkpoints.save(step, state, values or {})
         overdue, saved_at = False, time.monotonic()
 
       if start == 0:
         evaluate_and_save(0, state)
-      elif saves(start) and log.lacks_evaluation(start):
+      elif is_due(start) and log.lacks_evaluation(start):
         log.note(
-            f'metrics.jsonl has lost what was measured at step {start}; it is '
-            'measured again'
+            f'metrics.jsonl lacks what was to be measured at step {start}; it '
+            'is measured now'
         )
         evaluate_and_save(start, state)
       with self._divergence_explained(log, checkpoints):
         state, done = loop.run(
             state, step, self._batches(
-                start, unreadable, stop_asked, is_time_to_save, waits
+                start, unreadable, is_time_to_save, waits
             ),
             start=start, stop=total, log=log_step,
             hooks=[
@@ -212,14 +224,6 @@ class Trainer:
       results = log.results() | {'step': done, 'workdir': str(workdir)}
       finish(results, workdir, state)
       return results
-
-  def _claim(self, path: str) -> contextlib.AbstractContextManager[epath.Path]:
-    config = knobs.flatten(workdir_lib.to_json(self.config))
-    processes.require_same(config | {'the data': self.fingerprint})
-    return processes.primary_only(
-        workdir_lib.claimed(path, self.config, self.schema, self.fingerprint),
-        files.absolute(path),
-    )
 
   def _mfu_of_rate(self) -> float | None:
     """Returns the MFU of one image per second, where the chip is known."""
@@ -243,8 +247,7 @@ class Trainer:
 
   def _batches(
       self, start: int, unreadable: UnreadableImages,
-      stop_asked: Callable[[], bool], is_time_to_save: Callable[[], bool],
-      waits: collections.deque[float],
+      is_time_to_save: Callable[[], bool], waits: collections.deque[float],
   ) -> Iterator[host_flags.FlaggedBatch]:
     """Yields the global batches from step `start` on; notes each wait."""
     batches = pipeline.train_batches(
@@ -252,7 +255,7 @@ class Trainer:
     )
     # Several processes leave together, at a step that all of them do.
     if jax.process_count() == 1:
-      batches = pipeline.until_asked(batches, stop_asked)
+      batches = pipeline.until_asked(batches, self.stop)
     while True:
       before = time.perf_counter()
       batch = next(batches, None)
@@ -261,7 +264,7 @@ class Trainer:
       waits.append(time.perf_counter() - before)
       unreadable.list(batch)
       yield sharding.to_global(
-          host_flags.flagged(batch, stop_asked(), is_time_to_save()), self.mesh
+          host_flags.flagged(batch, self.stop(), is_time_to_save()), self.mesh
       )
 
   @contextlib.contextmanager

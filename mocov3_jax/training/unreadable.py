@@ -3,7 +3,6 @@
 from collections.abc import Mapping, Sequence
 import contextlib
 import json
-import os
 from typing import Any
 
 from etils import epath
@@ -52,6 +51,7 @@ class UnreadableImages:
         f'bad_images.{number}.txt' if number else 'bad_images.txt'
     )
     self._said = 0
+    self._file: files.AppendedFile | None = None
     self._listed = set()
     with contextlib.suppress(FileNotFoundError), files.open_own(
         self._path, 'r', errors='surrogateescape'
@@ -91,12 +91,19 @@ class UnreadableImages:
       if name in self._listed:
         continue
       self._listed.add(name)
-      with files.open_own(
-          self._path, 'a', errors='surrogateescape'
-      ) as file:
-        file.write(f'{name}\t{why}\n')
-        file.flush()
-        os.fsync(file.fileno())
+      if self._file is None:  # A run without such images has no such file.
+        self._file = files.AppendedFile(self._path)
+      self._file.append(f'{name}\t{why}\n')
+
+  def flush(self) -> None:
+    """Puts the list on disk, or in the bucket."""
+    if self._file is not None:
+      self._file.flush()
+
+  def close(self) -> None:
+    """Flushes and closes the list."""
+    if self._file is not None:
+      self._file.close()
 
   def count(self, step: int, number: int) -> None:
     """Counts the unreadable images of a step over all processes."""

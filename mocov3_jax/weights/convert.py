@@ -11,7 +11,7 @@ import numpy as np
 from mocov3_jax import models
 from mocov3_jax.base import console
 from mocov3_jax.base.errors import UserError, unknown
-from mocov3_jax.base.files import absolute
+from mocov3_jax.base.files import absolute, run_path
 from mocov3_jax.config import checks
 from mocov3_jax.runs.network import ENCODERS
 from mocov3_jax.weights import files, our_checkpoints, torch_checkpoints
@@ -58,7 +58,7 @@ def convert(
     )
   if to.exists():
     raise UserError(f'--to={target} exists. Use a new path.')
-  if absolute(source, '--from').is_dir():
+  if run_path(source, '--from').is_dir():
     return _export(source, to, encoder, config is not None or num_heads
                    or ignore)
   weights, left_out = torch_checkpoints.read(
