@@ -110,8 +110,8 @@ def schema() -> Schema:
 
 def _data() -> Schema:
   return {
-      # Where the images come from: 'digits', 'folder:PATH', 'idx:FOLDER' or
-      # 'tfds:NAME[:SPLIT]'.
+      # Where the images come from: 'digits', 'folder:PATH', 'idx:FOLDER',
+      # 'wds:GLOB', 'hf:PATH_OR_NAME[:SPLIT]' or 'tfds:NAME[:SPLIT]'.
       'source': Knob('digits'),
       # Labels of a folder, for the kNN monitor alone: 'auto' = the names of
       # its subfolders, if these can be classes; 'folders' = these names, also

@@ -7,7 +7,7 @@ from etils import epath
 import numpy as np
 
 from mocov3_jax.base.errors import UserError, unknown
-from mocov3_jax.data import folder, idx, tfds
+from mocov3_jax.data import folder, huggingface, idx, shards, tfds
 from mocov3_jax.data.sources import ArraySource, Splits
 
 
@@ -51,6 +51,13 @@ SOURCES = {
     'digits': Kind('digits', lambda path, labels, cache: digits()),
     'folder': Kind('folder:PATH', folder.load, takes_labels=True),
     'idx': Kind('idx:FOLDER', lambda path, labels, cache: idx.load(path)),
+    'wds': Kind(
+        'wds:GLOB', lambda path, labels, cache: shards.load(path, cache)
+    ),
+    'hf': Kind(
+        'hf:PATH_OR_NAME[:SPLIT]',
+        lambda path, labels, cache: huggingface.load(path),
+    ),
     'tfds': Kind(
         'tfds:NAME[:SPLIT]', lambda path, labels, cache: tfds.load(path)
     ),

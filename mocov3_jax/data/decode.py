@@ -11,8 +11,8 @@ from mocov3_jax.data.metadata import stripped
 # Here and not at the first image: Pillow loads its formats without a lock.
 Image.init()
 # What is tried, whatever else Pillow knows: some of its formats start other
-# programs. Folders are not searched for TIFF files, but some are called .jpg.
-FORMATS = 'JPEG', 'PNG', 'WEBP', 'BMP', 'GIF', 'TIFF'
+# programs.
+FORMATS = 'JPEG', 'PNG', 'WEBP', 'BMP', 'GIF', 'TIFF', 'PPM'
 # Pixels of an image, scans of a progressive JPEG, and pixels times scans, at
 # most: a small file may ask for minutes and gigabytes.
 MOST_PIXELS, MOST_SCANS, MOST_WORK = 50_000_000, 64, 1_000_000_000
@@ -178,6 +178,8 @@ def _orientation(image: Image.Image) -> int:
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
+  if image.mode == 'F':  # Of a TIFF. What is white there, nothing says.
+    raise Unreadable('its pixels are floating-point numbers')
   if image.mode.startswith('I'):  # 16-bit gray; Pillow itself would clip it.
     gray = (np.asarray(image).astype(np.int64) >> 8).clip(0, 255)
     return Image.fromarray(gray.astype(np.uint8)).convert('RGB')

@@ -13,9 +13,13 @@ from mocov3_jax.base.errors import UserError
 from mocov3_jax.base.files import absolute
 from mocov3_jax.data import layout
 from mocov3_jax.data.decode import Unreadable
-from mocov3_jax.data.layout import NAMED, listed
-from mocov3_jax.data.listing import SUFFIXES, Listing, cached_walk
-from mocov3_jax.data.sources import Source, Splits, Subset, hold_out
+from mocov3_jax.data.listing import (
+  MORE_SUFFIXES,
+  SUFFIXES,
+  Listing,
+  cached_walk,
+)
+from mocov3_jax.data.sources import Splits, labelled_splits
 
 # Bytes of an image file, at most.
 MOST_BYTES = 2**28
@@ -122,7 +126,12 @@ def load(path: str, labels: str, cache: epath.Path | None) -> Splits:
         f'skipped {listing.others} other files and {listing.broken_links} '
         'links that lead nowhere or back',
     )
-  return _splits(where, train, test, remarks)
+  if listing.passed_over:
+    remarks += (
+        f'{listing.passed_over} of these are TIFF, PPM or PGM files, which are '
+        'taken where there are no others: move them to a folder of their own',
+    )
+  return labelled_splits(where, train, test, remarks)
 
 
 def _list(where: str, root: bytes, cache: epath.Path | None) -> Listing:
@@ -137,7 +146,9 @@ def _list(where: str, root: bytes, cache: epath.Path | None) -> Listing:
     raise UserError(
         f'data.source={where!r} holds no image ({found.others} other files, '
         f'{found.broken_links} links that lead nowhere or back). Allowed: '
-        f'files named {" ".join(s.decode() for s in SUFFIXES)}, at any depth.'
+        f'files named '
+        f'{" ".join(s.decode() for s in (*SUFFIXES, *MORE_SUFFIXES))}, at any '
+        'depth.'
     )
   return found
 
@@ -153,35 +164,6 @@ def _root(path: str) -> bytes:
         f"data.source='folder:{path}': there is no folder {folder}."
     )
   return os.fsencode(folder)
-
-
-def _splits(
-    where: str, train: FolderSource, test: FolderSource,
-    remarks: tuple[str, ...],
-) -> Splits:
-  test_labelled = np.flatnonzero(test.all_labels >= 0)
-  labelled = np.flatnonzero(train.all_labels >= 0)
-  source: Source = train
-  held: Source = Subset(test, test_labelled)
-  how = ''
-  if not len(test_labelled) and len(labelled) > 1:
-    source, held = hold_out(train, labelled, train.all_labels[labelled])
-    labelled = np.flatnonzero(source.labels(np.arange(len(source))) >= 0)
-    how = ' (every tenth labelled one, held out)'
-  note = f'{where}: {len(source)} images'
-  if not len(labelled) or not len(held):
-    lacking = 'labels to test on' if train.classes else 'labels'
-    note = '; '.join([f'{note} without {lacking}', *remarks])
-    return Splits(source, None, None, note)
-  unlabelled = len(source) - len(labelled)
-  known = f'{len(train.classes)} classes ({listed(train.classes, NAMED)})'
-  note = '; '.join([
-      f'{note} in {known}'
-      + (f', {unlabelled} of them without a label' if unlabelled else '')
-      + f', {len(held)} to test on{how}',
-      *remarks,
-  ])
-  return Splits(source, Subset(source, labelled), held, note)
 
 
 def _read_csv(

@@ -19,11 +19,15 @@ from mocov3_jax.base.errors import UserError
 SUFFIXES = (
     b'.jpg', b'.jpeg', b'.jpe', b'.jfif', b'.png', b'.webp', b'.bmp', b'.gif'
 )
+# These are images as well where there is none of the others. (Beside others,
+# earlier versions passed them over, and a run must find the same images when it
+# is continued.)
+MORE_SUFFIXES = b'.tif', b'.tiff', b'.ppm', b'.pgm', b'.pnm'
 # A folder changed so many seconds ago may change again within the resolution
 # of its time stamp; its listing is not kept.
 SETTLED = 2.0
 # Of what is kept; another one is not read.
-FORMAT = b'3'
+FORMAT = b'4'
 # In how many ways links may lead to one folder: without a limit, folders full
 # of links to each other would be listed for ever.
 MOST_WAYS = 100
@@ -48,6 +52,7 @@ class Listing(NamedTuple):
     reliable: whether a change of the tree will change these.
     broken_links: how many links lead nowhere, or to a folder they lie in.
     others: how many files are no images.
+    passed_over: how many of these are of MORE_SUFFIXES.
   """
 
   paths: np.ndarray
@@ -56,6 +61,7 @@ class Listing(NamedTuple):
   reliable: bool
   broken_links: int
   others: int
+  passed_over: int
 
 
 def cache_folder(chosen: str) -> epath.Path | None:
@@ -82,7 +88,7 @@ def walk(root: bytes) -> Listing:
     OSError: if a folder cannot be read.
     UserError: if links lead to one folder in more than MOST_WAYS ways.
   """
-  paths, folders, stamps, devices = [], [], [], set()
+  paths, more, folders, stamps, devices = [], [], [], [], set()
   broken_links = others = 0
   ways = collections.Counter()
   pending = [(b'', ())]  # A folder, and those that it lies in.
@@ -114,13 +120,17 @@ def walk(root: bytes) -> Listing:
           pending.append((path, (*above, identity)))
         elif entry.is_file() and entry.name.lower().endswith(SUFFIXES):
           paths.append(path)
+        elif entry.is_file() and entry.name.lower().endswith(MORE_SUFFIXES):
+          more.append(path)
         else:
           others += 1
+  if not paths:
+    paths, more = more, []
   stamps = np.array(stamps, np.int64)
   reliable = stamps[:, 0].all() and not devices & files.fuse_devices()
   return Listing(
       np.array(sorted(paths), object), np.array(folders, object), stamps,
-      bool(reliable), broken_links, others,
+      bool(reliable), broken_links, others + len(more), len(more),
   )
 
 
@@ -135,7 +145,7 @@ def cached_walk(root: bytes, cache: epath.Path | None) -> Listing:
     return walk(root)
   # A version that knows other suffixes, or follows other links, finds other
   # files.
-  key = b'\0'.join((root, FORMAT, *SUFFIXES))
+  key = b'\0'.join((root, FORMAT, *SUFFIXES, *MORE_SUFFIXES))
   digest = hashlib.sha256(key).hexdigest()[:16]
   file = cache / f'{digest}.npz'
   try:

@@ -8,6 +8,7 @@ from typing import Protocol
 import numpy as np
 
 from mocov3_jax.base.errors import UserError
+from mocov3_jax.data.layout import NAMED, listed
 
 # Without a test split, every so-manieth labelled image is held out.
 HOLD_OUT = 10
@@ -233,6 +234,50 @@ def hold_out(
     held = candidates[_spread(labels)]
   rest = np.setdiff1d(np.arange(len(source)), held, assume_unique=True)
   return Subset(source, rest), Subset(source, held)
+
+
+def labelled_splits(
+    where: str, train: Source, test: Source | None, remarks: tuple[str, ...]
+) -> Splits:
+  """Returns the splits of a set whose labels, if there are any, are at hand.
+
+  Without labelled test images every tenth labelled training image is held out,
+  never the last of a class.
+
+  Args:
+    where: names the set, for the note.
+    train: the images to train on.
+    test: those to test on; None or without labels where there are none.
+    remarks: what else is to be said of the set.
+  """
+  labels = train.labels(np.arange(len(train)))
+  labelled = np.flatnonzero(labels >= 0)
+  known = [] if test is None else np.flatnonzero(
+      test.labels(np.arange(len(test))) >= 0
+  )
+  source: Source = train
+  held: Source | None = None
+  how = ''
+  if len(known):
+    held = Subset(test, known)
+  elif len(labelled) > 1:
+    source, held = hold_out(train, labelled, labels[labelled])
+    labelled = np.flatnonzero(source.labels(np.arange(len(source))) >= 0)
+    how = ' (every tenth labelled one, held out)'
+  note = f'{where}: {len(source)} images'
+  if not len(labelled) or held is None or not len(held):
+    lacking = 'labels to test on' if train.classes else 'labels'
+    note = '; '.join([f'{note} without {lacking}', *remarks])
+    return Splits(source, None, None, note)
+  unlabelled = len(source) - len(labelled)
+  classes = f'{len(train.classes)} classes ({listed(train.classes, NAMED)})'
+  note = '; '.join([
+      f'{note} in {classes}'
+      + (f', {unlabelled} of them without a label' if unlabelled else '')
+      + f', {len(held)} to test on{how}',
+      *remarks,
+  ])
+  return Splits(source, Subset(source, labelled), held, note)
 
 
 def _spread(labels: np.ndarray) -> np.ndarray:

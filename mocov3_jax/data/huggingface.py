@@ -1,0 +1,237 @@
+"""Sets of Hugging Face `datasets`: saved folders, parquet files, and by name.
+
+The library finds splits and features; the encoded images are then read from its
+Arrow table, which lies mapped on the disk.
+"""
+
+import difflib
+import importlib.util
+import os
+import re
+from typing import Any
+
+import numpy as np
+
+from mocov3_jax.base import files
+from mocov3_jax.base.errors import UserError
+from mocov3_jax.data import layout
+from mocov3_jax.data.decode import Unreadable
+from mocov3_jax.data.layout import NAMED, listed
+from mocov3_jax.data.sources import Splits, labelled_splits
+
+# Bytes of an image, at most.
+MOST_IMAGE = 2**28
+# Names of columns that hold the label, where none says that it does.
+LABELS = 'label', 'labels', 'fine_label', 'class'
+INSTALL = "Use: pip install 'mocov3-jax[hf]'"
+
+
+class TableSource:
+  """One split of a set, as a `sources.Source`."""
+
+  shape = None
+  labels_at_hand = True
+
+  def __init__(self, where: str, split: str, dataset: Any):
+    """Finds images and labels.
+
+    Args:
+      where: `data.source`, for messages.
+      split: name of the split.
+      dataset: a `datasets.Dataset`.
+
+    Raises:
+      UserError: if there is not exactly one column of images, or no row.
+    """
+    self._split = split
+    columns = [
+        name for name, feature in dataset.features.items() if _is_image(feature)
+    ]
+    if len(columns) != 1:
+      raise UserError(
+          f'data.source={where!r} has {len(columns)} columns of images '
+          f'({listed(columns) or "none"}) among '
+          f'{listed(list(dataset.features), NAMED)}. Use a set with one.'
+      )
+    if not len(dataset):
+      raise UserError(f'data.source={where!r}: {split} has no rows.')
+    if dataset._indices is not None:  # A choice of rows: write them out.
+      dataset = dataset.flatten_indices()
+    column = dataset.data.column(columns[0])
+    self._chunks = column.chunks
+    self._begins = np.cumsum([0, *map(len, self._chunks)])
+    self._folder = os.path.dirname(
+        dataset.cache_files[0]['filename']
+    ) if dataset.cache_files else ''
+    self.classes, self._labels = _labels(dataset)
+    if len(np.unique(self._labels[self._labels >= 0])) < 2:  # One is none.
+      self.classes, self._labels = (), np.full(len(dataset), -1, np.int32)
+
+  def __len__(self) -> int:
+    return int(self._begins[-1])
+
+  def read(self, index: int) -> bytes:
+    """Returns the encoded image.
+
+    Raises:
+      Unreadable: if there is none, or its file cannot be read.
+    """
+    chunk = int(np.searchsorted(self._begins, index, side='right')) - 1
+    cell = self._chunks[chunk][int(index - self._begins[chunk])].as_py()
+    if isinstance(cell, dict):
+      data, path = (cell[k] if k in cell else None for k in ('bytes', 'path'))
+    else:
+      data, path = cell, None
+    if data is None and path:
+      try:
+        with open(os.path.join(self._folder, path), 'rb') as file:
+          data = file.read(MOST_IMAGE + 1)
+      except OSError as e:
+        raise Unreadable(e.strerror or str(e)) from e
+    if not data:
+      raise Unreadable('there is no image in this row')
+    if len(data) > MOST_IMAGE:
+      raise Unreadable(f'{len(data):,} bytes are more than {MOST_IMAGE:,}')
+    return data
+
+  def labels(self, indices: np.ndarray) -> np.ndarray:
+    """Returns the labels of these images."""
+    return self._labels[indices]
+
+  def name(self, index: int) -> str:
+    """Returns split and number."""
+    return f'{self._split}[{index}]'
+
+
+def _is_image(feature: Any) -> bool:
+  """Returns whether a column holds encoded images.
+
+  Parquet files that the library did not write do not say so; there it is a
+  column with the bytes of a file, alone or beside its path.
+  """
+  import datasets
+
+  if isinstance(feature, datasets.Image):
+    return True
+  if isinstance(feature, dict):
+    return set(feature) == {'bytes', 'path'}
+  return _dtype(feature) in ('binary', 'large_binary')
+
+
+def _dtype(feature: Any) -> str:
+  """Returns the type of a plain column; '' of another feature."""
+  import datasets
+
+  return feature.dtype if isinstance(feature, datasets.Value) else ''
+
+
+def _labels(dataset: Any) -> tuple[tuple[str, ...], np.ndarray]:
+  """Returns the names of the classes and the labels, int32; -1 for none."""
+  import datasets
+
+  features = dataset.features
+  typed = [
+      name for name, feature in features.items()
+      if isinstance(feature, datasets.ClassLabel)
+  ]
+  plain = [
+      name for name, feature in features.items()
+      if re.match('u?int|string|large_string', _dtype(feature))
+  ]
+  name = next((n for n in LABELS if n in typed), None) or next(
+      iter(typed), None
+  ) or next((n for n in LABELS if n in plain), None)
+  if name is None:
+    return (), np.full(len(dataset), -1, np.int32)
+  values = dataset.data.column(name).to_pylist()
+  if name in typed:
+    numbers = np.array([-1 if v is None else v for v in values], np.int32)
+    return tuple(features[name].names), np.maximum(numbers, -1)
+  known = sorted({v for v in values if v is not None})
+  number = {value: i for i, value in enumerate(known)}
+  return tuple(map(str, known)), np.array(
+      [-1 if v is None else number[v] for v in values], np.int32
+  )
+
+
+def load(path: str) -> Splits:
+  """Opens a set.
+
+  Args:
+    path: 'PATH_OR_NAME[:SPLIT]': a folder that `save_to_disk` wrote, a .parquet
+      file or a folder of such, or a name on the Hub, which the library
+      downloads. The split to train on is 'train' if none is given.
+
+  Raises:
+    UserError: if there is no such set or split, or it holds no images.
+  """
+  where = f'hf:{path}'
+  if importlib.util.find_spec('datasets') is None:
+    raise UserError(
+        f'data.source={where!r} needs the package datasets. {INSTALL}'
+    )
+  name, _, split = path.partition(':')
+  if not name:
+    raise UserError(
+        f'data.source={where!r} names no set. Use hf:FOLDER, hf:FILE.parquet, '
+        'or hf:NAME of a set on the Hub.'
+    )
+  found = _opened(where, name)
+  chosen = split or ('train' if 'train' in found else next(iter(found)))
+  if chosen not in found:
+    near = difflib.get_close_matches(chosen, found, n=1)
+    hint = f' Did you mean {near[0]!r}?' if near else ''
+    raise UserError(
+        f'data.source={where!r}: there is no split {chosen!r}.{hint} Allowed: '
+        f'{", ".join(found)}.'
+    )
+  train = TableSource(where, chosen, found[chosen])
+  for other in layout.TESTS:
+    if other in found and other != chosen:
+      test = TableSource(where, other, found[other])
+      # The test split of a contest has no labels.
+      if test.classes == train.classes and test.labels(
+          np.arange(len(test))
+      ).max() >= 0:
+        return labelled_splits(where, train, test, (f'tested on {other}',))
+  return labelled_splits(where, train, None, ())
+
+
+def _opened(where: str, name: str) -> dict[str, Any]:
+  """Returns the splits of a set.
+
+  Raises:
+    UserError: if the library cannot open it.
+  """
+  import datasets
+
+  datasets.disable_progress_bars()
+  path = files.absolute(name, 'data.source')
+  try:
+    if path.is_file():
+      return dict(datasets.load_dataset('parquet', data_files=str(path)))
+    if (path / 'dataset_dict.json').exists() or (path / 'state.json').exists():
+      found = datasets.load_from_disk(str(path))
+    elif path.is_dir() and not any(path.glob('*.parquet')) and not any(
+        path.glob('*/*.parquet')
+    ):
+      raise UserError(
+          f'data.source={where!r}: {path} is no folder that save_to_disk of '
+          'datasets wrote, and holds no .parquet files. A folder of image '
+          'files is folder:PATH.'
+      )
+    else:
+      # A folder with files called by split, or a set of the Hub.
+      found = datasets.load_dataset(str(path) if path.is_dir() else name)
+  except UserError:
+    raise
+  except Exception as e:  # The library and Arrow raise many kinds.
+    lines = str(e).strip().splitlines() or [type(e).__name__]
+    raise UserError(
+        f'data.source={where!r} cannot be opened: {type(e).__name__}: '
+        f'{lines[0][:300]} (Looked for as {path}, and as a name on the Hub, '
+        'which needs a network, or what was downloaded before.)'
+    ) from e
+  if isinstance(found, datasets.Dataset):
+    return {'train': found}
+  return dict(found)
