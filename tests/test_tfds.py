@@ -63,6 +63,38 @@ def test_a_set_of_one_size_is_read(data_dir):
   assert splits.train.name(3) == 'toy_digits:train[3]'
 
 
+def test_a_set_of_parquet_files_is_read_alike(folder, tmp_path, monkeypatch):
+  toy_tfds.prepare(tmp_path, toy_tfds.ToyPhotos, 'parquet')
+  found = []
+  for data_dir in folder, tmp_path:
+    monkeypatch.setattr(
+        'tensorflow_datasets.core.constants.DATA_DIR', str(data_dir)
+    )
+    source = catalog.load('tfds:toy_photos').train.source
+    labels = source.labels(np.arange(len(source)))
+    found.append({
+        (source.read(i), label) for i, label in enumerate(labels.tolist())
+    })
+  assert found[0] == found[1] and len(found[0]) > 80
+
+
+@pytest.mark.parametrize('split, count', [('train', 400), ('train[:20]', 20)])
+def test_parquet_files_of_which_images_are_lost_are_refused(
+    tmp_path, monkeypatch, split, count
+):
+  # As TFDS 4.9.10 writes and reads them. Should it have learned to, these are
+  # all there.
+  toy_tfds.prepare(tmp_path, file_format='parquet')
+  monkeypatch.setattr(
+      'tensorflow_datasets.core.constants.DATA_DIR', str(tmp_path)
+  )
+  try:
+    splits = catalog.load(f'tfds:toy_digits:{split}')
+    assert len(splits.train) == count
+  except UserError as e:
+    assert f'has {count} images, and TFDS' in str(e)
+
+
 def test_a_set_of_many_sizes_without_test_split_is_read(data_dir):
   splits = catalog.load('tfds:toy_photos')
   assert splits.train.shape is None

@@ -72,9 +72,9 @@ class ToyContest(ToyDigits):
       yield i, example | {'label': -1}
 
 
-def prepare(folder, builder=ToyDigits):
-  """Writes the set as array_record files; returns the folder of its version."""
-  made = builder(data_dir=str(folder), file_format='array_record')
+def prepare(folder, builder=ToyDigits, file_format='array_record'):
+  """Writes the files of a set; returns the folder of its version."""
+  made = builder(data_dir=str(folder), file_format=file_format)
   made.download_and_prepare()
   return made.data_path
 

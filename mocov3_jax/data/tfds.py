@@ -1,10 +1,11 @@
 """Sets prepared by TensorFlow Datasets, read without TensorFlow.
 
-Only `tfds.data_source` is used: random access to array_record files, images
-undecoded.
+Only `tfds.data_source` is used: random access to array_record or parquet files,
+on a disk or in a bucket, images undecoded.
 """
 
 import difflib
+import importlib.util
 import re
 from typing import Any
 
@@ -63,16 +64,28 @@ class TfdsSource:
       )
     decoders = {self._image: tfds.decode.SkipDecoding()}
     known = list(builder.info.splits)
+    file_format = _file_format(builder)
     try:
-      self._records = builder.as_data_source(split, decoders=decoders)
-      empty = not len(self._records)
+      self._records = builder.as_data_source(
+          split, decoders=decoders, file_format=file_format
+      )
+      count = len(self._records)
+      expected = builder.info.splits[split].num_examples
     except ValueError as e:
       raise UserError(
           f'data.source=tfds:{self._title}: {str(e).splitlines()[0]} Allowed: '
           f'{", ".join(known)}, or a part, such as {known[0]}[:10%].'
       ) from e
-    if empty:
+    if not count:
       raise UserError(f'data.source=tfds:{self._title} has no images.')
+    if count != expected:
+      # TFDS 4.9 loses images as it writes parquet, and reads all of a split in
+      # place of a part.
+      raise UserError(
+          f'data.source=tfds:{self._title} has {expected} images, and TFDS '
+          f'reads {count} of its {file_format.value} files. Use the set as '
+          'array_record files, which TFDS reads right.'
+      )
     self._labels = np.full(len(self._records), UNREAD, np.int32)
 
   def __len__(self) -> int:
@@ -198,8 +211,15 @@ def _open(name: str) -> Any:
         f"'{name}', data_dir='{_root(builder)}', file_format='array_record')"
         '.download_and_prepare()"'
     )
-  formats = {builder.info.file_format, *builder.info.alternative_file_formats}
-  if tfds.core.FileFormat.ARRAY_RECORD not in formats:
+  file_format = _file_format(builder)
+  if file_format == tfds.core.FileFormat.PARQUET and (
+      importlib.util.find_spec('pyarrow') is None
+  ):
+    raise UserError(
+        f'{where} is prepared as parquet, which pyarrow reads. Use: pip '
+        "install 'mocov3-jax[hf]'"
+    )
+  if file_format is None:
     raise UserError(
         f'{where} is prepared in {builder.data_dir} as '
         f'{builder.info.file_format.value}, which has no random access. To '
@@ -210,6 +230,18 @@ def _open(name: str) -> Any:
         '--out_file_format=array_record'
     )
   return builder
+
+
+def _file_format(builder: Any) -> Any:
+  """Returns the format to read, array_record if there is a choice.
+
+  None without one that has random access.
+  """
+  import tensorflow_datasets as tfds
+
+  formats = {builder.info.file_format, *builder.info.alternative_file_formats}
+  formats &= tfds.core.FileFormat.with_random_access()
+  return min(formats, key=lambda f: f.value, default=None)
 
 
 def _root(builder: Any) -> epath.Path:
