@@ -1,8 +1,9 @@
 """Measures: python -m mocov3_jax.benchmark WORD --config=FILE
 
 input    images a second that the host reads and crops, by the number of
-         threads, beside the original's chain of Pillow operations (all of the
-         augmentation on the host) on as many cores.
+         threads and processes, beside the original's chain of Pillow operations
+         (all of the augmentation on the host) on as many cores; what Python's
+         lock allows; and what chips need.
 augment  what the augmentation of crops on the device adds to a training step,
          in FLOPs (as the compiler counts them) and in time.
 step     images a second, use of the device, memory and compile time of the

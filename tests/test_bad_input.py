@@ -102,7 +102,7 @@ CASES = {
         'train', ['--config=configs'], ['configs is a folder']
     ),
     'no config': ('train', [], ['required: --config=...']),
-    'empty workdir': ('train', [CONFIG, '--workdir='], ['path is empty']),
+    'empty workdir': ('train', [CONFIG, '--workdir='], ['--workdir is empty']),
     'unknown flag': (
         'train', [CONFIG, '--epochs=1'], ['epochs', '--config.GROUP.FIELD']
     ),

@@ -268,7 +268,7 @@ def test_a_damaged_config_is_named(tmp_path):
 
 def test_a_url_is_refused():
   with pytest.raises(UserError, match='is a URL'):
-    claim('gs://bucket/run', changed())
+    claim('s3://bucket/run', changed())
 
 
 def test_a_config_of_another_command_is_refused():

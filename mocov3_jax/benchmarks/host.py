@@ -1,9 +1,14 @@
 """Measures the input pipeline and the augmentation."""
 
 import contextlib
+import dataclasses
 import functools
+import statistics
+import time
 from typing import Any
+from unittest import mock
 
+import cv2
 import jax
 from ml_collections import ConfigDict
 import numpy as np
@@ -17,10 +22,14 @@ from mocov3_jax.config import checks
 from mocov3_jax.config import training as config_lib
 from mocov3_jax.data import pipeline, workers
 from mocov3_jax.data.sources import Source
-from mocov3_jax.method.build import build_method
-from mocov3_jax.parallel import sharding
-from mocov3_jax.training import pretrain
+from mocov3_jax.method.build import build_method, image_shape
+from mocov3_jax.parallel import chips, sharding
+from mocov3_jax.training import flops, pretrain
 
+# Functions of OpenCV that let go of the interpreter's lock, as reading uses
+# them; and how many images tell what is left.
+LOCK_FREE = 'imdecode', 'resize', 'sepFilter2D', 'warpAffine', 'cvtColor'
+LOCKED_IMAGES = 200
 # Calls of the augmentation at each turn.
 REPEATS = 10
 
@@ -54,8 +63,9 @@ def benchmark_input(
     rounds: turns.
 
   Returns:
-    Images per second by number of threads, and of the Pillow chain by number
-    of processes; and, for one and for all cores, the ratio of both.
+    Images per second by number of threads and of processes, and of the Pillow
+    chain by number of processes; for one and for all cores, the ratio of both;
+    what the interpreter's lock allows; and what chips need at their peak.
 
   Raises:
     UserError: for bad input, or a source that is not of encoded photographs.
@@ -66,9 +76,9 @@ def benchmark_input(
   numbers = pipeline.epoch_order(config.seed, 0, len(source))
   numbers = np.resize(numbers, steps * config.batch_size).tolist()
 
-  def ours(threads):
+  def ours(threads, processes=1):
     threaded = config.copy_and_resolve_references().unlock()
-    threaded.data.threads = threads
+    threaded.data.threads, threaded.data.processes = threads, processes
     positions = np.arange(config.batch_size)
     reader = pretrain.make_reader(threaded, source, positions)
 
@@ -79,6 +89,8 @@ def benchmark_input(
     return run
 
   contenders = {('threads', n): ours(n) for n in sorted({1, 2, 4, cores})}
+  several = max(2, workers.processes_for(0, source))
+  contenders['processes', several] = ours(0, several)
   with contextlib.ExitStack() as stack:
     for n in sorted({1, cores}):
       read = stack.enter_context(
@@ -94,13 +106,95 @@ def benchmark_input(
     console.say(f'{n:3} {kind:17} {rate:7.0f} img/s')
   for n, ratio in ratios.items():
     console.say(f'on {n} cores {ratio:.2f} times the Pillow chain')
+  held = lock_seconds(config, source, numbers[:LOCKED_IMAGES])
+  most = workers.MOST_PROCESSES
+  console.say(
+      f"{1e6 * held:.0f} us an image hold the interpreter's lock: at most "
+      f'{1 / held:.0f} img/s by one process, {most / held:.0f} by {most}, on '
+      'as many cores as that takes'
+  )
+  needs = needed(config)
+  console.say(f'{config.model.name} at the peak of a chip needs, in img/s: ' + (
+      ', '.join(f'{name} {rate:.0f}' for name, rate in needs.items())
+  ))
   return {
+      'lock_seconds_per_image': held,
+      'most_images_per_second': {'1': 1 / held, str(most): most / held},
+      'images_per_second_needed_by_chip': needs,
       'source': config.data.source, 'cores': cores,
       'images_per_second': {
           f'{n} {kind}': rate for (kind, n), rate in rates.items()
       },
       'ratio_by_cores': ratios,
   }
+
+
+class _InMemory:
+  """Some images of a source, read before they are asked for."""
+
+  shape = None
+
+  def __init__(self, source: Source, numbers: list[int]):
+    self._data = {n: source.read(n) for n in numbers}
+
+  def read(self, index: int) -> bytes:
+    return self._data[index]
+
+
+def lock_seconds(
+    config: ConfigDict, source: Source, numbers: list[int]
+) -> float:
+  """Returns the seconds that an image holds the interpreter's lock.
+
+  That is the time of one thread without what lets go of the lock: OpenCV's
+  functions, which are timed one by one, and reading files, which are in memory.
+  What is left, others cannot do meanwhile. The median of three passes.
+
+  Args:
+    config: as `default_config()`.
+    source: of the images.
+    numbers: of the images.
+  """
+  reader = dataclasses.replace(
+      pretrain.make_reader(config, source, np.arange(1)),
+      source=_InMemory(source, numbers), workers=None,
+  )
+  out = np.empty(reader.shape, np.uint8)
+  free = 0.0
+
+  def timed(function):
+    def call(*args, **kwargs):
+      nonlocal free
+      start = time.perf_counter()
+      try:
+        return function(*args, **kwargs)
+      finally:
+        free += time.perf_counter() - start
+
+    return call
+
+  seconds = []
+  with contextlib.ExitStack() as stack:
+    for name in LOCK_FREE:
+      stack.enter_context(
+          mock.patch.object(cv2, name, timed(cv2.__dict__[name]))
+      )
+    for _ in range(4):
+      start, free = time.perf_counter(), 0.0
+      for place, number in enumerate(numbers):
+        reader.read_into(out, number, place)
+      seconds.append((time.perf_counter() - start - free) / len(numbers))
+  return statistics.median(seconds[1:])  # The first one warms up.
+
+
+def needed(config: ConfigDict) -> dict[str, float]:
+  """Returns the images a second that each chip takes at its peak."""
+  plan = config_lib.plan(config, 10**6)
+  method = build_method(config, plan)
+  cost = flops.step_flops(
+      method, image_shape(config.data), config.batch_size
+  ) / config.batch_size
+  return {name: chip.flops / cost for name, chip in chips.CHIPS.items()}
 
 
 def benchmark_augment(config: ConfigDict, rounds: int) -> dict[str, Any]:

@@ -58,6 +58,7 @@ def schema() -> Schema:
           # As in training.
           'prefetch': Knob(4, within(1, 1024), free=True),
           'threads': Knob(0, within(0, 1024), free=True),
+          'processes': Knob(0, within(0, 256), free=True, added=True),
           'max_unreadable': Knob(0.01, SHARE, free=True),
       },
       # The view that 'linear' and 'finetune' train on. Paper s5: crop and flip

@@ -140,6 +140,11 @@ def _data() -> Schema:
       'prefetch': Knob(4, within(1, 1024), free=True),
       # Threads that read and decode images; 0 = one per core.
       'threads': Knob(0, within(0, 1024), free=True),
+      # Processes that these threads are in: 1 = this one alone; 0 = one for
+      # every 8 cores, at most 16. The images are the same.
+      'processes': Knob(
+          0, within(0, 256), free=True, added=True, zero='by cores'
+      ),
       # Training stops when more than this share of an epoch's images could
       # not be read (each is replaced by another image).
       'max_unreadable': Knob(0.01, SHARE, free=True),

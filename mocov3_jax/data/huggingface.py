@@ -32,18 +32,19 @@ class TableSource:
   shape = None
   labels_at_hand = True
 
-  def __init__(self, where: str, split: str, dataset: Any):
+  def __init__(self, name: str, split: str, dataset: Any):
     """Finds images and labels.
 
     Args:
-      where: `data.source`, for messages.
+      name: of the set, as `load` has it, without the split.
       split: name of the split.
       dataset: a `datasets.Dataset`.
 
     Raises:
       UserError: if there is not exactly one column of images, or no row.
     """
-    self._split = split
+    self._name, self._split = name, split
+    where = f'hf:{name}'
     columns = [
         name for name, feature in dataset.features.items() if _is_image(feature)
     ]
@@ -66,6 +67,10 @@ class TableSource:
     self.classes, self._labels = _labels(dataset)
     if len(np.unique(self._labels[self._labels >= 0])) < 2:  # One is none.
       self.classes, self._labels = (), np.full(len(dataset), -1, np.int32)
+
+  def __reduce__(self):
+    """Is opened anew by another process, from the same mapped files."""
+    return _reopened, (self._name, self._split)
 
   def __len__(self) -> int:
     return int(self._begins[-1])
@@ -185,16 +190,20 @@ def load(path: str) -> Splits:
         f'data.source={where!r}: there is no split {chosen!r}.{hint} Allowed: '
         f'{", ".join(found)}.'
     )
-  train = TableSource(where, chosen, found[chosen])
+  train = TableSource(name, chosen, found[chosen])
   for other in layout.TESTS:
     if other in found and other != chosen:
-      test = TableSource(where, other, found[other])
+      test = TableSource(name, other, found[other])
       # The test split of a contest has no labels.
       if test.classes == train.classes and test.labels(
           np.arange(len(test))
       ).max() >= 0:
         return labelled_splits(where, train, test, (f'tested on {other}',))
   return labelled_splits(where, train, None, ())
+
+
+def _reopened(name: str, split: str) -> TableSource:
+  return TableSource(name, split, _opened(f'hf:{name}', name)[split])
 
 
 def _opened(where: str, name: str) -> dict[str, Any]:

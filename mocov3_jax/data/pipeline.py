@@ -6,7 +6,7 @@ on any number of hosts. An epoch is one permutation; what is left of it after
 the last full batch is dropped, as in the original.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from concurrent import futures
 import dataclasses
 import functools
@@ -117,7 +117,7 @@ class BatchReader:
   seed: int
   views: Views
   size: int
-  workers: Workers
+  workers: Workers | None
   labelled: bool = False
   recolour: Callable[[np.ndarray, np.ndarray], np.ndarray] | None = None
 
@@ -137,21 +137,34 @@ class BatchReader:
     """
     indices = self.indices(step)
     places = step * self.batch_size + self.positions
-    images = np.empty((len(indices), *self.shape), np.uint8)
-    unreadable = np.full(len(indices), -1, np.int32)
-    read = indices.copy()
-
-    def fill(row):
-      index, place = int(indices[row]), int(places[row])
-      try:
-        self.read_into(images[row], index, place)
-      except Unreadable:
-        unreadable[row] = index
-        read[row] = self._replace(images[row], place)
-
-    self.workers.fill(fill, len(indices))
+    images, read = self.workers.read(self._rows, indices, places)
+    unreadable = np.where(read == indices, -1, indices).astype(np.int32)
     labels = self.source.labels(read) if self.labelled else None
     return Batch(images, unreadable, labels=labels)
+
+  @functools.cached_property
+  def _rows(self) -> 'BatchReader':
+    """What other processes need of this reader."""
+    return dataclasses.replace(
+        self, workers=None, positions=self.positions[:0]
+    )
+
+  def read_row(self, out: np.ndarray, index: int, place: int) -> int:
+    """Reads one example, or another one in its place; see `RowReader`.
+
+    Raises:
+      UserError: as a call.
+    """
+    try:
+      self.read_into(out, index, place)
+      return index
+    except Unreadable:
+      return self._replace(out, place, index)
+
+  @property
+  def key(self) -> Hashable:
+    """See `RowReader`."""
+    return id(self)
 
   @property
   def shape(self) -> tuple[int, ...]:
@@ -181,9 +194,12 @@ class BatchReader:
       for part, its in zip(parts, np.split(words, len(parts)), strict=True):
         part[...] = self.recolour(part, its)
 
-  def _replace(self, out: np.ndarray, place: int) -> int:
+  def _replace(self, out: np.ndarray, place: int, bad: int) -> int:
     words = random_words(self.seed, place, REPLACEMENTS, TRIES)
+    why = 'it was itself drawn in its place'
     for index in (words % np.uint64(len(self.source))).tolist():
+      if index == bad:  # It may have become readable, but is not to be.
+        continue
       try:
         self.read_into(out, index, place)
         return index
@@ -309,19 +325,40 @@ def eval_batches(
     central crops or, of a source with one size, whole. An unreadable one is
     black.
   """
-  shape = source.shape or (size, size, 3)
-  boxes = lambda height, width: [crops.centre_box(height, width)]
-
+  reader = _CentreReader(source, size)
   for start in range(0, len(source), batch_size):
     indices = np.minimum(start + positions, len(source) - 1)
-    images = np.zeros((len(indices), *shape), np.uint8)
-    unreadable = np.full(len(indices), -1, np.int32)
-
-    def fill(row, indices=indices, images=images, unreadable=unreadable):
-      try:
-        read_crops(source, int(indices[row]), boxes, images[row:row + 1])
-      except Unreadable:
-        unreadable[row] = indices[row]
-
-    workers.fill(fill, len(indices))
+    images, read = workers.read(reader, indices, indices)
+    unreadable = np.where(read < 0, indices, -1).astype(np.int32)
     yield Batch(images, unreadable)
+
+
+@dataclasses.dataclass(frozen=True)
+class _CentreReader:
+  """Reads the central crop of an image, as a `RowReader`.
+
+  Attributes:
+    source: of the images.
+    size: side of the crop, pixels, where their sizes differ.
+  """
+
+  source: Source
+  size: int
+
+  @property
+  def key(self) -> Hashable:
+    return id(self.source), self.size
+
+  @property
+  def shape(self) -> tuple[int, ...]:
+    return self.source.shape or (self.size, self.size, 3)
+
+  def read_row(self, out: np.ndarray, index: int, place: int) -> int:
+    del place
+    boxes = lambda height, width: [crops.centre_box(height, width)]
+    try:
+      read_crops(self.source, index, boxes, out[None])
+      return index
+    except Unreadable:
+      out[...] = 0
+      return -1

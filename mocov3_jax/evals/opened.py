@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 
 from mocov3_jax.base.errors import UserError, unknown
 from mocov3_jax.data import catalog, listing, sources
-from mocov3_jax.data.workers import Workers
+from mocov3_jax.data.workers import Workers, processes_for
 from mocov3_jax.evals import features
 from mocov3_jax.method.build import image_shape, run_keys
 from mocov3_jax.method.train_step import statistics
@@ -85,7 +85,8 @@ class Opened:
 
 
 def open_checkpoint(
-    checkpoint: str, source: str = '', labels: str = '', threads: int = 0
+    checkpoint: str, source: str = '', labels: str = '', threads: int = 0,
+    processes: int = 1,
 ) -> Opened:
   """Finds a checkpoint and opens images that fit its network.
 
@@ -96,6 +97,7 @@ def open_checkpoint(
     labels: as `config.data.labels`; '' = those of the run, or 'auto' of
       another source.
     threads: that read and decode images; 0 = one per core.
+    processes: that these are in; 0 = by the cores.
 
   Raises:
     UserError: if there is no such checkpoint, the images cannot be opened, or
@@ -110,7 +112,8 @@ def open_checkpoint(
   )
   sources.check_channels(splits, spec, len(data.mean))
   return Opened(
-      run, spec, labels, splits, sharding.make_mesh(), Workers(threads)
+      run, spec, labels, splits, sharding.make_mesh(),
+      Workers(threads, processes_for(processes, splits.train)),
   )
 
 

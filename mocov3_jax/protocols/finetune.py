@@ -12,7 +12,6 @@ from mocov3_jax import models
 from mocov3_jax.base.errors import UserError
 from mocov3_jax.data import sources
 from mocov3_jax.data.randaugment import RandAugment
-from mocov3_jax.data.workers import Workers
 from mocov3_jax.evals import features
 from mocov3_jax.method import augment, optimizers
 from mocov3_jax.method.optimizers import PyTree, Schedule
@@ -225,8 +224,7 @@ def _tester(setup: Setup, model: Classifier):
   config = setup.config
   extract = features.extractor(
       model, setup.run.config.data, setup.mesh, config.batch_size,
-      Workers(config.data.threads), method='__call__', log=setup.log,
-      stop_asked=setup.stop,
+      setup.workers, method='__call__', log=setup.log, stop_asked=setup.stop,
   )
   source, labels = sources.labelled(setup.splits.test)
 

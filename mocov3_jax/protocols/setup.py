@@ -20,6 +20,7 @@ from mocov3_jax.config import evaluation
 from mocov3_jax.data import sources
 from mocov3_jax.data.layout import listed
 from mocov3_jax.data.pipeline import epoch_order
+from mocov3_jax.data.workers import Workers
 from mocov3_jax.evals import confidence, features
 from mocov3_jax.evals.opened import (
   ENCODERS,
@@ -51,6 +52,7 @@ class Setup:
     random: () -> such variables of the run's network before its first step.
     source, labels: of the images, as `config.data` of a run names them.
     stop: whether this process has been asked to end; `extract` heeds it.
+    workers: read and decode.
   """
 
   config: ConfigDict
@@ -68,6 +70,7 @@ class Setup:
   stop: exits.StopRequest = dataclasses.field(
       default_factory=exits.StopRequest
   )
+  workers: Workers | None = None
 
 
 def prepare(config: ConfigDict) -> Setup:
@@ -89,6 +92,7 @@ def prepare(config: ConfigDict) -> Setup:
   opened = open_checkpoint(
       config.checkpoint, data.source,
       '' if data.labels == 'auto' else data.labels, data.threads,
+      data.processes,
   )
   if config.encoder not in ENCODERS:
     raise unknown('encoder', config.encoder, ENCODERS)
@@ -100,7 +104,7 @@ def prepare(config: ConfigDict) -> Setup:
       opened.extractor(config.batch_size, log=log, stop_asked=stop),
       _named(opened.variables(config.encoder)), log,
       lambda: _named(opened.variables(RANDOM)), opened.spec, opened.labels,
-      stop,
+      stop, opened.workers,
   )
 
 

@@ -9,7 +9,6 @@ from mocov3_jax.base.errors import UserError
 from mocov3_jax.config import evaluation
 from mocov3_jax.config import training as config_lib
 from mocov3_jax.data import pipeline
-from mocov3_jax.data.workers import Workers
 from mocov3_jax.evals.evaluator import Evaluator, State, Values
 from mocov3_jax.parallel import sharding
 from mocov3_jax.protocols.setup import PyTree, Setup, fingerprint
@@ -39,7 +38,7 @@ def make_trainer(
       setup.splits.train,
       sharding.local_positions(mesh, config.batch_size), config.batch_size,
       config.seed, (config.view,), setup.run.config.data.image_size,
-      Workers(config.data.threads), labelled=True, recolour=recolour,
+      setup.workers, labelled=True, recolour=recolour,
   )
   evaluator = Evaluator(
       test, every=config.test_every_steps or plan.steps_per_epoch,

@@ -13,7 +13,7 @@ from mocov3_jax.base.errors import UserError
 from mocov3_jax.config import checks
 from mocov3_jax.config import training as config_lib
 from mocov3_jax.data import catalog, listing, pipeline, sources
-from mocov3_jax.data.workers import Workers
+from mocov3_jax.data.workers import workers_for
 from mocov3_jax.evals import knn_queue
 from mocov3_jax.evals.evaluator import EvalContext
 from mocov3_jax.method import augment
@@ -137,7 +137,7 @@ def make_reader(
   return pipeline.BatchReader(
       source, positions, config.batch_size, config.seed,
       augment.both_views(config.augment), config.data.image_size,
-      Workers(config.data.threads), labelled=config.knn.queue_share > 0,
+      workers_for(config.data, source), labelled=config.knn.queue_share > 0,
   )
 
 
