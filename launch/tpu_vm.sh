@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Trains on all workers of a Cloud TPU VM slice, from creation to deletion.
 #
-#   bash launch/tpu_vm.sh COMMAND [--SETTING=VALUE ...] [-- TRAINING FLAG ...]
+#   bash launch/tpu_vm.sh COMMAND [--SETTING=VALUE ...] [-- FLAG ...]
 #
 #   create    the slice; waits while the zone has no capacity
 #   install   the storage, the code and its requirements, on every worker
@@ -17,8 +17,8 @@
 # Needs gcloud, logged in, and git. For instance, ViT-B/16 on a Spot slice:
 #
 #   bash launch/tpu_vm.sh all --spot --name=b16 --zone=us-west4-a \
-#       --accelerator=v5litepod-16 --bucket=my-bucket -- \
-#       --config=configs/imagenet/vit_b16.py --workdir=/mnt/mocov3/b16 \
+#       --accelerator=v5litepod-16 --data-bucket=my-images -- \
+#       --config=configs/imagenet/vit_b16.py --workdir=gs://my-bucket/b16 \
 #       --config.micro_batch=32
 #
 # Not yet run on a Cloud TPU. The tests hold what --dry-run prints, and what
@@ -45,20 +45,23 @@
 #  5. --network=NAME --subnetwork=NAME --service-account=ADDRESS  of the slice.
 #     --create=FLAG     any other flag of gcloud's create, and --create again for
 #     each further one: --create=--reservation=projects/...
-#  6. --bucket=NAME or --nfs=HOST:/SHARE  is mounted at --mount=/mnt/mocov3 on
-#     every worker. The workdir has to lie there: all workers must see one
-#     folder, it must outlive the slice, and the program takes no gs:// URLs.
-#     A Filestore share (--nfs) is an ordinary file system. A bucket, through
-#     gcsfuse, is cheaper; a file is uploaded once it is closed, so that a
-#     worker that is killed before it could save takes the newest rows of
-#     metrics.jsonl with it. Checkpoints are complete or absent either way, if
-#     the bucket has a hierarchical namespace (its renames are atomic).
+#  6. The workdir must be one that all workers see and that outlives the slice:
+#     --workdir=gs://BUCKET/FOLDER  needs nothing else; the service account of
+#     the slice must be allowed to write there. Or
+#     --bucket=NAME or --nfs=HOST:/SHARE  is mounted at --mount=/mnt/mocov3 on
+#     every worker. A Filestore share (--nfs) is an ordinary file system. In a
+#     bucket that is mounted by gcsfuse a file is uploaded once it is closed,
+#     which is at each save.
 #     --gcsfuse=3.0.0  is the version that is installed.
-#  7. --disk=projects/P/zones/Z/disks/NAME  is attached to every worker for
-#     reading, and mounted at --disk-mount=/mnt/data: images on a disk are read
-#     faster than through gcsfuse.
+#  7. Images are read from --disk-mount=/mnt/data, where one of these is mounted
+#     for reading:
+#     --disk=projects/P/zones/Z/disks/NAME  is attached to every worker; it is
+#     faster than a bucket.
+#     --data-bucket=NAME   what is known of its files is kept for good: it must
+#     not change meanwhile.
 #  8. --data=FOLDER     is TFDS_DATA_DIR, where prepared sets lie (docs/data.md);
-#     by default tensorflow_datasets on the disk of 7, or else in the mount of 6.
+#     by default tensorflow_datasets in the mount of 7, or else in that of 6. It
+#     may be gs://BUCKET/FOLDER.
 #  9. --poll=60         seconds between two looks of `create` and `watch`;
 #     --restarts=20     how often it starts again before it gives up.
 # 10. --keep            (KEEP=1) leaves the slice after `all`, and its costs. It
@@ -66,7 +69,11 @@
 # 11. --worker=0        whose output `logs` follows: a number, or all. The
 #     first process speaks for the run; the others only of their errors.
 # 12. --dry-run         (DRY_RUN=1) prints the gcloud lines, and runs none.
-# 13. After --, the flags of mocov3_jax.train, the same on every worker.
+# 13. --compiled=FOLDER  keeps compiled programs, for the next slice; by default
+#     beside the workdir, in `compiled`.
+# 14. --program=train   or evaluate, which runs on all workers in the same way.
+# 15. After --, the flags of mocov3_jax.train (or evaluate), the same on every
+#     worker.
 #
 # SIGTERM, which a worker's processes get when it is shut down, makes the
 # program save and end with 143. A Spot slice is given half a minute; if that
@@ -112,6 +119,9 @@ NFS=${NFS:-}
 MOUNT=${MOUNT:-/mnt/mocov3}
 GCSFUSE=${GCSFUSE:-3.0.0}
 DISK=${DISK:-}
+DATA_BUCKET=${DATA_BUCKET:-}
+COMPILED=${COMPILED:-}
+PROGRAM=${PROGRAM:-train}
 DISK_MOUNT=${DISK_MOUNT:-/mnt/data}
 DATA=${DATA:-}
 POLL=${POLL:-60}
@@ -143,6 +153,9 @@ while (($#)); do
     --gcsfuse=*) GCSFUSE=$value ;;
     --disk=*) DISK=$value ;;
     --disk-mount=*) DISK_MOUNT=$value ;;
+    --data-bucket=*) DATA_BUCKET=$value ;;
+    --compiled=*) COMPILED=$value ;;
+    --program=*) PROGRAM=$value ;;
     --data=*) DATA=$value ;;
     --poll=*) POLL=$value ;;
     --restarts=*) RESTARTS=$value ;;
@@ -151,17 +164,26 @@ while (($#)); do
     --dry-run) DRY_RUN=1 ;;
     *) fail "'$1'. Allowed: --name, --zone, --project, --accelerator,\
  --version, --network, --subnetwork, --service-account, --create, --bucket,\
- --nfs, --mount, --gcsfuse, --disk, --disk-mount, --data, --poll, --restarts\
- and --worker, each as --name=value; --spot, --reserved, --queued, --keep,\
- --dry-run; and, after --, flags of mocov3_jax.train." ;;
+ --nfs, --mount, --gcsfuse, --disk, --disk-mount, --data-bucket, --data,\
+ --compiled, --program, --poll, --restarts and --worker, each as --name=value;\
+ --spot, --reserved, --queued, --keep, --dry-run; and, after --, flags of\
+ mocov3_jax.train." ;;
   esac
   shift
 done
-if [ -n "$DISK" ]; then
+if [ -n "$DISK$DATA_BUCKET" ]; then
   DATA=${DATA:-$DISK_MOUNT/tensorflow_datasets}
 fi
 DATA=${DATA:-$MOUNT/tensorflow_datasets}
 flags=$(quote "$@")
+workdir=
+for flag in "$@"; do
+  if [[ $flag == --workdir=* ]]; then
+    workdir=${flag#--workdir=}
+    workdir=${workdir%/}
+  fi
+done
+COMPILED=${COMPILED:-${workdir%/*}/compiled}
 
 for setting in NAME ZONE ACCELERATOR VERSION; do
   if [ -z "${!setting}" ]; then
@@ -188,6 +210,16 @@ fi
 if ! [[ $BUCKET =~ ^([a-z0-9][a-z0-9._-]*)?$ ]]; then
   fail "BUCKET=$BUCKET. Allowed: the name alone, without gs:// and folders."
 fi
+if ! [[ $DATA_BUCKET =~ ^([a-z0-9][a-z0-9._-]*)?$ ]]; then
+  fail "DATA_BUCKET=$DATA_BUCKET. Allowed: the name alone, without gs:// and\
+ folders."
+fi
+if ! [[ $PROGRAM =~ ^(train|evaluate)$ ]]; then
+  fail "PROGRAM=$PROGRAM. Allowed: train, evaluate."
+fi
+if [ -n "$DISK" ] && [ -n "$DATA_BUCKET" ]; then
+  fail "--disk and --data-bucket. Allowed: one of them."
+fi
 if ! [[ $NFS =~ ^([A-Za-z0-9][A-Za-z0-9.-]*:/.*)?$ ]]; then
   fail "NFS=$NFS. Allowed: HOST:/SHARE."
 fi
@@ -209,9 +241,9 @@ case $command in
 esac
 case $command in
   watch | all)
-    if [ -z "$BUCKET$NFS" ]; then
+    if [ -z "$BUCKET$NFS" ] && [[ $workdir != gs://* ]]; then
       fail "'$command' without storage that outlives the slice. Allowed: with\
- --bucket=NAME or --nfs=HOST:/SHARE."
+ --workdir=gs://BUCKET/FOLDER, --bucket=NAME or --nfs=HOST:/SHARE."
     fi ;;
 esac
 
@@ -261,39 +293,57 @@ if ! mountpoint -q $(quote "$DISK_MOUNT"); then
 fi
 END
   fi
+  if [ -n "$BUCKET$DATA_BUCKET" ]; then gcsfuse_installing; fi
+  if [ -n "$DATA_BUCKET" ]; then
+    # Nobody writes there: everything that is known of a file stays true.
+    cat <<END
+sudo mkdir -p $(quote "$DISK_MOUNT")
+if ! mountpoint -q $(quote "$DISK_MOUNT"); then
+  sudo chown "\$(id -u)" $(quote "$DISK_MOUNT")
+  gcsfuse -o ro --implicit-dirs --metadata-cache-ttl-secs=-1 \\
+    --stat-cache-max-size-mb=-1 --type-cache-max-size-mb=-1 \\
+    $(quote "$DATA_BUCKET" "$DISK_MOUNT")
+fi
+END
+  fi
   if [ -z "$BUCKET$NFS" ]; then return; fi
   cat <<END
 sudo mkdir -p $(quote "$MOUNT")
 if ! mountpoint -q $(quote "$MOUNT"); then
-  apt="sudo DEBIAN_FRONTEND=noninteractive apt-get -qy"
-  apt="\$apt -o DPkg::Lock::Timeout=300"
 END
   if [ -n "$NFS" ]; then
     # Locks of the worker alone (nolock): a lock on the server would stay when
     # the slice that holds it is preempted, and keep the next one out.
     cat <<END
-  \$apt update && \$apt install nfs-common
+  $APT update && $APT install nfs-common
   sudo mount -t nfs -o nolock $(quote "$NFS" "$MOUNT")
   sudo chown "\$(id -u)" $(quote "$MOUNT")
 END
   else
-    # A checkpoint is a folder that is renamed once complete, and all workers
-    # must see at once what one has written: no caches. What is installed as
-    # root comes from Google's package repository, which is signed.
+    # All workers must see at once what one has written: no caches.
     cat <<END
-  keys=/usr/share/keyrings/cloud.google.asc
-  from=https://packages.cloud.google.com/apt
-  curl -fsSL \$from/doc/apt-key.gpg | sudo tee \$keys >/dev/null
-  echo "deb [signed-by=\$keys] \$from gcsfuse-\$(lsb_release -cs) main" |
-    sudo tee /etc/apt/sources.list.d/gcsfuse.list >/dev/null
-  \$apt update && \$apt install $(quote "gcsfuse=$GCSFUSE")
   sudo chown "\$(id -u)" $(quote "$MOUNT")
-  gcsfuse --implicit-dirs --rename-dir-limit=200000 \\
+  gcsfuse --implicit-dirs \\
     --metadata-cache-ttl-secs=0 --metadata-cache-negative-ttl-secs=0 \\
     $(quote "$BUCKET" "$MOUNT")
 END
   fi
   echo 'fi'
+}
+
+# As root, from Google's package repository, which is signed.
+APT='sudo DEBIAN_FRONTEND=noninteractive apt-get -qy -o DPkg::Lock::Timeout=300'
+gcsfuse_installing() {
+  cat <<END
+if ! command -v gcsfuse >/dev/null; then
+  keys=/usr/share/keyrings/cloud.google.asc
+  from=https://packages.cloud.google.com/apt
+  curl -fsSL \$from/doc/apt-key.gpg | sudo tee \$keys >/dev/null
+  echo "deb [signed-by=\$keys] \$from gcsfuse-\$(lsb_release -cs) main" |
+    sudo tee /etc/apt/sources.list.d/gcsfuse.list >/dev/null
+  $APT update && $APT install $(quote "gcsfuse=$GCSFUSE")
+fi
+END
 }
 
 # The images bring Python 3.10; uv fetches one that the project is tested on.
@@ -306,7 +356,7 @@ rm -rf code && mkdir code
 tar -xzf ../mocov3_jax.tar.gz -C code
 PIP_BREAK_SYSTEM_PACKAGES=1 python3 -m pip install -q --user "uv>=0.5,<1"
 [ -x .venv/bin/python ] || python3 -m uv venv -q --seed --python=3.12 .venv
-.venv/bin/python -m pip install -q -e "./code[tpu]"
+.venv/bin/python -m pip install -q -e "./code[tpu,gcs]"
 END
 }
 
@@ -336,10 +386,11 @@ if [ \${#all[@]} -gt 1 ]; then
 fi
 rm -f train.code train.pid train.stopped
 export JAX_PLATFORMS=tpu,cpu TFDS_DATA_DIR=$(quote "$DATA")
+export JAX_COMPILATION_CACHE_DIR=$(quote "$COMPILED")
 cd code
 nohup setsid sh -c '"\$@" & echo \$! >../train.pid
 wait \$!; echo \$? >../train.code' sh \\
-  ../.venv/bin/python -m mocov3_jax.train \\
+  ../.venv/bin/python -m mocov3_jax.$PROGRAM \\
   $flags \$together \\
   </dev/null >>../train.log 2>&1 &
 until [ -s ../train.pid ]; do sleep 1; done

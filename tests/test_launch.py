@@ -155,6 +155,8 @@ BAD = [
     ('tpu_vm.sh', ['create', '--name=--format=x'], ['NAME=--format=x']),
     ('tpu_vm.sh', ['create', '--gcsfuse=1 x'], ['GCSFUSE=1 x', '3.0.0']),
     ('tpu_vm.sh', ['logs', '--poll=1s'], ['POLL=1s', 'whole number']),
+    ('tpu_vm.sh', ['create', '--data-bucket=gs://b'], ['gs://b', 'name alone']),
+    ('tpu_vm.sh', ['run', '--program=x'], ['PROGRAM=x', 'evaluate']),
     ('slurm.sbatch', ['--config=a'], ['--config=a', '--workdir=DIR']),
     ('slurm.sbatch', ['seed=1'], ['seed=1', '--name=value']),
     ('slurm.sbatch', ['--process_id=1'], ['--process_id=1', 'Slurm']),
@@ -209,7 +211,32 @@ def test_a_dry_run_on_a_tpu_prints_lines_of_shell(forbidden, command):
   if command == 'run':
     assert "--config=configs/digits.py '--workdir=/mnt/mocov3/a b'" in lines[-1]
   if command == 'install':
-    assert 'gcsfuse --implicit-dirs' in lines[-1] and './code[tpu]' in lines[-1]
+    assert 'gcsfuse --implicit-dirs' in lines[-1]
+    assert './code[tpu,gcs]' in lines[-1]
+
+
+def test_a_run_in_a_bucket_needs_no_mount_but_for_its_images(forbidden):
+  code, out, err = outcome(
+      'tpu_vm.sh', 'all', '--dry-run', '--data-bucket=images',
+      '--program=evaluate', '--', '--config=configs/eval_linear.py',
+      '--config.checkpoint=gs://b/run', '--workdir=gs://b/probe/',
+      path=forbidden,
+  )
+  assert code == 0 and err == ''
+  texts = [
+      word[10:] for word in shlex.split(out, comments=True)
+      if word.startswith('--command=')
+  ]
+  for text in texts:
+    subprocess.run(['bash', '-n', '-c', text], check=True)
+  (install,) = {text for text in texts if 'gcsfuse' in text}
+  # Read-only, apart from all that is written.
+  assert install.count('  gcsfuse ') == 1 and '/mnt/mocov3 ' not in install
+  assert '-o ro' in install and 'images /mnt/data' in install
+  (run,) = {text for text in texts if 'nohup' in text}
+  assert 'mocov3_jax.evaluate' in run
+  assert 'TFDS_DATA_DIR=/mnt/data/tensorflow_datasets' in run
+  assert 'JAX_COMPILATION_CACHE_DIR=gs://b/compiled' in run
 
 
 # What gcloud says, and what `watch` makes of it.

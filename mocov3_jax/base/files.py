@@ -12,6 +12,7 @@ import itertools
 import json
 import os
 import secrets
+import shutil
 import stat
 import time
 from typing import Any, BinaryIO
@@ -146,6 +147,17 @@ def new_output(path: str, suffix: str, field: str = '--out') -> epath.Path:
         f'{field}={path} {what}. Use a new file that ends with {suffix}.'
     )
   return found
+
+
+def move_folder(folder: epath.Path, target: epath.Path) -> None:
+  """Moves a folder of a run to a place where there is none yet."""
+  if buckets.is_in_bucket(folder):
+    buckets.move(folder, target)
+  elif is_on_disk(folder):
+    folder.rename(target)
+  else:
+    shutil.copytree(folder, target)
+    shutil.rmtree(folder)
 
 
 def require_plain(folder: epath.Path) -> None:

@@ -15,7 +15,7 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers
 from orbax.checkpoint.metadata import ArrayMetadata
 
-from mocov3_jax.base import buckets, files
+from mocov3_jax.base import files
 from mocov3_jax.base.errors import UserError, is_of_environment
 
 PyTree = Any
@@ -196,10 +196,7 @@ class Checkpoints:
     target = self._damaged / str(step)
     if target.exists():
       target.rmtree()
-    if buckets.is_in_bucket(target):
-      buckets.move(self._folder / str(step), target)
-    else:
-      (self._folder / str(step)).rename(target)
+    files.move_folder(self._folder / str(step), target)
     self._warn(
         f'warning: checkpoint {self._folder / str(step)} is damaged and was '
         f'moved to {self._damaged} ({reason})'
