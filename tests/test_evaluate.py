@@ -403,7 +403,7 @@ def params(depth):
 
 
 def test_each_block_learns_slower_than_the_one_above():
-  scales = finetune.layer_scales(params(3), 3, 0.5)
+  scales = optimizers.layer_scales(params(3), 3, 0.5)
   backbone = scales['backbone']
   assert scales['head']['kernel'] == backbone['norm']['scale'] == 1
   assert [

@@ -59,6 +59,18 @@ def schema() -> Schema:
       'model': _model(),
       'head': _head(),
       'objective': _objective(),
+      'init': {
+          # Weights to begin with: a workdir, of a run or of what `convert`
+          # makes of a file, or one of its checkpoints/<step>; '' = random ones.
+          'checkpoint': Knob('', added=True),
+          # Take the heads of the checkpoint as well; False = fresh ones.
+          'heads': Knob(False, added=True),
+          # Epochs at the start in which the backbone is left as it is, so that
+          # fresh heads learn first.
+          'freeze_backbone_epochs': Knob(
+              0.0, NOT_NEGATIVE, added=True, zero='not at all'
+          ),
+      },
       'optimizer': _optimizer(),
       'schedule': {
           # Passes over the data. An epoch drops the remainder of a batch, as
@@ -312,6 +324,9 @@ def _optimizer() -> Schema:
       # Paper s4.2 has no number. AdamW divides a constant factor out again, so
       # a small threshold evens out spikes and no more.
       'patch_embed_clip': Knob(1e-2, POSITIVE),
+      # ViT: each block learns this much slower than the one above it (Bao et
+      # al. 2022, arXiv 2106.08254); 1 = all alike.
+      'layer_decay': Knob(1.0, SHARE_ABOVE_ZERO, added=True),
       # LARS: heavy-ball momentum and trust coefficient, as in the release.
       'momentum': Knob(0.9, BELOW_ONE),
       'trust_coefficient': Knob(1e-3, POSITIVE),

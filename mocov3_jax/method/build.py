@@ -4,10 +4,12 @@ import jax
 from ml_collections import ConfigDict
 
 from mocov3_jax import models
+from mocov3_jax.base.errors import UserError
 from mocov3_jax.config import training as config_lib
 from mocov3_jax.method import augment, objectives, optimizers
 from mocov3_jax.method.train_step import Method
 from mocov3_jax.models.execution import REFERENCE, Execution
+from mocov3_jax.models.vit import ViT
 from mocov3_jax.parallel.microbatch import ONE_BATCH, MicroBatches
 
 
@@ -37,12 +39,20 @@ def build_method(
       config.model, config.head, config.data.image_size, micro_batches,
       execution,
   )
+  if config.optimizer.layer_decay != 1 and not isinstance(
+      model.backbone, ViT
+  ):
+    raise UserError(
+        f'optimizer.layer_decay={config.optimizer.layer_decay} is for ViTs, '
+        f'and model.name is {config.model.name!r}. Allowed: 1.0.'
+    )
   return Method(
       model=model,
       objective=objectives.build(config.objective),
       optimizer=optimizers.build(
           config.optimizer, learning_rate, model.backbone.freeze_patch_embed,
-          model.backbone.clip_patch_embed,
+          model.backbone.clip_patch_embed, len(model.backbone.blocks),
+          round(config.init.freeze_backbone_epochs * plan.steps_per_epoch),
       ),
       augment=augment.build(
           augment.both_views(config.augment), config.data,

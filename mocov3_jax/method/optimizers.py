@@ -160,9 +160,58 @@ def is_patch_embed(params: PyTree) -> PyTree:
   )
 
 
+def layer_scales(params: PyTree, depth: int, decay: float) -> PyTree:
+  """Returns factors of the rate: each block learns slower than the next.
+
+  Bao et al. 2022 (arXiv 2106.08254): decay^0 for the head and the final norm,
+  decay^1 for the last block, ..., decay^(depth + 1) for what comes before the
+  first one.
+
+  Args:
+    params: with 'backbone', of a network with heads or a classifier.
+    depth: blocks of its backbone.
+    decay: 1 = all alike.
+  """
+
+  def scale(path, _):
+    names = [key.key for key in path]
+    above = 0
+    if names[0] == 'backbone':
+      if names[1].startswith('blocks_'):
+        above = depth - int(names[1].removeprefix('blocks_'))
+      elif names[1] != 'norm':
+        above = depth + 1
+    return decay**above
+
+  return jax.tree_util.tree_map_with_path(scale, params)
+
+
+def by_layer(depth: int, decay: float) -> optax.GradientTransformation:
+  """Returns what scales updates by `layer_scales`."""
+  def scaled(updates, params):
+    scales = layer_scales(params, depth, decay)
+    return jax.tree.map(lambda u, s: u * s, updates, scales)
+
+  return optax.stateless(scaled)
+
+
+def is_backbone(params: PyTree) -> PyTree:
+  """Marks the backbone."""
+  return jax.tree_util.tree_map_with_path(
+      lambda path, _: path[0].key == 'backbone', params
+  )
+
+
+def after(steps: int) -> optax.GradientTransformation:
+  """Returns what lets updates through from the step `steps` on."""
+  return optax.scale_by_schedule(
+      lambda step: jnp.where(step < steps, 0.0, 1.0)
+  )
+
+
 def build(
     c: ConfigDict, learning_rate: Schedule, freeze_patch_embed: bool,
-    clip_patch_embed: bool = False,
+    clip_patch_embed: bool = False, depth: int = 0, frozen_steps: int = 0,
 ) -> optax.GradientTransformation:
   """Returns the optimizer that `config.optimizer` names.
 
@@ -173,6 +222,10 @@ def build(
       gradient stops there anyway, but weight decay would still move it.
     clip_patch_embed: scale its gradient down to at most a norm of
       `c.patch_embed_clip` (paper s4.2).
+    depth: blocks of the backbone, for `c.layer_decay`.
+    frozen_steps: at the start, in which the backbone is not updated. The
+      moments of its gradient are taken all the same, so that its first updates
+      are no larger than later ones.
 
   Raises:
     UserError: for a name that is not in the table.
@@ -183,6 +236,12 @@ def build(
   if clip_patch_embed:
     clip = optax.clip_by_global_norm(c.patch_embed_clip)
     optimizer = optax.chain(optax.masked(clip, is_patch_embed), optimizer)
+  if c.layer_decay != 1:
+    optimizer = optax.chain(optimizer, by_layer(depth, c.layer_decay))
+  if frozen_steps:
+    optimizer = optax.chain(
+        optimizer, optax.masked(after(frozen_steps), is_backbone)
+    )
   if not freeze_patch_embed:
     return optimizer
   return optax.partition(

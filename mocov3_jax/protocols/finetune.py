@@ -132,32 +132,6 @@ def build_method(setup: Setup, model: Classifier) -> Supervised:
   )
 
 
-def layer_scales(params: PyTree, depth: int, decay: float) -> PyTree:
-  """Returns factors of the rate: each block learns slower than the next.
-
-  Bao et al. 2022 (arXiv 2106.08254): decay^0 for the head and the final norm,
-  decay^1 for the last block, ..., decay^(depth + 1) for what comes before the
-  first one.
-
-  Args:
-    params: of a `Classifier`.
-    depth: blocks of its backbone.
-    decay: 1 = all alike.
-  """
-
-  def scale(path, _):
-    names = [key.key for key in path]
-    above = 0
-    if names[0] == 'backbone':
-      if names[1].startswith('blocks_'):
-        above = depth - int(names[1].removeprefix('blocks_'))
-      elif names[1] != 'norm':
-        above = depth + 1
-    return decay**above
-
-  return jax.tree_util.tree_map_with_path(scale, params)
-
-
 def layerwise_adamw(
     learning_rate: Schedule, weight_decay: float, depth: int,
     layer_decay: float,
@@ -168,17 +142,13 @@ def layerwise_adamw(
     learning_rate: of the head.
     weight_decay: decoupled.
     depth: blocks of the backbone; 0 where all layers are alike.
-    layer_decay: see `layer_scales`.
+    layer_decay: see `optimizers.layer_scales`.
   """
-
-  def by_layer(updates, params):
-    scales = layer_scales(params, depth, layer_decay)
-    return jax.tree.map(lambda u, s: u * s, updates, scales)
 
   return optax.chain(
       optax.scale_by_adam(),
       optax.add_decayed_weights(weight_decay, optimizers.is_kernel),
-      optax.stateless(by_layer),
+      optimizers.by_layer(depth, layer_decay),
       optax.scale_by_learning_rate(learning_rate),
   )
 

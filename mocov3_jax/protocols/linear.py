@@ -14,7 +14,6 @@ from mocov3_jax.method.build import image_shape
 from mocov3_jax.models.layers import BatchNorm
 from mocov3_jax.parallel import processes, sharding
 from mocov3_jax.protocols import linear_step
-from mocov3_jax.protocols import setup as setup_lib
 from mocov3_jax.protocols.setup import Setup
 from mocov3_jax.protocols.trained import (
   after_training,
@@ -22,7 +21,7 @@ from mocov3_jax.protocols.trained import (
   make_plan,
   make_trainer,
 )
-from mocov3_jax.runs import metrics
+from mocov3_jax.runs import metrics, network
 
 PyTree = Any
 
@@ -82,7 +81,7 @@ def probe(setup: Setup, path: str) -> dict[str, Any]:
 
   results = trainer.run(path, finish)
   before = trainer.fingerprint['backbone_sha256']
-  if setup_lib.digest(setup.variables) != before:
+  if network.digest(setup.variables) != before:
     raise RuntimeError('the probe changed the backbone')
   return results | {'backbone_sha256': before}
 

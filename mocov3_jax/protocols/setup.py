@@ -3,13 +3,11 @@
 from collections.abc import Callable
 import contextlib
 import dataclasses
-import hashlib
 import itertools
 import json
 from typing import Any
 
 from etils import epath
-import jax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 import numpy as np
@@ -113,25 +111,17 @@ def _named(variables: tuple[PyTree, PyTree]) -> PyTree:
   return {'params': params, 'batch_stats': batch_stats}
 
 
-def digest(tree: PyTree) -> str:
-  """Returns the SHA-256 of all arrays of a tree."""
-  found = hashlib.sha256()
-  for leaf in jax.tree.leaves(jax.device_get(tree)):
-    found.update(np.ascontiguousarray(leaf).tobytes())
-  return found.hexdigest()
-
-
 def fingerprint(setup: Setup) -> dict[str, Any]:
   """Returns what must stay the same for an evaluation to be continued."""
   splits = setup.splits
   return splits.fingerprint() | {
       'test_images': len(splits.test),
-      'labels_sha256': digest([
+      'labels_sha256': network.digest([
           source.labels(np.arange(len(source)))
           for source in (splits.train, splits.test)
       ]),
       'checkpoint_step': setup.run.step,
-      'backbone_sha256': digest(setup.variables),
+      'backbone_sha256': network.digest(setup.variables),
   }
 
 

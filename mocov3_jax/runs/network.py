@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 import contextlib
 import dataclasses
+import hashlib
 
 from etils import epath
 from flax.traverse_util import flatten_dict, unflatten_dict
@@ -10,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
+import numpy as np
 
 from mocov3_jax import models
 from mocov3_jax.base import console, files
@@ -216,6 +218,14 @@ def _restore(
           'infinite. Use weights that are finite; an earlier checkpoint.'
       )
   return restored
+
+
+def digest(tree: PyTree) -> str:
+  """Returns the SHA-256 of all arrays of a tree."""
+  found = hashlib.sha256()
+  for leaf in jax.tree.leaves(jax.device_get(tree)):
+    found.update(np.ascontiguousarray(leaf).tobytes())
+  return found.hexdigest()
 
 
 @jax.jit

@@ -29,7 +29,7 @@ OUTPUTS = (
 PACKAGES = 'jax', 'jaxlib', 'flax', 'optax', 'numpy'
 ENVIRONMENT = (
     *PACKAGES, 'python', 'backend', 'device', 'devices', 'processes',
-    'attention',
+    'attention', 'init', 'init_sha256',
 )
 
 # In data.json, which version of reading images a run began with.

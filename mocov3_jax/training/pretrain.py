@@ -21,7 +21,7 @@ from mocov3_jax.method.build import build_method, image_shape, run_keys
 from mocov3_jax.method.train_step import Method, init_state, train_step
 from mocov3_jax.parallel import sharding
 from mocov3_jax.runs import workdir as workdir_lib
-from mocov3_jax.training import execution, flops
+from mocov3_jax.training import execution, flops, initial
 from mocov3_jax.training.trainer import Trainer
 
 
@@ -51,6 +51,7 @@ def pretrain(config: ConfigDict, path: str) -> dict[str, Any]:
   )
   watched = splits.train if config.knn.queue_share else None
   init, step = make_step(config, method, watched)
+  begins = initial.find(config, mesh, path)
   stop = exits.StopRequest()
   context = EvalContext(
       config, method.model, method.augment, splits, mesh, reader, stop
@@ -64,8 +65,15 @@ def pretrain(config: ConfigDict, path: str) -> dict[str, Any]:
       ) / config.batch_size,
       advice='a lower optimizer.lr_per_256, a longer schedule.warmup_epochs, '
       'model.patch_embed=frozen',
-      notes=(*_notes(config, splits, method), *notes),
-      environment={'attention': chosen.attention}, stop=stop,
+      notes=(
+          *_notes(config, splits, method), *notes,
+          *(begins.notes if begins else ()),
+      ),
+      begin=begins.begin if begins else lambda state: state,
+      environment={'attention': chosen.attention} | (
+          begins.environment if begins else {}
+      ),
+      stop=stop,
   ).run(
       path, lambda results, workdir, _: workdir_lib.write_result(
           results, workdir

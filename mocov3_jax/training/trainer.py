@@ -56,6 +56,7 @@ class Trainer:
       backbone.
     monitors: fields of the state that only a monitor uses. Where a checkpoint
       lacks them, they start afresh.
+    begin: what is done to a fresh state before its first step.
     environment: further entries of environment.json.
     stop: whether this process has been asked to end; the evaluators may ask
       it as well.
@@ -76,6 +77,7 @@ class Trainer:
   notes: tuple[str, ...] = ()
   constants: tuple[Any, ...] = ()
   monitors: tuple[str, ...] = ()
+  begin: Callable[[State], State] = lambda state: state
   environment: dict[str, str] = dataclasses.field(default_factory=dict)
   stop: exits.StopRequest = dataclasses.field(
       default_factory=exits.StopRequest
@@ -118,7 +120,7 @@ class Trainer:
       )
       state, start = (
           checkpoints.restore(step.state, step.init, self.monitors)
-          or (step.init(), 0)
+          or (self.begin(step.init()), 0)
       )
       if start < total and processes.is_primary():
         workdir_lib.begin(workdir, self.mesh, self.environment)

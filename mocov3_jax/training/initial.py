@@ -1,0 +1,219 @@
+"""Weights that a pre-training begins with, instead of random ones.
+
+The backbone of another run, or of what `convert` makes of a file, becomes that
+of both networks. Heads are fresh unless the checkpoint has them and the config
+asks for them. The state of the optimizer is fresh.
+"""
+
+from collections.abc import Mapping
+import functools
+import math
+from typing import Any
+
+from flax.traverse_util import flatten_dict, unflatten_dict
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from mocov3_jax.base import files
+from mocov3_jax.base.errors import UserError
+from mocov3_jax.method.train_step import TrainState, encoder
+from mocov3_jax.parallel import processes
+from mocov3_jax.runs import checkpoints, network
+
+PyTree = Any
+Path = tuple[str, ...]
+Shapes = Mapping[Path, tuple[int, ...]]
+# Learned positions, which are resized to another number of patches.
+POSITIONS = 'backbone', 'pos_embed'
+# Tensors that a message names.
+NAMED = 4
+# What environment.json has of it.
+SOURCE, SHA256 = 'init', 'init_sha256'
+
+
+class Initial:
+  """The weights that `config.init` names, found and read when they are needed.
+
+  Attributes:
+    environment: what environment.json is to have of them; empty if it is not
+      known any more.
+    notes: lines to say of them, if the run begins.
+  """
+
+  def __init__(
+      self, config: ConfigDict, mesh: Mesh,
+      environment: dict[str, str] | None = None,
+  ):
+    """Notes what is to be found.
+
+    Args:
+      config: of the run, with `init.checkpoint`.
+      mesh: to restore onto.
+      environment: what the run has noted when it began; None = it begins now.
+    """
+    self._config, self._mesh = config, mesh
+    self.notes = ()
+    if environment is None:
+      # Whatever is wrong with them is said before a workdir is made.
+      environment = {
+          SHA256: network.digest(self.weights),
+          SOURCE: str(self._source.folder),
+      }
+      self.notes = (self._note(),)
+    self.environment = environment
+
+  @functools.cached_property
+  def _source(self) -> network.Trained:
+    return network.find(self._config.init.checkpoint)
+
+  @functools.cached_property
+  def _parts(self) -> tuple[str, ...]:
+    """What is taken: 'backbone', and the heads if they are asked for."""
+    if not self._config.init.heads:
+      return ('backbone',)
+    heads = sorted({path[0] for path in _shapes(self._config)} - {'backbone'})
+    held = checkpoints.held(self._source.folder)
+    missing = [name for name in heads if ('params', name) not in held]
+    if missing:
+      raise UserError(
+          'init.heads=True, but init.checkpoint='
+          f'{self._config.init.checkpoint!r} has no '
+          f'{" and no ".join(missing)}. Use init.heads=False, for fresh ones.'
+      )
+    return ('backbone', *heads)
+
+  def _check(self) -> None:
+    """Raises UserError with the tensors that do not fit, if there are any."""
+    wanted, found = (
+        {p: s for p, s in _shapes(config).items() if p[0] in self._parts}
+        for config in (self._config, self._source.config)
+    )
+    differ = [
+        f'{"/".join(path)}: {found[path] if path in found else "absent"} '
+        f'there, {wanted[path] if path in wanted else "absent"} here'
+        for path in sorted(wanted.keys() | found.keys())
+        if not (path in wanted and path in found and (
+            wanted[path] == found[path] or path == POSITIONS
+        ))
+    ]
+    if differ:
+      more = f'\n  and {len(differ) - NAMED} more' * (len(differ) > NAMED)
+      raise UserError(
+          f'init.checkpoint={self._config.init.checkpoint!r} does not fit this '
+          'model:\n  ' + '\n  '.join(differ[:NAMED]) + more + '\nUse the same '
+          'model.name, sizes, patch_size, patch_embed, positions and readout '
+          'as there (data.image_size may differ), or another checkpoint.'
+      )
+
+  @functools.cached_property
+  def weights(self) -> tuple[PyTree, PyTree]:
+    """Params and batch_stats of the parts that are taken, on every device.
+
+    Raises:
+      UserError: if there is no such checkpoint, it does not fit, cannot be
+        read, or holds values that are not finite.
+    """
+    self._check()
+    params, batch_stats = network.restore(
+        self._source, self._mesh, 'query', self._parts
+    )
+    flat = flatten_dict(params)
+    if POSITIONS in flat:
+      size = self._config.data.image_size // self._config.model.patch_size
+      flat[POSITIONS] = _resized(
+          flat[POSITIONS], size, self._config.model.readout == 'cls'
+      )
+    return unflatten_dict(flat), batch_stats
+
+  def _note(self) -> str:
+    size = self._source.config.data.image_size
+    resized = ''
+    if size != self._config.data.image_size:
+      resized = (
+          f'; trained at {size} pixels, continued at '
+          f'{self._config.data.image_size}, with positions '
+          + ('resized' if self._config.model.positions == 'learned'
+             else 'computed anew')
+      )
+    heads = 'with its heads' if self._config.init.heads else 'with fresh heads'
+    return f'begins with {self._source.folder}, {heads}{resized}'
+
+  def begin(self, state: TrainState) -> TrainState:
+    """Returns a fresh state with these weights in both networks.
+
+    Args:
+      state: is donated.
+    """
+    where = jax.tree.map(lambda x: x.sharding, state)
+
+    @functools.partial(jax.jit, donate_argnums=0, out_shardings=where)
+    def put(state, weights):
+      params, batch_stats = weights
+      params = state.params | params
+      batch_stats = state.batch_stats | batch_stats
+      changed = {'params': params, 'batch_stats': batch_stats}
+      if state.target_params:
+        changed |= {
+            'target_params': encoder(params),
+            'target_batch_stats': encoder(batch_stats),
+        }
+      return state.replace(**jax.tree.map(jnp.copy, changed))
+
+    return put(state, self.weights)
+
+
+def _resized(table: jax.Array, size: int, has_class: bool) -> jax.Array:
+  """Resizes learned positions [1, T, D] to size x size patches, antialiased."""
+  first, grid = table[:, :has_class], table[:, has_class:]
+  side = math.isqrt(grid.shape[1])
+  if side == size:
+    return table
+  grid = grid.reshape(1, side, side, -1)
+  grid = jax.image.resize(
+      grid, (1, size, size, grid.shape[-1]), 'bicubic', antialias=True
+  )
+  return jnp.concatenate([first, grid.reshape(1, size**2, -1)], axis=1)
+
+
+def find(config: ConfigDict, mesh: Mesh, path: str) -> Initial | None:
+  """Returns the weights to begin with; None without `init.checkpoint`.
+
+  A run that has begun does not need its beginning: the checkpoint may be gone
+  by then, and is looked for only where there turns out to be nothing to
+  continue.
+
+  Args:
+    config: of the run.
+    mesh: to restore onto.
+    path: the workdir.
+
+  Raises:
+    UserError: as `Initial.weights`.
+  """
+  if not config.init.checkpoint:
+    return None
+  noted = processes.from_primary(lambda: _noted(path))
+  return Initial(config, mesh, noted['environment'])
+
+
+def _noted(path: str) -> dict[str, Any]:
+  workdir = files.run_path(path, '--workdir')
+  if not any(
+      step.name.isdigit() for step in files.entries(workdir / 'checkpoints')
+  ):
+    return {'environment': None}
+  found = files.read_object(workdir / 'environment.json')
+  return {'environment': {
+      name: str(found[name]) for name in (SOURCE, SHA256) if name in found
+  }}
+
+
+def _shapes(config: ConfigDict) -> Shapes:
+  """Returns the shape of each parameter of a network, by its path."""
+  return {
+      path[1:]: x.shape
+      for path, x in network.network_shapes(config).items()
+      if path[0] == 'params'
+  }
