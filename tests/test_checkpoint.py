@@ -66,6 +66,19 @@ def test_the_newest_and_the_best_are_kept(tmp_path, whole):
   assert steps(tmp_path) == [2, 4, 5]
 
 
+def test_what_was_measured_after_a_save_makes_it_the_best(tmp_path, whole):
+  # A stop came while it was measured; the run saved, and measured it later.
+  save(tmp_path, whole, {1: 0.5})
+  for metrics in {}, {'knn/top1': 0.9}:
+    checkpoints = checkpoints_lib.Checkpoints(
+        epath.Path(tmp_path), 1, 1, print, 'knn/top1'
+    )
+    checkpoints.save(2, state(2, whole), metrics)
+    checkpoints.close()
+  save(tmp_path, whole, {3: 0.6, 4: 0.7}, keep_latest=1)
+  assert steps(tmp_path) == [2, 4]
+
+
 def test_keeping_no_best(tmp_path, whole):
   save(tmp_path, whole, {1: 0.5, 2: 0.9, 3: 0.6, 4: 0.7}, keep_best=0)
   assert steps(tmp_path) == [3, 4]

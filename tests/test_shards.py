@@ -102,6 +102,25 @@ def test_numbers_are_in_the_order_of_numbers(tmp_path):
   assert splits.train.classes == tuple(map(str, range(11)))
 
 
+def test_many_classes_and_any_label_are_no_trouble(tmp_path):
+  (tmp_path / 'cache').mkdir(mode=0o700)
+  many = shards.Index(
+      np.zeros(20000, np.int64), np.ones(20000, np.int64),
+      list(map(str, range(20000))), list(map(str, range(20000))),
+  )
+  write_shard(tmp_path / 'a.tar', [
+      ('1.png', encoded(1, 'PNG')), ('1.json', b'{"label": "\\ud83d"}'),
+      ('2.png', encoded(2, 'PNG')), ('2.json', b'{"label": "b"}'),
+  ])
+  for _ in range(2):  # The second time as it was kept.
+    splits = catalog.load(f'wds:{tmp_path}/a.tar', 'auto', tmp_path / 'cache')
+    assert len(splits.train.classes) == 2
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(shards, 'index', lambda shard: many)
+    splits = catalog.load(f'wds:{tmp_path}/a.tar', 'auto', None)
+  assert splits.train.classes[:3] == ('0', '1', '2')
+
+
 def test_the_index_is_kept_until_a_shard_changes(tmp_path, monkeypatch):
   write_set(tmp_path / 'set')
   (tmp_path / 'cache').mkdir(mode=0o700)
@@ -144,6 +163,15 @@ def damaged(root, what):
     path.write_bytes(path.read_bytes()[:9000])
   elif what == 'no tar file':
     path.write_bytes(b'nonsense' * 300)
+  elif what == 'a bad header':
+    data = bytearray(path.read_bytes())
+    place = data.index(b'00015.jpg')
+    data[place] ^= 1
+    path.write_bytes(data)
+  elif what == 'two in one':
+    path.write_bytes(path.read_bytes() + path.read_bytes())
+  elif what == 'bad json':
+    write_shard(path, [('1.jpg', encoded(1)), ('1.json', b'{')])
   elif what == 'several images':
     write_shard(path, [('1.jpg', encoded(1)), ('1.png', encoded(1, 'PNG'))])
   elif what == 'no image':
@@ -166,6 +194,9 @@ def damaged(root, what):
 @pytest.mark.parametrize('what, words', [
     ('cut off', 'set-train-000001.tar cannot be read as a tar file'),
     ('no tar file', 'set-train-000001.tar cannot be read as a tar file'),
+    ('a bad header', 'is no header, and not the end'),
+    ('two in one', 'is no header, and not the end'),
+    ('bad json', "'1.json' is no JSON"),
     ('several images', "the sample '1' has several images"),
     ('no image', 'holds no image in 3 shards'),
     ('packed', 'is no .tar file'), ('absent', 'there is no such file'),
@@ -243,6 +274,25 @@ def test_sets_of_hugging_face_are_read(tmp_path, form, typed):
     assert whole.read(n) == encoded(n)
   np.testing.assert_array_equal(whole.labels(np.arange(20)), np.arange(20) % 4)
   assert whole.name(3) == 'train[3]'
+
+
+def test_values_are_classes_if_any_split_has_them(tmp_path):
+  features = datasets.Features({
+      'image': datasets.Image(), 'label': datasets.Value('int64')
+  })
+
+  def part(labels):
+    return datasets.Dataset.from_dict({
+        'image': [{'bytes': encoded(n), 'path': None} for n in labels],
+        'label': labels,
+    }, features=features)
+
+  datasets.DatasetDict(
+      train=part([0, 1, 2, 4] * 5), validation=part([1, 3, 2, 1])
+  ).save_to_disk(tmp_path / 'set')
+  splits = catalog.load(f'hf:{tmp_path}/set')
+  assert splits.train.classes == tuple('01234') and len(splits.test) == 4
+  assert 'tested on validation' in splits.note
 
 
 def test_rows_that_were_chosen_are_those_that_are_read(tmp_path):

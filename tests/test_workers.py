@@ -132,6 +132,27 @@ def test_a_process_that_is_killed_is_named(folder):
       there(step)
 
 
+def test_processes_leave_a_stop_to_the_one_that_asked_for_them(folder):
+  # A batch system sends SIGTERM to all that a job has started.
+  pool = workers.Workers(2, processes=2)
+  there = reader(config(folder), pool)
+  before = there(0)
+  for number in [*pool._apart._pool._processes, *(
+      n for n in children(os.getpid()) if b'forkserver' in command_of(n)
+  )]:
+    os.kill(number, signal.SIGTERM)
+    os.kill(number, signal.SIGINT)
+  time.sleep(0.5)
+  for step in range(3):
+    there(step)
+  np.testing.assert_array_equal(there(0).images, before.images)
+
+
+def command_of(number):
+  with open(f'/proc/{number}/cmdline', 'rb') as file:
+    return file.read()
+
+
 def test_how_many_processes_there_are(folder, monkeypatch):
   source = pretrain.load_splits(config(folder)).train
   for cores, expected in (1, 1), (8, 1), (15, 1), (16, 2), (96, 12), (224, 16):

@@ -20,8 +20,6 @@ PREFIX = 'gs://'
 # A bucket, and the names of folders in it. The letters left out are those by
 # which gcsfs would look for many objects, and those of no printable name.
 NAME = r'gs://[a-z0-9][a-z0-9._-]+(/[^/*?\[\]#\x00-\x1f\x7f]+)+'
-# Modules whose errors tell of a bucket: access, network, quota.
-MODULES = 'gcsfs.', 'google.', 'aiohttp.'
 
 
 def is_in_bucket(path: os.PathLike[str] | str) -> bool:
@@ -70,6 +68,17 @@ def create(path: epath.Path, data: bytes) -> bool:
   return True
 
 
+def read(path: epath.Path) -> bytes | None:
+  """Reads an object in one request, as it is; None if there is none.
+
+  One that is opened and read may be replaced by a longer one in between.
+  """
+  try:
+    return _file_system().cat_file(os.fspath(path))
+  except FileNotFoundError:
+    return None
+
+
 def move(folder: epath.Path, target: epath.Path) -> None:
   """Moves all objects of a folder, one after the other."""
   _file_system().mv(os.fspath(folder), os.fspath(target), recursive=True)
@@ -78,14 +87,6 @@ def move(folder: epath.Path, target: epath.Path) -> None:
 def size(folder: epath.Path) -> int:
   """Returns the bytes of all objects of a folder."""
   return _file_system().du(os.fspath(folder))
-
-
-def is_of_bucket(error: BaseException) -> bool:
-  """Returns whether a bucket, or the way to it, failed."""
-  return type(error).__module__.startswith(MODULES) or bool(
-      re.search('PERMISSION_DENIED|UNAUTHENTICATED|gs://.*UNAVAILABLE',
-                str(error))
-  )
 
 
 def _file_system() -> Any:

@@ -55,10 +55,42 @@ def is_no_backend(error: BaseException) -> bool:
   ))
 
 
+# Modules whose errors tell of a bucket: access, network, quota; and what
+# TensorStore says of one.
+OF_BUCKETS = (
+    'aiohttp.', 'fsspec.', 'gcsfs.', 'google.api_core.', 'google.auth.',
+    'google.cloud.', 'requests.',
+)
+REFUSED = 'PERMISSION_DENIED|UNAUTHENTICATED'
+PASSING = 'ABORTED|UNAVAILABLE|DEADLINE_EXCEEDED|retry attempts failed'
+
+
+def is_of_bucket(error: BaseException) -> bool:
+  """Returns whether a bucket, or the way to it, failed."""
+  text = str(error)
+  return (
+      type(error).__module__.startswith(OF_BUCKETS)
+      # What gcsfs makes of 403.
+      or type(error) is OSError and text.startswith('Forbidden')
+      or 'gs://' in text and bool(re.search(f'{REFUSED}|{PASSING}', text))
+  )
+
+
+def may_pass(error: BaseException) -> bool:
+  """Returns whether what failed of a bucket may work in a while."""
+  text = str(error)
+  return is_of_bucket(error) and not (
+      text.startswith('Forbidden')
+      # Of a request that will be refused again: 4xx, but for too many.
+      or re.search(rf', 4(?!29)\d\d$|{REFUSED}|[Cc]redentials', text)
+  )
+
+
 def is_of_environment(error: BaseException) -> bool:
   """Returns whether the machine failed, and not what was being read."""
   return (
-      is_out_of_memory(error) or is_disk_full(error) or is_no_backend(error)
+      is_of_bucket(error) or is_out_of_memory(error) or is_disk_full(error)
+      or is_no_backend(error)
       or isinstance(error, OSError) and error.errno in (
           errno.EMFILE, errno.ENFILE, errno.EIO
       )

@@ -11,7 +11,7 @@ import jax
 
 from mocov3_jax.base import console
 
-BAD_INPUT, INTERRUPTED, PREEMPTED = 2, 130, 143
+UNREACHABLE, BAD_INPUT, INTERRUPTED, PREEMPTED = 1, 2, 130, 143
 
 
 def exit_at_once() -> None:

@@ -11,6 +11,7 @@ import io
 import itertools
 import json
 import os
+import random
 import secrets
 import shutil
 import stat
@@ -30,6 +31,8 @@ MOST_ENTRIES, MOST_JSON = 100_000, 2**24
 FOLLOWED, MOST_SHARE = 60.0, 50
 # Bytes of an object that are asked for at once, when it is read.
 READ_AT_ONCE = 2**20
+# Seconds after which to look whether what was appended to an object has stayed.
+APPENDED_AGAIN = 0.5, 1.0, 2.0
 # With what a formula begins in a spreadsheet.
 FORMULA = '=', '+', '-', '@', '\t', '\r'
 
@@ -405,12 +408,23 @@ class AppendedFile:
 def append(path: epath.Path, text: str) -> None:
   """Appends lines to a text file of a run, which need not be there yet.
 
-  If a kill cut off its last line, that line ends before them.
+  If a kill cut off its last line, that line ends before them. In a bucket the
+  lines of others who append at the same time may replace these; they are
+  appended until they stay.
 
   Raises:
     UserError: if it is no regular file.
     OSError: if it cannot be written.
   """
+  _append(path, text)
+  if buckets.is_in_bucket(path):
+    for wait in APPENDED_AGAIN:
+      time.sleep(wait * (0.5 + random.random()))
+      if text.encode(errors='surrogateescape') not in path.read_bytes():
+        _append(path, text)
+
+
+def _append(path: epath.Path, text: str) -> None:
   try:
     with open_own(path, 'rb') as file:
       size = file.seek(0, os.SEEK_END)

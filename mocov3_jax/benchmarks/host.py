@@ -1,5 +1,6 @@
 """Measures the input pipeline and the augmentation."""
 
+from collections.abc import Iterator
 import contextlib
 import dataclasses
 import functools
@@ -21,6 +22,7 @@ from mocov3_jax.benchmarks.timing import take_turns
 from mocov3_jax.config import checks
 from mocov3_jax.config import training as config_lib
 from mocov3_jax.data import pipeline, workers
+from mocov3_jax.data.decode import Encoded, Unreadable
 from mocov3_jax.data.sources import Source
 from mocov3_jax.method.build import build_method, image_shape
 from mocov3_jax.parallel import chips, sharding
@@ -46,7 +48,7 @@ def encoded_source(config: ConfigDict) -> Source:
   if source.shape:
     raise UserError(
         f'data.source={config.data.source!r} has images of one size, which the '
-        'host does not crop. Allowed: folder:PATH, or a TFDS set of '
+        'host does not crop. Allowed: folder:PATH, wds:, hf:, or a TFDS set of '
         'photographs.'
     )
   return source
@@ -135,7 +137,15 @@ class _InMemory:
   shape = None
 
   def __init__(self, source: Source, numbers: list[int]):
-    self._data = {n: source.read(n) for n in numbers}
+    self._data = {}
+    for number in numbers:
+      with contextlib.suppress(Unreadable):
+        data = source.read(number)
+        Encoded(data).pixels()
+        self._data[number] = data
+
+  def __iter__(self) -> Iterator[int]:
+    return iter(self._data)
 
   def read(self, index: int) -> bytes:
     return self._data[index]
@@ -155,9 +165,10 @@ def lock_seconds(
     source: of the images.
     numbers: of the images.
   """
+  images = _InMemory(source, numbers)
   reader = dataclasses.replace(
-      pretrain.make_reader(config, source, np.arange(1)),
-      source=_InMemory(source, numbers), workers=None,
+      pretrain.make_reader(config, source, np.arange(1)), source=images,
+      workers=None,
   )
   out = np.empty(reader.shape, np.uint8)
   free = 0.0
@@ -181,9 +192,11 @@ def lock_seconds(
       )
     for _ in range(4):
       start, free = time.perf_counter(), 0.0
-      for place, number in enumerate(numbers):
+      count = 0
+      for place, number in enumerate(images):
         reader.read_into(out, number, place)
-      seconds.append((time.perf_counter() - start - free) / len(numbers))
+        count += 1
+      seconds.append((time.perf_counter() - start - free) / max(count, 1))
   return statistics.median(seconds[1:])  # The first one warms up.
 
 

@@ -15,16 +15,23 @@ import warnings
 from absl import flags, logging
 from ml_collections import ConfigDict, config_flags
 
-from mocov3_jax.base import buckets, console, exits
+from mocov3_jax.base import console, exits
 from mocov3_jax.base.errors import (
   Preempted,
   UserError,
   is_disk_full,
   is_no_backend,
+  is_of_bucket,
   is_out_of_memory,
+  may_pass,
   unknown,
 )
-from mocov3_jax.base.exits import BAD_INPUT, INTERRUPTED, PREEMPTED
+from mocov3_jax.base.exits import (
+  BAD_INPUT,
+  INTERRUPTED,
+  PREEMPTED,
+  UNREACHABLE,
+)
 from mocov3_jax.config import evaluation, knobs, recipes, training
 
 LESS_MEMORY = (
@@ -200,9 +207,9 @@ def run(
   Returns:
     The exit code: 0 done; 2 bad input, no memory, no space on the disk, or no
     such backend (one message on stderr); 130 Ctrl-C where there is nothing to
-    save; 143 stopped by SIGTERM or Ctrl-C after a complete save. (1 is that of
-    a lost process, see `parallel.processes`.) Anything else is a bug, and
-    raised.
+    save; 143 stopped by SIGTERM or Ctrl-C after a complete save; 1 a bucket
+    that may be reached again in a while. (1 is also that of a lost process, see
+    `parallel.processes`.) Anything else is a bug, and raised.
   """
   _quieten()
   quieten_libtpu()
@@ -242,10 +249,12 @@ def run(
       console.say(
           f'error: JAX_PLATFORMS={platforms}: {what}. {OTHER_BACKEND}'
       )
+    elif is_of_bucket(e):
+      console.say(f'error: the bucket cannot be used: {what}. {BUCKET}')
+      if may_pass(e):
+        return UNREACHABLE
     elif is_out_of_memory(e):
       console.say(f'error: {what}. {LESS_MEMORY}')
-    elif buckets.is_of_bucket(e):
-      console.say(f'error: the bucket cannot be used: {what}. {BUCKET}')
     else:
       raise
     return BAD_INPUT

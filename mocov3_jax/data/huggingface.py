@@ -32,18 +32,21 @@ class TableSource:
   shape = None
   labels_at_hand = True
 
-  def __init__(self, name: str, split: str, dataset: Any):
+  def __init__(
+      self, name: str, split: str, dataset: Any, known: tuple[Any, ...] = ()
+  ):
     """Finds images and labels.
 
     Args:
       name: of the set, as `load` has it, without the split.
       split: name of the split.
       dataset: a `datasets.Dataset`.
+      known: the labels that are classes; none = as `dataset` says itself.
 
     Raises:
       UserError: if there is not exactly one column of images, or no row.
     """
-    self._name, self._split = name, split
+    self._name, self._split, self._known = name, split, known
     where = f'hf:{name}'
     columns = [
         name for name, feature in dataset.features.items() if _is_image(feature)
@@ -64,13 +67,13 @@ class TableSource:
     self._folder = os.path.dirname(
         dataset.cache_files[0]['filename']
     ) if dataset.cache_files else ''
-    self.classes, self._labels = _labels(dataset)
+    self.classes, self._labels = _labels(dataset, known)
     if len(np.unique(self._labels[self._labels >= 0])) < 2:  # One is none.
       self.classes, self._labels = (), np.full(len(dataset), -1, np.int32)
 
   def __reduce__(self):
     """Is opened anew by another process, from the same mapped files."""
-    return _reopened, (self._name, self._split)
+    return _reopened, (self._name, self._split, self._known)
 
   def __len__(self) -> int:
     return int(self._begins[-1])
@@ -130,8 +133,8 @@ def _dtype(feature: Any) -> str:
   return feature.dtype if isinstance(feature, datasets.Value) else ''
 
 
-def _labels(dataset: Any) -> tuple[tuple[str, ...], np.ndarray]:
-  """Returns the names of the classes and the labels, int32; -1 for none."""
+def _label_column(dataset: Any) -> tuple[str | None, bool]:
+  """Returns the column of labels, if there is one, and if it names them."""
   import datasets
 
   features = dataset.features
@@ -146,16 +149,32 @@ def _labels(dataset: Any) -> tuple[tuple[str, ...], np.ndarray]:
   name = next((n for n in LABELS if n in typed), None) or next(
       iter(typed), None
   ) or next((n for n in LABELS if n in plain), None)
+  return name, name in typed
+
+
+def _values(dataset: Any) -> list[Any]:
+  """Returns the labels of a split that are only values; none where named."""
+  name, named = _label_column(dataset)
+  if name is None or named:
+    return []
+  return [v for v in dataset.data.column(name).to_pylist() if v is not None]
+
+
+def _labels(
+    dataset: Any, known: tuple[Any, ...]
+) -> tuple[tuple[str, ...], np.ndarray]:
+  """Returns the names of the classes and the labels, int32; -1 for none."""
+  name, named = _label_column(dataset)
   if name is None:
     return (), np.full(len(dataset), -1, np.int32)
   values = dataset.data.column(name).to_pylist()
-  if name in typed:
+  if named:
     numbers = np.array([-1 if v is None else v for v in values], np.int32)
-    return tuple(features[name].names), np.maximum(numbers, -1)
-  known = sorted({v for v in values if v is not None})
+    return tuple(dataset.features[name].names), np.maximum(numbers, -1)
+  known = known or tuple(sorted(set(_values(dataset))))
   number = {value: i for i, value in enumerate(known)}
   return tuple(map(str, known)), np.array(
-      [-1 if v is None else number[v] for v in values], np.int32
+      [number[v] if v in number else -1 for v in values], np.int32
   )
 
 
@@ -190,20 +209,29 @@ def load(path: str) -> Splits:
         f'data.source={where!r}: there is no split {chosen!r}.{hint} Allowed: '
         f'{", ".join(found)}.'
     )
-  train = TableSource(name, chosen, found[chosen])
+  # Values without names are classes if any split has them.
+  values = {
+      kind: {v for split in found.values() for v in _values(split)
+             if type(v) is kind} for kind in (int, str)
+  }
+  known = tuple(sorted(values[int] or values[str]))
+  train = TableSource(name, chosen, found[chosen], known)
+  remarks = ()
   for other in layout.TESTS:
-    if other in found and other != chosen:
-      test = TableSource(name, other, found[other])
+    if other in found and other != chosen and len(found[other]):
+      test = TableSource(name, other, found[other], known)
+      labels = test.labels(np.arange(len(test)))
+      if test.classes == train.classes and labels.max() >= 0:
+        return labelled_splits(
+            where, train, test, (f'tested on {other}', *remarks)
+        )
       # The test split of a contest has no labels.
-      if test.classes == train.classes and test.labels(
-          np.arange(len(test))
-      ).max() >= 0:
-        return labelled_splits(where, train, test, (f'tested on {other}',))
-  return labelled_splits(where, train, None, ())
+      remarks += (f'{other} has no labels of these classes',)
+  return labelled_splits(where, train, None, remarks)
 
 
-def _reopened(name: str, split: str) -> TableSource:
-  return TableSource(name, split, _opened(f'hf:{name}', name)[split])
+def _reopened(name: str, split: str, known: tuple[Any, ...]) -> TableSource:
+  return TableSource(name, split, _opened(f'hf:{name}', name)[split], known)
 
 
 def _opened(where: str, name: str) -> dict[str, Any]:

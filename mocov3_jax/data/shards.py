@@ -100,7 +100,7 @@ class ShardSource:
     """Returns the encoded image.
 
     Raises:
-      Unreadable: if the shard has changed, or cannot be read.
+      Unreadable: if the shard has become shorter, or cannot be read.
     """
     size = int(self.sizes[index])
     if size > MOST_IMAGE:
@@ -157,8 +157,9 @@ def load(path: str, cache: epath.Path | None) -> Splits:
   texts = {text for index in found.values() for text in index.labels}
   texts.discard('')
   # Numbers in the order of numbers: 10 is behind 9.
+  numbers = all(map(str.isdigit, texts))
   classes = tuple(sorted(
-      texts, key=lambda x: (len(x), x) if all(map(str.isdigit, texts)) else x
+      texts, key=lambda x: (len(x), x) if numbers else x
   ))
   if len(classes) < 2:
     classes = ()
@@ -309,6 +310,7 @@ def index(shard: str) -> Index:
         sizes.append(image.size)
         keys.append(key)
         labels.append(label)
+      _require_end(shard, tar.offset)
   except (OSError, tarfile.TarError, ValueError, OverflowError) as e:
     raise UserError(
         f'{shard} cannot be read as a tar file: {e}. Use whole, unpacked tar '
@@ -317,6 +319,17 @@ def index(shard: str) -> Index:
   return Index(
       np.array(offsets, np.int64), np.array(sizes, np.int64), keys, labels
   )
+
+
+def _require_end(shard: str, offset: int) -> None:
+  """Raises ReadError unless zeros follow; tarfile ends at any bad header."""
+  with open(shard, 'rb') as file:
+    file.seek(offset)
+    while block := file.read(2**20):
+      if block.strip(b'\0'):
+        raise tarfile.ReadError(
+            f'what stands at byte {offset:,} is no header, and not the end'
+        )
 
 
 def _samples(
@@ -347,7 +360,12 @@ def _label(kind: str, member: tarfile.TarInfo, tar: tarfile.TarFile) -> str:
   data = tar.extractfile(member).read()
   if kind == 'cls':
     return data.decode(errors='replace').strip()
-  found = files.parse(data)
+  try:
+    found = files.parse(data)
+  except ValueError as e:
+    raise tarfile.ReadError(
+        f'{console.shown(member.name)!r} is no JSON ({e})'
+    ) from e
   if isinstance(found, dict):
     for field in LABEL_FIELDS:
       if field in found and isinstance(found[field], (int, str)):
@@ -416,9 +434,9 @@ def _store(
 
 def _packed(texts: Iterator[str]) -> np.ndarray:
   # An array of texts would give each the length of the longest.
-  joined = '\0'.join(texts).encode(errors='surrogateescape')
+  joined = '\0'.join(texts).encode(errors='surrogatepass')
   return np.frombuffer(joined, np.uint8)
 
 
 def _unpacked(data: np.ndarray) -> list[str]:
-  return data.tobytes().decode(errors='surrogateescape').split('\0')
+  return data.tobytes().decode(errors='surrogatepass').split('\0')

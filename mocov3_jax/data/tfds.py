@@ -12,11 +12,13 @@ from typing import Any
 from etils import epath
 import numpy as np
 
-from mocov3_jax.base.errors import UserError
+from mocov3_jax.base.errors import UserError, is_of_environment
 from mocov3_jax.data.decode import Unreadable
 from mocov3_jax.data.layout import NAMED, listed
 from mocov3_jax.data.sources import LOST, Source, Splits, hold_out
 
+# Records that are asked for at once, for their labels.
+AT_ONCE = 256
 # In place of a label that has not been read yet.
 UNREAD = -3
 # Splits to test on, the first that there is and that has labels.
@@ -115,12 +117,26 @@ class TfdsSource:
     if self._label is None:
       return np.full(len(indices), -1, np.int32)
     indices = np.asarray(indices)
-    for index in np.unique(indices[self._labels[indices] == UNREAD]).tolist():
-      try:
-        self._labels[index] = self._records[index][self._label]
-      except Exception:  # As in `read`, which will say so.
-        self._labels[index] = LOST
+    unread = np.unique(indices[self._labels[indices] == UNREAD]).tolist()
+    for begin in range(0, len(unread), AT_ONCE):
+      part = unread[begin:begin + AT_ONCE]
+      try:  # Many requests to a bucket at a time.
+        records = self._records.__getitems__(part)
+        self._labels[part] = [record[self._label] for record in records]
+      except Exception as e:
+        if is_of_environment(e):
+          raise
+        for index in part:  # One of them is damaged.
+          self._labels[index] = self._one_label(index)
     return self._labels[indices]
+
+  def _one_label(self, index: int) -> int:
+    try:
+      return self._records[index][self._label]
+    except Exception as e:  # As in `read`, which will say so.
+      if is_of_environment(e):
+        raise
+      return LOST
 
   def name(self, index: int) -> str:
     """Returns set, split and number."""

@@ -8,13 +8,14 @@ several processes.
 """
 
 from collections.abc import Callable, Hashable
+from concurrent import futures
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 import functools
 import math
 import mmap
 import multiprocessing
-from multiprocessing import resource_tracker
+from multiprocessing import forkserver, resource_tracker
 import os
 import pathlib
 import pickle
@@ -34,9 +35,17 @@ from mocov3_jax.data.sources import Source
 # Cores that one process keeps busy, and processes at most, where the config
 # leaves their number open.
 CORES_A_PROCESS, MOST_PROCESSES = 8, 16
+# Microseconds of all cores that a container may use in so many microseconds.
+QUOTA = '/sys/fs/cgroup/cpu.max'
+# By which a process is asked to end.
+STOP_SIGNALS = signal.SIGTERM, signal.SIGINT
 # Parts of a batch for each process, so that none waits long for the last one,
 # and images of a part, unless there are fewer than that for each process.
 PARTS_A_PROCESS, ROWS_A_PART = 4, 8
+
+
+class LostWorkers(UserError):
+  """A process that reads has ended; others of the run do not know of it."""
 
 
 class RowReader(Protocol):
@@ -66,9 +75,14 @@ class RowReader(Protocol):
 
 def cores() -> int:
   """Returns how many CPU cores this process may use."""
+  count = os.cpu_count() or 1
   if hasattr(os, 'sched_getaffinity'):  # Not on macOS.
-    return len(os.sched_getaffinity(0))
-  return os.cpu_count() or 1
+    count = len(os.sched_getaffinity(0))
+  try:  # A container may have a share of their time.
+    quota, period = pathlib.Path(QUOTA).read_text().split()
+    return max(1, min(count, int(quota) // int(period)))
+  except (OSError, ValueError, ZeroDivisionError):  # None, or no limit.
+    return count
 
 
 def processes_for(asked: int, source: Source) -> int:
@@ -101,7 +115,8 @@ class Workers:
     """
     self._processes = processes
     self._threads = -(-(threads or cores()) // processes)
-    self._pool = ThreadPoolExecutor(self._threads)
+    if processes == 1:
+      self._pool = ThreadPoolExecutor(self._threads)
     # OpenCV's own threads would compete with these.
     cv2.setNumThreads(0)
 
@@ -176,7 +191,16 @@ class _Processes:
     sys.warnoptions.append('ignore:resource_tracker')
     resource_tracker.ensure_running()
     sys.warnoptions.pop()
+    # A batch system sends SIGTERM to all processes of a job. These end with
+    # their parent, which may still want to save; what they are started with is
+    # handed on to them.
+    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+    try:
+      forkserver.ensure_running()
+    finally:
+      signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
     self._pool = ProcessPoolExecutor(processes, context, _begin, (threads,))
+    self._lock = threading.Lock()
     self._known: dict[Hashable, tuple[RowReader, _Segment]] = {}
     self._free: list[_Segment] = []
 
@@ -200,9 +224,13 @@ class _Processes:
               indices[part], places[part],
           ) for part in parts
       ]
+      # Of all, before one raises: the others still write.
+      futures.wait(tasks)
       found = np.concatenate([task.result() for task in tasks])
     except BrokenProcessPool as e:
-      raise UserError(
+      for child in multiprocessing.active_children():
+        child.kill()  # They do not heed SIGTERM.
+      raise LostWorkers(
           'a process that reads images has ended by itself, as happens where '
           'memory runs out. Use fewer of them (data.processes), or 1, and run '
           'the same line again.'
@@ -210,9 +238,10 @@ class _Processes:
     return images, found
 
   def _segment(self, size: int) -> _Segment:
-    for place, segment in enumerate(self._free):
-      if segment.size == size:
-        return self._free.pop(place)
+    with self._lock:
+      for place, segment in enumerate(self._free):
+        if segment.size == size:
+          return self._free.pop(place)
     return _Segment(size)
 
   def _path(self, reader: RowReader) -> str:
@@ -228,15 +257,13 @@ class _Processes:
 
 # What follows runs in those processes. Each has threads of its own, which have
 # no other place to be than the module.
-_threads: Workers | None = None
+_own: Workers | None = None
 
 
 def _begin(threads: int) -> None:
-  global _threads
-  # Ctrl-C goes to all processes of a terminal; the first one decides.
-  signal.signal(signal.SIGINT, signal.SIG_IGN)
+  global _own
   threading.Thread(target=_end_with_parent, daemon=True).start()
-  _threads = Workers(threads)
+  _own = Workers(threads)
 
 
 def _end_with_parent() -> None:
@@ -244,7 +271,7 @@ def _end_with_parent() -> None:
   os._exit(1)
 
 
-@functools.lru_cache(maxsize=4)
+@functools.lru_cache(maxsize=2)
 def _reader(path: str) -> RowReader:
   return pickle.loads(pathlib.Path(path).read_bytes())
 
@@ -267,7 +294,7 @@ def _read_part(
   images = np.ndarray(shape, np.uint8, _mapped(memory, math.prod(shape)))
   images = images[begin:begin + len(indices)]
   found = np.zeros(len(indices), np.int32)
-  _threads.fill(
+  _own.fill(
       functools.partial(_read_row, reader, indices, places, images, found),
       len(indices),
   )

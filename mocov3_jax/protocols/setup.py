@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 import numpy as np
 
 from mocov3_jax.base import console, exits, files
-from mocov3_jax.base.errors import UserError, unknown
+from mocov3_jax.base.errors import UserError, is_of_bucket, unknown
 from mocov3_jax.config import evaluation
 from mocov3_jax.data import sources
 from mocov3_jax.data.layout import listed
@@ -270,8 +270,10 @@ def record(
 def _append(path: epath.Path, results: dict[str, Any]) -> None:
   try:
     files.append(path, f'{json.dumps(results)}\n')
-  except OSError as e:  # The run may be somebody else's.
+  except Exception as e:  # The run may be somebody else's.
+    if not isinstance(e, OSError) and not is_of_bucket(e):
+      raise
     console.say(
-        f'warning: {path} cannot be written ({e.strerror or e}); the result is '
-        'in the workdir alone'
+        f'warning: {path} cannot be written ({e}); the result is in the '
+        'workdir alone'
     )

@@ -102,13 +102,26 @@ class Checkpoints:
       state: of jax.Arrays.
       metrics: the best metric among them makes it a candidate for the best.
     """
-    if step == self._manager.latest_step():
-      return
     known = None
     if self._best_metric in metrics:
       known = {self._best_metric: metrics[self._best_metric]}
+    if step == self._manager.latest_step():
+      if known and not self._manager.metrics(step):
+        self._add_metrics(step, known)
+      return
     args = ocp.args.Composite(**{ITEM: ocp.args.StandardSave(state)})
     self._manager.save(step, args=args, metrics=known, force=True)
+
+  def _add_metrics(self, step: int, metrics: dict[str, float]) -> None:
+    """Adds what was measured after the save, as when a stop came between."""
+    self.wait()
+    if jax.process_index() == 0:
+      folder = self._folder / str(step) / 'metrics'
+      files.make_folder(folder)
+      (folder / 'metrics').write_text(json.dumps(metrics))
+      (folder / MARK).write_text('complete')
+    _all_arrive('metrics added')
+    self._manager.reload()
 
   def restore(
       self, abstract_state: PyTree, init: Callable[[], PyTree] | None = None,
@@ -220,15 +233,28 @@ def _mark_copies(folder: epath.Path) -> None:
   time at which a checkpoint was complete, in all versions.)
   """
   for step in files.entries(folder):
-    mark = step / MARK
-    if not _is_step(step.name) or mark.exists():
-      continue
-    try:
-      found = files.read_object(step / METADATA)
-    except UserError:
-      continue  # Cut off, or damaged.
-    if COMPLETE in found and found[COMPLETE]:
-      mark.write_text('complete')
+    if _is_step(step.name) and _has_ended(step):
+      if not (step / MARK).exists():
+        (step / MARK).write_text('complete')
+
+
+def _has_ended(step: epath.Path) -> bool:
+  """Returns whether the metadata of a checkpoint say that it is complete."""
+  try:
+    found = files.read_object(step / METADATA)
+  except UserError:  # Cut off, or damaged.
+    return False
+  return COMPLETE in found and bool(found[COMPLETE])
+
+
+def _is_complete(step: epath.Path) -> bool:
+  """Returns whether a checkpoint is no longer being written.
+
+  Where a folder can be renamed, one of that name is complete.
+  """
+  return (
+      files.is_on_disk(step) or (step / MARK).exists() or _has_ended(step)
+  )
 
 
 def _all_arrive(where: str) -> None:
@@ -243,7 +269,6 @@ def first_line(error: Exception) -> str:
   text = textwrap.shorten(lines[0], 160, placeholder=' ...')
   return f'{type(error).__name__}: {text}'
 
-PyTree = Any
 
 
 def find(path: str) -> tuple[epath.Path, epath.Path]:
@@ -273,7 +298,7 @@ def _found(path: str) -> tuple[epath.Path, epath.Path]:
       )
     steps = [
         int(p.name) for p in files.entries(folder / 'checkpoints')
-        if _is_step(p.name)
+        if _is_step(p.name) and _is_complete(p)
     ]
     if steps:
       return folder, folder / 'checkpoints' / str(max(steps))

@@ -33,8 +33,8 @@ NO_LOCKS = {errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK}
 # long it is watched before it counts as left; and the age of the last sign at
 # which it is not even watched, longer than clocks differ.
 SIGN, PATIENCE, OLD = 10.0, 60.0, 900.0
-# Where claims lie in the folder, how they are called, and bytes of one at most.
-CLAIMS, NUMBER, MOST_CLAIM = '.claims', r'\d{6}\.json', 2**16
+# Where claims lie in the folder, and how they are called.
+CLAIMS, NUMBER = '.claims', r'\d{6}\.json'
 # Exit code of a process whose claim another one has taken over.
 LOST_CLAIM = 1
 
@@ -165,7 +165,7 @@ def _last_claim(folder: epath.Path) -> _Claim | None:
   if not found:
     return None
   file = found[-1]
-  data = files.read_own(file, MOST_CLAIM)
+  data = buckets.read(file)
   if data is None:  # It has been tidied away: there is a later one.
     return _last_claim(folder)
   try:
@@ -200,6 +200,9 @@ def _claim(folder: epath.Path, path: str, wait: bool) -> Iterator[None]:
     number = last.number + 1 if last else 1
     file = folder / CLAIMS / f'{number:06d}.json'
     if buckets.create(file, value(ended=False)):
+      break
+    # The answer to a request that did succeed may have been lost.
+    if own.encode() in (buckets.read(file) or b''):
       break
     if not wait:
       raise _in_use(path)

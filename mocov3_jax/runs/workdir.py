@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from mocov3_jax.base import buckets, console, files
-from mocov3_jax.base.errors import UserError
+from mocov3_jax.base.errors import UserError, may_pass
 from mocov3_jax.config import knobs
 from mocov3_jax.config import training as config_lib
 from mocov3_jax.parallel import processes
@@ -100,6 +100,8 @@ def _claimed_here(
   except (ConnectionError, TimeoutError):  # A closed pipe, or the network.
     raise
   except OSError as e:
+    if may_pass(e):
+      raise
     place = 'a folder this user may write to'
     if buckets.is_in_bucket(workdir):
       place = 'a bucket that is there, as an account that may write to it'

@@ -22,6 +22,7 @@ from mocov3_jax.base.errors import Preempted, UserError
 from mocov3_jax.config import knobs
 from mocov3_jax.config.training import Plan
 from mocov3_jax.data import pipeline
+from mocov3_jax.data.workers import LostWorkers
 from mocov3_jax.evals.evaluator import Evaluator, best_metric
 from mocov3_jax.evals.features import NonFiniteFeatures
 from mocov3_jax.parallel import chips, processes, sharding
@@ -177,8 +178,11 @@ class Trainer:
           save_now(step, state)
           checkpoints.wait()
           raise Preempted(f'stopped: saved step {step} in {workdir}') from e
-        except UserError:  # Such as files that can no longer be read.
-          if step:
+        except UserError as e:  # Such as files that can no longer be read.
+          # All processes fail alike, but where one has lost its workers.
+          if step and not (
+              isinstance(e, LostWorkers) and jax.process_count() > 1
+          ):
             save_now(step, state)
             checkpoints.wait()
           raise
