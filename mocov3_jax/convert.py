@@ -9,6 +9,7 @@ A and B are each one of
   FILE.pth           a backbone, with or without a linear classifier (the
                      release's linear probe, DeiT): PyTorch's file
   FILE.safetensors   the same with the names of timm
+  timm:FOLDER        a folder for timm and the Hub: weights, config.json, card
 
 Prints every tensor that it writes: its name in A, its name in B, its shape. The
 last line on stdout is one JSON object.

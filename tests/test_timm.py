@@ -1,13 +1,15 @@
 """Full-size backbones against timm's, where it is installed."""
 
-from flax.traverse_util import unflatten_dict
+from flax.traverse_util import flatten_dict, unflatten_dict
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
 
 from mocov3_jax import models
 from mocov3_jax.config import training as config_lib
+from mocov3_jax.parallel import sharding
 from mocov3_jax.runs import network
 from mocov3_jax.weights import convert, state_dict
 
@@ -85,3 +87,56 @@ def test_every_full_checkpoint_fills_timms_model(tmp_path):
     assert {n: tuple(x.shape) for n, x in pth.items()} == {
         n: tuple(x.shape) for n, x in state.items()
     }
+
+
+FOLDERS = {
+    'vit_s': {}, 'vit_b': {}, 'vit_l': {}, 'resnet50': {},
+    'norm_pool': {'model.readout': 'norm_pool', 'model.positions': 'none'},
+    'gray': {
+        'data.mean': (0.5,), 'data.std': (0.3,), 'data.image_size': 28,
+        'model.patch_size': 7, 'model.dim': 64, 'model.depth': 2,
+        'model.num_heads': 4,
+    },
+}
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings('ignore')  # What timm says of a folder's name.
+@pytest.mark.parametrize('name', FOLDERS)
+def test_a_folder_makes_timm_the_right_network_and_comes_back(tmp_path, name):
+  config = config_lib.default_config()
+  config.model.name = name if name in models.VITS | models.RESNETS else 'vit_ti'
+  config.head.hidden_dim = config.head.out_dim = 8
+  config.update_from_flattened_dict(FOLDERS[name])
+  tree = random_tree(config)
+  network.write(
+      str(tmp_path / 'run'), config, 3,
+      jax.tree.map(jnp.asarray, unflatten_dict({
+          path: x for path, x in tree.items() if path[1] == 'backbone'
+      })),
+  )
+  folder = tmp_path / 'folder'
+  convert.convert(str(tmp_path / 'run'), f'timm:{folder}')
+  net = timm.create_model(f'local-dir:{folder}', pretrained=True).eval()
+  size, channels = config.data.image_size, len(config.data.mean)
+  told = timm.data.resolve_model_data_config(net)
+  assert told['mean'] == tuple(config.data.mean)
+  assert told['std'] == tuple(config.data.std)
+  assert told['input_size'] == (channels, size, size)
+  x = np.random.default_rng(1).normal(size=(2, size, size, channels))
+  x = x.astype(np.float32)
+  with torch.no_grad():
+    want = net(torch.tensor(x.transpose(0, 3, 1, 2))).numpy()
+  model = models.build(config.model, config.head, size)
+  got = jax.jit(
+      lambda v, x: model.apply(v, x, train=False, method='features')
+  )(unflatten_dict(tree), x)
+  assert got.shape == want.shape
+  assert np.abs(got - want).max() < 1e-4 * np.abs(want).max()
+  # And back: with what it says of itself, and as another's folder.
+  back = convert.convert(f'timm:{folder}', str(tmp_path / 'back'))
+  assert back['model'] == config.model.name
+  again = network.find(str(tmp_path / 'back'))
+  params, _ = network.restore(again, sharding.make_mesh(jax.devices()[:1]))
+  for path, leaf in flatten_dict(params).items():
+    np.testing.assert_array_equal(leaf, tree['params', *path])

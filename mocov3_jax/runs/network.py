@@ -4,6 +4,7 @@ from collections.abc import Sequence
 import contextlib
 import dataclasses
 import hashlib
+from typing import Any
 
 from etils import epath
 from flax.traverse_util import flatten_dict, unflatten_dict
@@ -189,8 +190,7 @@ def restore_classifier(
     )
   restored = _restore(trained.folder, shapes, mesh)['params']['classifier']
   file = trained.folder.parent.parent / CLASSES
-  found = files.read_object(file)
-  classes = found['classes'] if 'classes' in found else []
+  classes = class_names(trained.folder)
   count = len(restored['bias'])
   if classes and not (
       isinstance(classes, list) and len(classes) == count
@@ -201,6 +201,19 @@ def restore_classifier(
         'file that the evaluation wrote, or none, for numbers.'
     )
   return restored, classes
+
+
+def class_names(folder: epath.Path) -> Any:
+  """Returns what the file beside a checkpoint says of the classes' names.
+
+  Args:
+    folder: a checkpoints/<step>.
+
+  Returns:
+    An empty list if there is none.
+  """
+  found = files.read_object(folder.parent.parent / CLASSES)
+  return found['classes'] if 'classes' in found else []
 
 
 def _restore(

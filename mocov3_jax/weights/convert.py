@@ -13,8 +13,14 @@ from mocov3_jax.base import console
 from mocov3_jax.base.errors import UserError, unknown
 from mocov3_jax.base.files import absolute, run_path
 from mocov3_jax.config import checks
+from mocov3_jax.runs import network
 from mocov3_jax.runs.network import ENCODERS
-from mocov3_jax.weights import files, our_checkpoints, torch_checkpoints
+from mocov3_jax.weights import (
+  files,
+  our_checkpoints,
+  timm_folder,
+  torch_checkpoints,
+)
 from mocov3_jax.weights.state_dict import Weights
 
 
@@ -47,6 +53,8 @@ def convert(
     raise unknown('--encoder', encoder, ENCODERS)
   if config is not None:
     checks.validate(config)
+  if target.startswith(timm_folder.PREFIX):
+    return _export_folder(source, target, encoder, config, num_heads, ignore)
   to = absolute(target, '--to')
   one = to.name.endswith(files.SUFFIXES) and (
       not to.name.endswith(torch_checkpoints.FULL)
@@ -58,12 +66,20 @@ def convert(
     )
   if to.exists():
     raise UserError(f'--to={target} exists. Use a new path.')
-  if run_path(source, '--from').is_dir():
+  description, heads_beside = None, 0
+  if source.startswith(timm_folder.PREFIX):
+    folder = absolute(source.removeprefix(timm_folder.PREFIX), '--from')
+    description = timm_folder.read_description(folder)
+    source = str(folder / timm_folder.WEIGHTS)
+    heads_beside = timm_folder.heads_of(description)
+  elif run_path(source, '--from').is_dir():
     return _export(source, to, encoder, config is not None or num_heads
                    or ignore)
   weights, left_out = torch_checkpoints.read(
-      absolute(source, '--from'), config, num_heads, ignore
+      absolute(source, '--from'), config, num_heads, ignore, heads_beside
   )
+  if description is not None:
+    weights = timm_folder.with_normalisation(weights, description)
   _require_finite(source, weights)
   if target.endswith(files.SUFFIXES):
     written = torch_checkpoints.write(to, weights, encoder)
@@ -76,6 +92,40 @@ def convert(
         'encoders, heads, optimizer); train cannot continue from --to.'
     )
   return result | {'can_continue': complete}
+
+
+def _export_folder(
+    source: str, target: str, encoder: str, config: ConfigDict | None,
+    num_heads: int, ignore: tuple[str, ...],
+) -> dict[str, Any]:
+  """Writes a folder for timm, of a run of ours or of a file."""
+  to = absolute(target.removeprefix(timm_folder.PREFIX), '--to')
+  if to.exists():
+    raise UserError(f'--to={target} exists. Use a new path.')
+  left_out, names, run = {}, (), ''
+  if run_path(source, '--from').is_dir():
+    if config is not None or num_heads or ignore:
+      raise UserError(
+          f'--from={source} is a checkpoint of ours, which tells its '
+          'architecture. Leave out --config, --num_heads and --ignore.'
+      )
+    weights = our_checkpoints.read(source)
+    _, folder = network.locate(source)
+    run = str(folder.parent.parent)
+    names = network.class_names(folder)
+  else:
+    weights, left_out = torch_checkpoints.read(
+        absolute(source, '--from'), config, num_heads, ignore
+    )
+  classes = ('params', 'classifier', 'bias')
+  if encoder == 'query' and classes in weights.flat:
+    count = len(weights.flat[classes])
+    names = names or tuple(map(str, range(count)))
+  else:
+    names = ()
+  _require_finite(source, weights)
+  written = timm_folder.write(to, weights, encoder, run, names)
+  return _report(source, target, weights, written, left_out)
 
 
 def _export(

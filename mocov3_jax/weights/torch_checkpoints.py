@@ -31,7 +31,7 @@ ARCHITECTURES = {
 
 def read(
     path: epath.Path, config: ConfigDict | None, num_heads: int,
-    ignore: tuple[str, ...],
+    ignore: tuple[str, ...], heads_beside: int = 0,
 ) -> tuple[Weights, dict[str, str]]:
   """Reads a file and finds the place of each tensor.
 
@@ -41,6 +41,7 @@ def read(
       tensors.
     num_heads: attention heads of a ViT, for the latter; 0 = the paper's.
     ignore: names to leave out; a final * matches the rest.
+    heads_beside: attention heads that a file beside it tells; 0 = none does.
 
   Returns:
     The weights, and the names of what was left out with the reasons.
@@ -59,7 +60,9 @@ def read(
   # What the optimizer's state means, only a recipe can tell.
   moments = file.optimizer if full and config is not None else {}
   if config is None:
-    config, assumed = _inferred(source, file, full, num_heads)
+    config, assumed = _inferred(
+        source, file, full, num_heads or heads_beside
+    )
   elif num_heads:
     raise UserError(
         f'--num_heads={num_heads}, but the architecture of {source} is known. '
