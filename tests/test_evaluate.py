@@ -16,9 +16,9 @@ from safetensors.numpy import load_file
 from scipy import stats
 import tiny
 
+from mocov3_jax import sources
 from mocov3_jax.base.errors import UserError
 from mocov3_jax.config.evaluation import eval_config
-from mocov3_jax.data import sources
 from mocov3_jax.evals import confidence, logistic
 from mocov3_jax.evals.opened import Opened
 from mocov3_jax.method import optimizers

@@ -6,10 +6,10 @@ import pytest
 import tiny
 
 from mocov3_jax.base.errors import UserError
-from mocov3_jax.data import catalog
 from mocov3_jax.evals import extract
 from mocov3_jax.parallel import sharding
 from mocov3_jax.runs import network
+from mocov3_jax.sources import catalog
 from mocov3_jax.training import pretrain
 from mocov3_jax.weights import convert
 

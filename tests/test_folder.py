@@ -12,9 +12,9 @@ import pytest
 
 from mocov3_jax.base.errors import UserError
 from mocov3_jax.config.evaluation import eval_config
-from mocov3_jax.data import catalog, listing
 from mocov3_jax.evals.opened import Opened
 from mocov3_jax.protocols import setup
+from mocov3_jax.sources import catalog, listing
 
 
 def plant(root, *paths):

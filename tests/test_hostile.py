@@ -26,12 +26,13 @@ import tiny
 
 from mocov3_jax.base import console, files
 from mocov3_jax.base.errors import UserError
-from mocov3_jax.data import decode, folder, listing
+from mocov3_jax.data import decode
 from mocov3_jax.evals.features import ReadingLog
 from mocov3_jax.parallel import processes
 from mocov3_jax.reports import charts as report_charts
 from mocov3_jax.reports import data, panels, report
 from mocov3_jax.runs import history, metrics, workdir
+from mocov3_jax.sources import folder, listing
 
 ESCAPE = 'x\x1b]0;title\x07'
 

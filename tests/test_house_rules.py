@@ -22,7 +22,7 @@ FLOORS = (
     ('base',),
     ('config', 'parallel'),
     ('models',),
-    ('method', 'runs'),
+    ('method', 'runs', 'sources'),
     ('data',),
     ('evals', 'weights'),
     ('training',),

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from mocov3_jax.base.errors import UserError
-from mocov3_jax.data import catalog
+from mocov3_jax.sources import catalog
 
 IMAGES = {
     split: np.random.default_rng(n).integers(0, 256, (n, 5, 4), np.uint8)

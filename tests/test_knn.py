@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from sklearn.neighbors import KNeighborsClassifier
 
-from mocov3_jax.data import sources
+from mocov3_jax import sources
 from mocov3_jax.evals import knn
 from mocov3_jax.evals.evaluator import EvalContext
 from mocov3_jax.parallel import sharding

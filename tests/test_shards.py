@@ -17,7 +17,8 @@ import pytest
 import tiny
 
 from mocov3_jax.base.errors import UserError
-from mocov3_jax.data import catalog, decode, folder, shards
+from mocov3_jax.data import decode
+from mocov3_jax.sources import catalog, folder, shards
 
 RGB = {
     'data.mean': (0.5,) * 3, 'data.std': (0.25,) * 3, 'data.image_size': 32,

@@ -14,10 +14,11 @@ from sklearn.datasets import load_digits
 import tiny
 import toy_tfds
 
+from mocov3_jax import sources
 from mocov3_jax.base.errors import UserError
-from mocov3_jax.data import catalog, pipeline, sources
-from mocov3_jax.data.decode import Unreadable
+from mocov3_jax.data import pipeline
 from mocov3_jax.data.workers import Workers
+from mocov3_jax.sources import Unreadable, catalog
 
 FLAGS = tiny.flags(**{
     'data.source': 'tfds:toy_digits', 'data.mean': '(.3,.3,.3)',

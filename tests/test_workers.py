@@ -13,7 +13,8 @@ import toy_tfds
 
 from mocov3_jax.base.errors import UserError
 from mocov3_jax.config import training as config_lib
-from mocov3_jax.data import catalog, pipeline, workers
+from mocov3_jax.data import pipeline, workers
+from mocov3_jax.sources import catalog
 from mocov3_jax.training import pretrain
 
 

@@ -22,10 +22,10 @@ from mocov3_jax.benchmarks.timing import take_turns
 from mocov3_jax.config import checks
 from mocov3_jax.config import training as config_lib
 from mocov3_jax.data import pipeline, workers
-from mocov3_jax.data.decode import Encoded, Unreadable
-from mocov3_jax.data.sources import Source
+from mocov3_jax.data.decode import Encoded
 from mocov3_jax.method.build import build_method, image_shape
 from mocov3_jax.parallel import chips, sharding
+from mocov3_jax.sources import Source, Unreadable
 from mocov3_jax.training import flops, pretrain
 
 # Functions of OpenCV that let go of the interpreter's lock, as reading uses

@@ -15,8 +15,7 @@ from ml_collections import ConfigDict
 import numpy as np
 from PIL import Image, ImageEnhance, ImageFilter, ImageOps
 
-from mocov3_jax.data.decode import Unreadable
-from mocov3_jax.data.sources import Source
+from mocov3_jax.sources import Source, Unreadable
 
 
 @contextlib.contextmanager

@@ -11,7 +11,8 @@ import cv2
 from ml_collections import ConfigDict
 import numpy as np
 
-from mocov3_jax.data.decode import JPEG_FLAGS, Encoded, Unreadable
+from mocov3_jax.data.decode import JPEG_FLAGS, Encoded
+from mocov3_jax.sources import Unreadable
 
 TRIES = 10
 # Random numbers a box takes: areas and ratios of all tries, and its place.

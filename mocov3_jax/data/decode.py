@@ -7,6 +7,7 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from mocov3_jax.data.metadata import stripped
+from mocov3_jax.sources import Unreadable
 
 # Here and not at the first image: Pillow loads its formats without a lock.
 Image.init()
@@ -41,10 +42,6 @@ JPEG_FLAGS = {
 }
 # End-of-image marker of a JPEG, and how many bytes may follow it.
 EOI, TRAILER = b'\xff\xd9', 64
-
-
-class Unreadable(Exception):
-  """The bytes are no image, or a damaged one."""
 
 
 class Encoded:

@@ -20,10 +20,10 @@ import numpy as np
 from mocov3_jax.base import console
 from mocov3_jax.base.errors import UserError
 from mocov3_jax.data import crops
-from mocov3_jax.data.decode import Encoded, Unreadable
-from mocov3_jax.data.sources import Source, channels
+from mocov3_jax.data.decode import Encoded
 from mocov3_jax.data.workers import Workers
 from mocov3_jax.method.augment import Views
+from mocov3_jax.sources import Source, Unreadable, channels
 
 # Streams of random words; epochs have the 0.
 CROPS, REPLACEMENTS, RECOLOURS = 1, 2, 3

@@ -30,7 +30,7 @@ from ml_collections import ConfigDict
 import numpy as np
 
 from mocov3_jax.base.errors import UserError
-from mocov3_jax.data.sources import Source
+from mocov3_jax.sources import Source
 
 # Cores that one process keeps busy, and processes at most, where the config
 # leaves their number open.
@@ -186,7 +186,7 @@ class _Processes:
     self._count = processes
     # Not forked off this process, which has threads and devices.
     context = multiprocessing.get_context('forkserver')
-    context.set_forkserver_preload([__name__, 'mocov3_jax.data.catalog'])
+    context.set_forkserver_preload([__name__, 'mocov3_jax.sources.catalog'])
     # Where this process ends at once, what tidies up after it would say so.
     sys.warnoptions.append('ignore:resource_tracker')
     resource_tracker.ensure_running()

@@ -8,9 +8,9 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from mocov3_jax.data.pipeline import BatchReader
-from mocov3_jax.data.sources import Splits
 from mocov3_jax.method.augment import Augment
 from mocov3_jax.models import Network
+from mocov3_jax.sources import Splits
 
 State = Any
 Values = dict[str, float]

@@ -7,9 +7,9 @@ from typing import Any
 import jax
 import numpy as np
 
+from mocov3_jax import sources
 from mocov3_jax.base import console, files
 from mocov3_jax.base.errors import UserError, unknown
-from mocov3_jax.data import sources
 from mocov3_jax.evals import features
 from mocov3_jax.evals.opened import check_flags, open_checkpoint
 from mocov3_jax.runs import network

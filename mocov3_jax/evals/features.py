@@ -14,11 +14,11 @@ import numpy as np
 from mocov3_jax.base import console
 from mocov3_jax.base.errors import Preempted, UserError
 from mocov3_jax.data import pipeline
-from mocov3_jax.data.sources import Source
 from mocov3_jax.data.workers import Workers
 from mocov3_jax.method import augment
 from mocov3_jax.models import Network
 from mocov3_jax.parallel import processes, sharding
+from mocov3_jax.sources import Source
 
 PyTree = Any
 # (params, batch_stats, source) -> features [n, D] of the images that could be

@@ -15,14 +15,14 @@ from jax.sharding import Mesh, PartitionSpec
 from ml_collections import ConfigDict
 import numpy as np
 
+from mocov3_jax import sources
 from mocov3_jax.base.errors import UserError
-from mocov3_jax.data import sources
-from mocov3_jax.data.sources import Source, Splits
 from mocov3_jax.evals import features as features_lib
 from mocov3_jax.evals.evaluator import EvalContext, Evaluator, State
 from mocov3_jax.evals.features import Extract
 from mocov3_jax.models.layers import unit
 from mocov3_jax.parallel import sharding
+from mocov3_jax.sources import Source, Splits
 
 PyTree = Any
 # Queries compared with the whole bank at once: their similarities to 1.28 M

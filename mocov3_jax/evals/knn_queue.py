@@ -19,13 +19,13 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from mocov3_jax.data.sources import Source
 from mocov3_jax.evals import features as features_lib
 from mocov3_jax.evals import knn
 from mocov3_jax.method.build import image_shape
 from mocov3_jax.method.train_step import TrainState
 from mocov3_jax.models import Network
 from mocov3_jax.models.layers import unit
+from mocov3_jax.sources import Source
 
 # The fields that a state has for this monitor alone.
 FIELDS = ('queue',)

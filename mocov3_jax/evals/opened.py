@@ -9,14 +9,15 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
+from mocov3_jax import sources
 from mocov3_jax.base.errors import UserError, unknown
-from mocov3_jax.data import catalog, listing, sources
 from mocov3_jax.data.workers import Workers, processes_for
 from mocov3_jax.evals import features
 from mocov3_jax.method.build import image_shape, run_keys
 from mocov3_jax.method.train_step import statistics
 from mocov3_jax.parallel import sharding
 from mocov3_jax.runs import network
+from mocov3_jax.sources import catalog, listing
 
 PyTree = Any
 

@@ -4,8 +4,8 @@ from typing import Any
 
 import numpy as np
 
+from mocov3_jax import sources
 from mocov3_jax.base.errors import UserError, unknown
-from mocov3_jax.data import sources
 from mocov3_jax.evals import knn
 from mocov3_jax.pictures import attention as attention_lib
 from mocov3_jax.pictures import projection, sheets, showing

@@ -10,10 +10,10 @@ import jax
 from ml_collections import ConfigDict
 import numpy as np
 
+from mocov3_jax import sources
 from mocov3_jax.base import files
 from mocov3_jax.base.errors import UserError
-from mocov3_jax.data import pipeline, sources
-from mocov3_jax.data.sources import Source
+from mocov3_jax.data import pipeline
 from mocov3_jax.evals import features
 from mocov3_jax.evals.opened import (
   RANDOM,
@@ -25,6 +25,7 @@ from mocov3_jax.method import augment
 from mocov3_jax.parallel import sharding
 from mocov3_jax.pictures import attention, sheets
 from mocov3_jax.runs import network
+from mocov3_jax.sources import Source
 
 PyTree = Any
 

@@ -8,9 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from mocov3_jax import models
+from mocov3_jax import models, sources
 from mocov3_jax.base.errors import UserError
-from mocov3_jax.data import sources
 from mocov3_jax.data.randaugment import RandAugment
 from mocov3_jax.evals import features
 from mocov3_jax.method import augment, optimizers

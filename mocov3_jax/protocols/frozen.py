@@ -3,8 +3,8 @@
 from collections.abc import Callable
 from typing import Any
 
+from mocov3_jax import sources
 from mocov3_jax.base.errors import Preempted
-from mocov3_jax.data import sources
 from mocov3_jax.evals import knn, logistic
 from mocov3_jax.evals.features import STOPPED
 from mocov3_jax.evals.opened import RANDOM

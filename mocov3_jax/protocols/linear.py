@@ -6,8 +6,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from mocov3_jax import models
-from mocov3_jax.data import sources
+from mocov3_jax import models, sources
 from mocov3_jax.evals import features
 from mocov3_jax.method import augment, optimizers
 from mocov3_jax.method.build import image_shape

@@ -12,11 +12,10 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 import numpy as np
 
+from mocov3_jax import sources
 from mocov3_jax.base import console, exits, files
 from mocov3_jax.base.errors import UserError, is_of_bucket, unknown
 from mocov3_jax.config import evaluation
-from mocov3_jax.data import sources
-from mocov3_jax.data.layout import listed
 from mocov3_jax.data.pipeline import epoch_order
 from mocov3_jax.data.workers import Workers
 from mocov3_jax.evals import confidence, features
@@ -28,6 +27,7 @@ from mocov3_jax.evals.opened import (
 )
 from mocov3_jax.runs import network
 from mocov3_jax.runs import workdir as workdir_lib
+from mocov3_jax.sources.layout import listed
 
 PyTree = Any
 # Unreadable images that a result names; it counts all.

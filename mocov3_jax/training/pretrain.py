@@ -7,12 +7,12 @@ import jax
 from ml_collections import ConfigDict
 import numpy as np
 
-from mocov3_jax import evals
+from mocov3_jax import evals, sources
 from mocov3_jax.base import exits
 from mocov3_jax.base.errors import UserError
 from mocov3_jax.config import checks
 from mocov3_jax.config import training as config_lib
-from mocov3_jax.data import catalog, listing, pipeline, sources
+from mocov3_jax.data import pipeline
 from mocov3_jax.data.workers import workers_for
 from mocov3_jax.evals import knn_queue
 from mocov3_jax.evals.evaluator import EvalContext
@@ -21,6 +21,7 @@ from mocov3_jax.method.build import build_method, image_shape, run_keys
 from mocov3_jax.method.train_step import Method, init_state, train_step
 from mocov3_jax.parallel import sharding
 from mocov3_jax.runs import workdir as workdir_lib
+from mocov3_jax.sources import catalog, listing
 from mocov3_jax.training import execution, flops, initial
 from mocov3_jax.training.trainer import Trainer
 

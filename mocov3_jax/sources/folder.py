@@ -11,15 +11,13 @@ import numpy as np
 
 from mocov3_jax.base.errors import UserError
 from mocov3_jax.base.files import absolute
-from mocov3_jax.data import layout
-from mocov3_jax.data.decode import Unreadable
-from mocov3_jax.data.listing import (
+from mocov3_jax.sources import Splits, Unreadable, labelled_splits, layout
+from mocov3_jax.sources.listing import (
   MORE_SUFFIXES,
   SUFFIXES,
   Listing,
   cached_walk,
 )
-from mocov3_jax.data.sources import Splits, labelled_splits
 
 # Bytes of an image file, at most.
 MOST_BYTES = 2**28

@@ -25,15 +25,13 @@ import numpy as np
 
 from mocov3_jax.base import console, files
 from mocov3_jax.base.errors import UserError
-from mocov3_jax.data import layout
-from mocov3_jax.data.decode import Unreadable
-from mocov3_jax.data.listing import (
+from mocov3_jax.sources import Splits, Unreadable, labelled_splits, layout
+from mocov3_jax.sources.listing import (
   DAMAGED,
   MORE_SUFFIXES,
   MOST_BYTES,
   SUFFIXES,
 )
-from mocov3_jax.data.sources import Splits, labelled_splits
 
 IMAGES = tuple(
     suffix.decode().lstrip('.') for suffix in (*SUFFIXES, *MORE_SUFFIXES)

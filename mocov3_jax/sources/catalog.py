@@ -7,8 +7,15 @@ from etils import epath
 import numpy as np
 
 from mocov3_jax.base.errors import UserError, unknown
-from mocov3_jax.data import folder, huggingface, idx, shards, tfds
-from mocov3_jax.data.sources import ArraySource, Splits
+from mocov3_jax.sources import (
+  ArraySource,
+  Splits,
+  folder,
+  huggingface,
+  idx,
+  shards,
+  tfds,
+)
 
 
 def digits() -> Splits:

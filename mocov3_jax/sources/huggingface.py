@@ -14,10 +14,8 @@ import numpy as np
 
 from mocov3_jax.base import files
 from mocov3_jax.base.errors import UserError
-from mocov3_jax.data import layout
-from mocov3_jax.data.decode import Unreadable
-from mocov3_jax.data.layout import NAMED, listed
-from mocov3_jax.data.sources import Splits, labelled_splits
+from mocov3_jax.sources import Splits, Unreadable, labelled_splits, layout
+from mocov3_jax.sources.layout import NAMED, listed
 
 # Bytes of an image, at most.
 MOST_IMAGE = 2**28

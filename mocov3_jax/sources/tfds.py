@@ -13,9 +13,8 @@ from etils import epath
 import numpy as np
 
 from mocov3_jax.base.errors import UserError, is_of_environment
-from mocov3_jax.data.decode import Unreadable
-from mocov3_jax.data.layout import NAMED, listed
-from mocov3_jax.data.sources import LOST, Source, Splits, hold_out
+from mocov3_jax.sources import LOST, Source, Splits, Unreadable, hold_out
+from mocov3_jax.sources.layout import NAMED, listed
 
 # Records that are asked for at once, for their labels.
 AT_ONCE = 256

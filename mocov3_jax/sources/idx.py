@@ -18,7 +18,7 @@ import numpy as np
 
 from mocov3_jax.base import files
 from mocov3_jax.base.errors import UserError
-from mocov3_jax.data.sources import ArraySource, Splits
+from mocov3_jax.sources import ArraySource, Splits
 
 # Such as train-images-idx3-ubyte.gz, t10k-labels.idx1-ubyte, and
 # emnist-letters-test-images-idx3-ubyte.gz.

@@ -8,7 +8,7 @@ from typing import Protocol
 import numpy as np
 
 from mocov3_jax.base.errors import UserError
-from mocov3_jax.data.layout import NAMED, listed
+from mocov3_jax.sources.layout import NAMED, listed
 
 # Without a test split, every so-manieth labelled image is held out.
 HOLD_OUT = 10
@@ -16,6 +16,10 @@ HOLD_OUT = 10
 READING = 2
 # In place of a label that cannot be read.
 LOST = -2
+
+
+class Unreadable(Exception):
+  """The bytes are no image, or a damaged one."""
 
 
 class Source(Protocol):
@@ -39,7 +43,7 @@ class Source(Protocol):
     """Returns an encoded image, or its pixels as uint8 [H, W, C].
 
     Raises:
-      decode.Unreadable: if it cannot be read.
+      Unreadable: if it cannot be read.
     """
 
   def labels(self, indices: Sequence[int]) -> np.ndarray:
