@@ -164,9 +164,8 @@ def test_a_run_goes_on_exactly_in_a_bucket(in_bucket, on_disk, folder):
   assert train(folder) == rows(epath.Path(on_disk))
 
 
-@pytest.mark.parametrize(
-    'marked', [pytest.param(True, marks=pytest.mark.slow), False]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize('marked', [True, False])
 def test_a_run_copied_into_a_bucket_goes_on(on_disk, folder, marked):
   copy(on_disk, folder)
   cut(folder, 10)

@@ -127,6 +127,7 @@ def test_what_it_began_with_is_noted_and_not_needed_again(
   assert json.loads((workdir / 'environment.json').read_text()) == before
 
 
+@pytest.mark.slow
 def test_heads_are_taken_where_they_are_asked_for(source, tmp_path):
   code, _, err = train(tmp_path / 'run', source, **{
       'init.heads': True, 'schedule.epochs': 0.5, 'schedule.warmup_epochs': 0.1,

@@ -313,13 +313,19 @@ def test_kernels_are_counted_by_library():
   }
 
 
+def planned_for_real(*arguments):
+  """Runs `plan` as a user does: libtpu ends at flags of XLA for CPUs."""
+  process = tiny.start('plan', *arguments, env_add={'XLA_FLAGS': ''})
+  return tiny.finish(process, timeout=900)
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(NO_COMPILER, reason='needs libtpu')
 @pytest.mark.parametrize('slice_', ['v4:1x1x1', 'v5e:1x1', 'v5p:1x1x1',
                                     'v6e:1x1'])
 def test_the_kernels_compile_for_each_chip(slice_):
-  code, out, err = tiny.run(
-      'plan', '--config=configs/imagenet/vit_s16.py', f'--topology={slice_}',
+  code, out, err = planned_for_real(
+      '--config=configs/imagenet/vit_s16.py', f'--topology={slice_}',
       '--config.batch_size=8', '--config.model.depth=2',
       '--config.head.hidden_dim=512', '--config.model.dtype=bfloat16',
   )
@@ -332,8 +338,8 @@ def test_the_kernels_compile_for_each_chip(slice_):
 @pytest.mark.slow
 @pytest.mark.skipif(NO_COMPILER, reason='needs libtpu')
 def test_a_small_network_is_planned_for_real():
-  code, out, err = tiny.run(
-      'plan', '--config=configs/imagenet/vit_s16.py', '--topology=v5e:2x2',
+  code, out, err = planned_for_real(
+      '--config=configs/imagenet/vit_s16.py', '--topology=v5e:2x2',
       '--config.batch_size=64', '--config.model.depth=2',
       '--config.head.hidden_dim=512', '--price=1',
   )

@@ -120,9 +120,9 @@ def test_a_folder_makes_timm_the_right_network_and_comes_back(tmp_path, name):
   net = timm.create_model(f'local-dir:{folder}', pretrained=True).eval()
   size, channels = config.data.image_size, len(config.data.mean)
   told = timm.data.resolve_model_data_config(net)
-  assert told['mean'] == tuple(config.data.mean)
-  assert told['std'] == tuple(config.data.std)
-  assert told['input_size'] == (channels, size, size)
+  assert tuple(told['mean']) == tuple(config.data.mean)
+  assert tuple(told['std']) == tuple(config.data.std)
+  assert tuple(told['input_size']) == (channels, size, size)
   x = np.random.default_rng(1).normal(size=(2, size, size, channels))
   x = x.astype(np.float32)
   with torch.no_grad():

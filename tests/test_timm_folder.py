@@ -47,6 +47,7 @@ def test_a_run_becomes_weights_a_config_and_a_card(tmp_path):
   assert code == 2 and 'exists' in err
 
 
+@pytest.mark.slow
 def test_a_card_tells_data_curve_and_evaluations(tmp_path):
   workdir = tmp_path / 'run'
   code, _, err = tiny.call('train', f'--workdir={workdir}', *tiny.flags())
