@@ -795,7 +795,8 @@ def test_the_accelerator_check_writes_a_row_a_measurement(tmp_path):
       },
   )
   assert done.returncode == 0, done.stderr
-  rows = [json.loads(row) for row in (out / 'rows.jsonl').open()]
+  lines = (out / 'rows.jsonl').read_text().splitlines()
+  rows = list(map(json.loads, lines))
   assert [row['name'] for row in rows] == [
       'losses', 'attention', 'vit_b', 'input', 'vit_s', 'resnet50', 'vit_l'
   ]

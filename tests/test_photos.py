@@ -86,7 +86,9 @@ def test_a_killed_run_on_a_folder_continues_as_if_nothing_had_been(
     straight, labelled, tmp_path
 ):
   workdir = tmp_path / 'killed'
-  process = tiny.start('train', f'--workdir={workdir}', *flags(labelled))
+  process = tiny.start(
+      'train', f'--workdir={workdir}', *flags(labelled), env_add=tiny.here()
+  )
   for line in process.stderr:
     if line.startswith('step 8/'):
       process.kill()
