@@ -270,7 +270,6 @@ def first_line(error: Exception) -> str:
   return f'{type(error).__name__}: {text}'
 
 
-
 def find(path: str) -> tuple[epath.Path, epath.Path]:
   """Finds the run and the checkpoint that `path` names.
 

@@ -2,19 +2,16 @@
 
 import collections
 import hashlib
-import io
 import os
-import stat
 import time
 from typing import NamedTuple
-import zipfile
-import zlib
 
 from etils import epath
 import numpy as np
 
 from mocov3_jax.base import files
 from mocov3_jax.base.errors import UserError
+from mocov3_jax.sources import kept
 
 SUFFIXES = (
     b'.jpg', b'.jpeg', b'.jpe', b'.jfif', b'.png', b'.webp', b'.bmp', b'.gif'
@@ -31,12 +28,6 @@ FORMAT = b'4'
 # In how many ways links may lead to one folder: without a limit, folders full
 # of links to each other would be listed for ever.
 MOST_WAYS = 100
-# What numpy raises for a damaged archive.
-DAMAGED = (
-    ValueError, KeyError, EOFError, MemoryError, zipfile.BadZipFile, zlib.error
-)
-# Bytes of a listing that is kept, at most: some ten million images.
-MOST_BYTES = 2**30
 # What no path of a listing has: the beginning of an absolute one, and ways up.
 OUTSIDE = b'\0/', b'\0../', b'/../', b'/..\0', b'\0..\0'
 
@@ -152,7 +143,7 @@ def cached_walk(root: bytes, cache: epath.Path | None) -> Listing:
     listing = _load(file)
     if listing is not None and _is_current(root, listing):
       return listing
-  except (OSError, UserError, *DAMAGED):
+  except (OSError, UserError, *kept.DAMAGED):
     pass  # None yet, or no longer any use.
   listing = walk(root)
   settled = time.time() - listing.stamps.max() / 1e9 > SETTLED
@@ -165,17 +156,12 @@ def _load(file: epath.Path) -> Listing | None:
   """Returns what `_store` has kept; None if there is none.
 
   Raises:
-    UserError, OSError, or one of DAMAGED: for anything else.
+    UserError, OSError, or one of kept.DAMAGED: for anything else.
   """
-  data = files.read_own(file, MOST_BYTES)
-  # Where anybody may write, anybody may have written it.
-  if data is None or os.stat(file.parent).st_mode & stat.S_IWOTH:
+  saved = kept.load(file)
+  if saved is None:
     return None
-  with zipfile.ZipFile(io.BytesIO(data)) as archive:
-    if sum(member.file_size for member in archive.infolist()) > MOST_BYTES:
-      raise ValueError('it is larger than a listing')
-  with np.load(io.BytesIO(data), allow_pickle=False) as saved:
-    found = {name: saved[name] for name in Listing._fields}
+  found = {name: saved[name] for name in Listing._fields}
   for name in 'paths', 'folders':
     text = found[name].tobytes()
     if any(part in b'\0%b\0' % text for part in OUTSIDE):
@@ -195,18 +181,10 @@ def _is_current(root: bytes, listing: Listing) -> bool:
 
 
 def _store(file: epath.Path, listing: Listing) -> None:
-  buffer = io.BytesIO()
   joined = {
       name: np.frombuffer(b'\0'.join(paths.tolist()), np.uint8)
       for name, paths in (
           ('paths', listing.paths), ('folders', listing.folders)
       )
   }
-  np.savez_compressed(buffer, **(listing._asdict() | joined))
-  try:
-    # Paths are nobody else's business, and what is listed here is read.
-    file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    with files.open_whole(file) as whole:
-      whole.write(buffer.getvalue())
-  except OSError:
-    pass  # Only a convenience; the workdir itself tells what is wrong.
+  kept.store(file, **(listing._asdict() | joined))

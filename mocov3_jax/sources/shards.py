@@ -12,26 +12,18 @@ from collections.abc import Iterator
 import dataclasses
 import glob
 import hashlib
-import io
 import os
 import re
-import stat
 import tarfile
-from typing import Any, NamedTuple
-import zipfile
+from typing import NamedTuple
 
 from etils import epath
 import numpy as np
 
 from mocov3_jax.base import console, files
 from mocov3_jax.base.errors import UserError
-from mocov3_jax.sources import Splits, Unreadable, labelled_splits, layout
-from mocov3_jax.sources.listing import (
-  DAMAGED,
-  MORE_SUFFIXES,
-  MOST_BYTES,
-  SUFFIXES,
-)
+from mocov3_jax.sources import Splits, Unreadable, kept, labelled_splits, layout
+from mocov3_jax.sources.listing import MORE_SUFFIXES, SUFFIXES
 
 IMAGES = tuple(
     suffix.decode().lstrip('.') for suffix in (*SUFFIXES, *MORE_SUFFIXES)
@@ -260,10 +252,10 @@ def _indexed(
     name = hashlib.sha256(key.encode(errors='surrogateescape')).hexdigest()
     file = cache / f'{name[:16]}.wds.npz'
     try:
-      kept = _load(file, shards, stamps)
-      if kept is not None:
-        return kept
-    except (OSError, UserError, *DAMAGED):
+      known = _load(file, shards, stamps)
+      if known is not None:
+        return known
+    except (OSError, UserError, *kept.DAMAGED):
       pass  # None yet, or no longer any use.
   found = {}
   for count, shard in enumerate(shards):
@@ -377,31 +369,25 @@ def _load(
   """Returns what `_store` has kept, if the shards are still the same.
 
   Raises:
-    UserError, OSError, or one of DAMAGED: for anything else.
+    UserError, OSError, or one of kept.DAMAGED: for anything else.
   """
-  data = files.read_own(file, MOST_BYTES)
-  # Where anybody may write, anybody may have written it.
-  if data is None or os.stat(file.parent).st_mode & stat.S_IWOTH:
-    return None
-  with zipfile.ZipFile(io.BytesIO(data)) as archive:
-    if sum(member.file_size for member in archive.infolist()) > MOST_BYTES:
-      raise ValueError('it is larger than an index')
-  with np.load(io.BytesIO(data), allow_pickle=False) as saved:
-    kept: dict[str, Any] = {name: saved[name] for name in saved.files}
-  if kept['stamps'].tolist() != [stamps[shard] for shard in shards]:
+  saved = kept.load(file)
+  if saved is None or saved['stamps'].tolist() != [
+      stamps[shard] for shard in shards
+  ]:
     return None
   texts = {
-      name: _unpacked(kept[name]) for name in ('keys', 'labels')
+      name: _unpacked(saved[name]) for name in ('keys', 'labels')
   }
-  bounds = np.cumsum([0, *kept['counts'].tolist()])
+  bounds = np.cumsum([0, *saved['counts'].tolist()])
   if not all(
       len(x) == bounds[-1]
-      for x in (*texts.values(), kept['offsets'], kept['sizes'])
+      for x in (*texts.values(), saved['offsets'], saved['sizes'])
   ):
     raise ValueError('its parts do not fit')
   return {
       shard: Index(
-          kept['offsets'][a:b], kept['sizes'][a:b], texts['keys'][a:b],
+          saved['offsets'][a:b], saved['sizes'][a:b], texts['keys'][a:b],
           texts['labels'][a:b],
       )
       for shard, a, b in zip(shards, bounds[:-1], bounds[1:], strict=True)
@@ -411,23 +397,15 @@ def _load(
 def _store(
     file: epath.Path, found: dict[str, Index], stamps: dict[str, str]
 ) -> None:
-  buffer = io.BytesIO()
   indices = found.values()
-  np.savez_compressed(
-      buffer, stamps=np.array([stamps[shard] for shard in found]),
+  kept.store(
+      file, stamps=np.array([stamps[shard] for shard in found]),
       counts=np.array([len(index.keys) for index in indices]),
       offsets=np.concatenate([index.offsets for index in indices]),
       sizes=np.concatenate([index.sizes for index in indices]),
       keys=_packed(key for index in indices for key in index.keys),
       labels=_packed(text for index in indices for text in index.labels),
   )
-  try:
-    # Names are nobody else's business, and what is kept here is read.
-    file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    with files.open_whole(file) as whole:
-      whole.write(buffer.getvalue())
-  except OSError:
-    pass  # Only a convenience.
 
 
 def _packed(texts: Iterator[str]) -> np.ndarray:

@@ -104,11 +104,7 @@ def _export_folder(
     raise UserError(f'--to={target} exists. Use a new path.')
   left_out, names, run = {}, (), ''
   if run_path(source, '--from').is_dir():
-    if config is not None or num_heads or ignore:
-      raise UserError(
-          f'--from={source} is a checkpoint of ours, which tells its '
-          'architecture. Leave out --config, --num_heads and --ignore.'
-      )
+    _refuse_unused(source, config is not None or num_heads or ignore)
     weights = our_checkpoints.read(source)
     _, folder = network.locate(source)
     run = str(folder.parent.parent)
@@ -128,14 +124,18 @@ def _export_folder(
   return _report(source, target, weights, written, left_out)
 
 
-def _export(
-    source: str, target: epath.Path, encoder: str, unused: Any
-) -> dict[str, Any]:
+def _refuse_unused(source: str, unused: Any) -> None:
   if unused:
     raise UserError(
         f'--from={source} is a checkpoint of ours, which tells its '
         'architecture. Leave out --config, --num_heads and --ignore.'
     )
+
+
+def _export(
+    source: str, target: epath.Path, encoder: str, unused: Any
+) -> dict[str, Any]:
+  _refuse_unused(source, unused)
   if not target.name.endswith(files.SUFFIXES):
     raise UserError(
         f'--to={target} is no kind of file that is known, and --from={source} '
