@@ -431,9 +431,12 @@ def test_tensorboard_files_are_ended_as_they_grow(folder, monkeypatch):
     writer.write(step, {'train/loss': 1.0})
     if step % 20 == 19:
       writer.flush()
+      boards = files.entries(folder / 'tensorboard')
+      text = b''.join(path.read_bytes() for path in boards)
+      assert text.count(b'train/loss') == step + 1
   writer.close()
   boards = files.entries(folder / 'tensorboard')
-  assert len(boards) >= 3
+  assert len(boards) >= 2
   # Each value once over all of them.
   text = b''.join(path.read_bytes() for path in boards)
   assert text.count(b'train/loss') == 60

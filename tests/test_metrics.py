@@ -39,6 +39,17 @@ def test_a_row_is_on_disk_as_soon_as_it_is_written(tmp_path):
   writer.close()
 
 
+def test_a_flush_writes_all_that_was_drawn_for_tensorboard(tmp_path):
+  writer = metrics.MetricWriter(epath.Path(tmp_path), 0)
+  values = {f'value{n:03}': 1.0 for n in range(100)}
+  for step in range(5):
+    writer.write(step, values)
+    writer.flush()
+    [path] = (tmp_path / 'tensorboard').iterdir()
+    assert path.read_bytes().count(b'value') == 100 * (step + 1)
+  writer.close()
+
+
 def test_continuing_drops_the_rows_that_come_again(tmp_path):
   # Saved after 4 updates and evaluated there; killed during step 6.
   write(tmp_path, 0, 7, evaluate_at=(2, 4, 6)).close()

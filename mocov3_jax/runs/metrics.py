@@ -3,6 +3,7 @@
 import json
 import os
 import tempfile
+import time
 from typing import Any, BinaryIO
 
 from etils import epath
@@ -183,21 +184,38 @@ class _Board:
       purge_step: TensorBoard drops all it has of this step and later.
     """
     self._folder = folder
-    self._staging, self._ended = None, 0
+    self._staging, self._ended, self._next = None, 0, 0.0
     if not files.is_on_disk(folder.parent):
       self._staging = tempfile.TemporaryDirectory(prefix='mocov3_jax')
-    self._begin(purge_step=purge_step)
+    files.make_folder(folder)
+    self._begin('')
+    self._event(
+        purge_step, session_log=self._proto.SessionLog(status='START')
+    )
 
-  def _begin(self, **options: Any) -> None:
+  def _begin(self, suffix: str) -> None:
     # Imports PyTorch where that is installed: seconds, and 0.4 GiB.
-    from tensorboardX import SummaryWriter
+    from tensorboardX import event_file_writer, summary
+    from tensorboardX.proto import event_pb2
 
+    self._proto, self._scalar = event_pb2, summary.scalar
     where = self._staging.name if self._staging else str(self._folder)
-    self._writer = SummaryWriter(where, **options)
+    # Not SummaryWriter, whose flush leaves out what its thread has still to
+    # write.
+    self._writer = event_file_writer.EventsWriter(
+        os.path.join(where, 'events'), suffix
+    )
+
+  def _event(self, step: int, **content: Any) -> None:
+    self._writer.write_event(
+        self._proto.Event(wall_time=time.time(), step=step, **content)
+    )
 
   def draw(self, name: str, value: float, step: int) -> None:
     """Adds a value."""
-    self._writer.add_scalar(name, value, step)
+    self._event(step, summary=self._scalar(name, value))
+    if time.monotonic() > self._next:  # For who follows a run.
+      self.flush()
 
   def flush(self) -> None:
     """Puts on disk, or in the bucket, what was drawn."""
@@ -206,12 +224,12 @@ class _Board:
       large = self._copy() > LARGE_EVENTS
       if large:  # What is in a file that has ended is not copied again.
         self._writer.close()
-        self._copy()
         for path in epath.Path(self._staging.name).iterdir():
           path.unlink()
         self._ended += 1
         # Several of one second would have one name.
-        self._begin(filename_suffix=f'.{self._ended}')
+        self._begin(f'.{self._ended}')
+    self._next = time.monotonic() + files.FOLLOWED
 
   def _copy(self) -> int:
     """Copies the files that are written here; returns their bytes."""
