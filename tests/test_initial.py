@@ -127,6 +127,48 @@ def test_what_it_began_with_is_noted_and_not_needed_again(
   assert json.loads((workdir / 'environment.json').read_text()) == before
 
 
+@pytest.fixture(scope='module')
+def timm_folder(source, tmp_path_factory):
+  folder = tmp_path_factory.mktemp('timm') / 'folder'
+  code, _, err = tiny.call('convert', f'--from={source}', f'--to=timm:{folder}')
+  assert code == 0, err
+  return folder
+
+
+def test_a_folder_of_timm_is_taken_to_the_bit(source, timm_folder, tmp_path):
+  code, _, err = train(tmp_path / 'run', f'timm:{timm_folder}', **{
+      'schedule.epochs': 0.5, 'schedule.warmup_epochs': 0.1,
+  })
+  assert code == 0, err
+  assert f'begins with timm:{timm_folder}, with fresh heads' in err
+  state, its = saved(tmp_path / 'run', 0), saved(source, 4)['params']
+  for field in 'params', 'target_params':
+    assert equal(state[field]['backbone'], its['backbone'])
+  before = json.loads((tmp_path / 'run' / 'environment.json').read_text())
+  assert before['init'] == f'timm:{timm_folder}'
+
+
+@pytest.mark.parametrize('what, overrides, words', [
+    ('other heads', {'model.num_heads': 4}, ['model.num_heads: 2 there']),
+    ('heads wanted', {'init.heads': True}, ['has no predictor']),
+    ('no config', {}, ['has no config.json and model.safetensors']),
+    ('other pixels', {'data.mean': (0.5,)},
+     ['data.mean=(0.305,), continued with (0.5,)', 'kNN at step 0']),
+])
+def test_a_folder_of_timm_that_does_not_fit(
+    timm_folder, tmp_path, what, overrides, words
+):
+  folder = shutil.copytree(timm_folder, tmp_path / 'folder')
+  if what == 'no config':
+    (folder / 'config.json').unlink()
+  code, _, err = train(tmp_path / 'run', f'timm:{folder}', **{
+      'schedule.epochs': 0.1, 'schedule.warmup_epochs': 0.0, **overrides
+  })
+  assert code == (0 if what == 'other pixels' else 2), err
+  for word in words:
+    assert word in err, err
+
+
 @pytest.mark.slow
 def test_heads_are_taken_where_they_are_asked_for(source, tmp_path):
   code, _, err = train(tmp_path / 'run', source, **{
@@ -143,6 +185,8 @@ def test_heads_are_taken_where_they_are_asked_for(source, tmp_path):
      ['does not fit', 'patch_embed/kernel']),
     ('other positions', {'model.positions': 'learned'},
      ['backbone/pos_embed: absent there, (1, 5, 16) here']),
+    ('other heads', {'model.num_heads': 4},
+     ['does not fit', 'model.num_heads: 2 there, 4 here']),
     ('no checkpoint', {}, ["checkpoint='", 'is not a checkpoint']),
     ('no heads', {'init.heads': True}, ['has no predictor and no projector']),
     ('NaN', {}, ['NaN']),

@@ -1,11 +1,12 @@
 """Weights that a pre-training begins with, instead of random ones.
 
-The backbone of another run, or of what `convert` makes of a file, becomes that
-of both networks. Heads are fresh unless the checkpoint has them and the config
-asks for them. The state of the optimizer is fresh.
+The backbone of another run, of what `convert` makes of a file, or of a folder
+of timm becomes that of both networks. Heads are fresh unless the checkpoint has
+them and the config asks for them. The state of the optimizer is fresh.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+import dataclasses
 import functools
 import math
 from typing import Any
@@ -15,12 +16,16 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
+import numpy as np
 
+from mocov3_jax import models
 from mocov3_jax.base import files
 from mocov3_jax.base.errors import UserError
 from mocov3_jax.method.train_step import TrainState, encoder
-from mocov3_jax.parallel import processes
+from mocov3_jax.models.vit import ViT
+from mocov3_jax.parallel import processes, sharding
 from mocov3_jax.runs import checkpoints, network
+from mocov3_jax.weights import state_dict, timm_folder
 
 PyTree = Any
 Path = tuple[str, ...]
@@ -31,6 +36,64 @@ POSITIONS = 'backbone', 'pos_embed'
 NAMED = 4
 # What environment.json has of it.
 SOURCE, SHA256 = 'init', 'init_sha256'
+
+
+@dataclasses.dataclass(frozen=True)
+class _Source:
+  """Where weights come from.
+
+  Attributes:
+    name: of it, for people.
+    config: of its network.
+    parts: 'backbone' and the heads that it has.
+    read: (mesh, parts) -> params and batch_stats on every device of the mesh.
+    assumed: what it does not tell of the network, in words.
+  """
+
+  name: str
+  config: ConfigDict
+  parts: frozenset[str]
+  read: Callable[[Mesh, tuple[str, ...]], tuple[PyTree, PyTree]]
+  assumed: tuple[str, ...] = ()
+
+
+def _open(given: str) -> _Source:
+  """Finds what `init.checkpoint` names.
+
+  Raises:
+    UserError: if there is none, or it cannot be read.
+  """
+  if given.startswith(timm_folder.PREFIX):
+    return _timm(given)
+  found = network.find(given)
+  return _Source(
+      str(found.folder), found.config,
+      frozenset(
+          path[1] for path in checkpoints.held(found.folder)
+          if path[0] == 'params'
+      ),
+      lambda mesh, parts: network.restore(found, mesh, 'query', parts),
+  )
+
+
+def _timm(given: str) -> _Source:
+  source = f'init.checkpoint={given}'
+  weights, _ = timm_folder.read(given, 'init.checkpoint')
+  state_dict.require_finite(source, weights)
+  tree = unflatten_dict(weights.flat)
+
+  def read(mesh, parts):
+    params, batch_stats = (
+        {part: tree[field][part] for part in parts if part in tree[field]}
+        if field in tree else {} for field in ('params', 'batch_stats')
+    )
+    return jax.device_put((params, batch_stats), sharding.replicated(mesh))
+
+  return _Source(
+      given, weights.config, frozenset({'backbone'}), read, tuple(
+          text for text in weights.assumed if text.startswith('attention heads')
+      ),
+  )
 
 
 class Initial:
@@ -59,14 +122,14 @@ class Initial:
       # Whatever is wrong with them is said before a workdir is made.
       environment = {
           SHA256: network.digest(self.weights),
-          SOURCE: str(self._source.folder),
+          SOURCE: self._source.name,
       }
-      self.notes = (self._note(),)
+      self.notes = tuple(self._notes())
     self.environment = environment
 
   @functools.cached_property
-  def _source(self) -> network.Trained:
-    return network.find(self._config.init.checkpoint)
+  def _source(self) -> _Source:
+    return _open(self._config.init.checkpoint)
 
   @functools.cached_property
   def _parts(self) -> tuple[str, ...]:
@@ -74,8 +137,7 @@ class Initial:
     if not self._config.init.heads:
       return ('backbone',)
     heads = sorted({path[0] for path in _shapes(self._config)} - {'backbone'})
-    held = checkpoints.held(self._source.folder)
-    missing = [name for name in heads if ('params', name) not in held]
+    missing = [name for name in heads if name not in self._source.parts]
     if missing:
       raise UserError(
           'init.heads=True, but init.checkpoint='
@@ -85,7 +147,7 @@ class Initial:
     return ('backbone', *heads)
 
   def _check(self) -> None:
-    """Raises UserError with the tensors that do not fit, if there are any."""
+    """Raises UserError with what does not fit, if there is anything."""
     wanted, found = (
         {p: s for p, s in _shapes(config).items() if p[0] in self._parts}
         for config in (self._config, self._source.config)
@@ -98,13 +160,20 @@ class Initial:
             wanted[path] == found[path] or path == POSITIONS
         ))
     ]
+    # Two networks of the same tensors, which compute different things.
+    theirs, ours = map(_settings, (self._source.config, self._config))
+    differ += [
+        f'model.{name}: {theirs[name]!r} there, {ours[name]!r} here'
+        for name in ours if not differ and theirs[name] != ours[name]
+    ]
     if differ:
       more = f'\n  and {len(differ) - NAMED} more' * (len(differ) > NAMED)
       raise UserError(
           f'init.checkpoint={self._config.init.checkpoint!r} does not fit this '
           'model:\n  ' + '\n  '.join(differ[:NAMED]) + more + '\nUse the same '
-          'model.name, sizes, patch_size, patch_embed, positions and readout '
-          'as there (data.image_size may differ), or another checkpoint.'
+          'model.name, sizes, num_heads, patch_size, patch_embed, positions '
+          'and readout as there (data.image_size may differ), or another '
+          'checkpoint.'
       )
 
   @functools.cached_property
@@ -116,9 +185,7 @@ class Initial:
         read, or holds values that are not finite.
     """
     self._check()
-    params, batch_stats = network.restore(
-        self._source, self._mesh, 'query', self._parts
-    )
+    params, batch_stats = self._source.read(self._mesh, self._parts)
     flat = flatten_dict(params)
     if POSITIONS in flat:
       size = self._config.data.image_size // self._config.model.patch_size
@@ -127,18 +194,27 @@ class Initial:
       )
     return unflatten_dict(flat), batch_stats
 
-  def _note(self) -> str:
-    size = self._source.config.data.image_size
+  def _notes(self) -> Iterator[str]:
+    theirs, ours = self._source.config.data, self._config.data
     resized = ''
-    if size != self._config.data.image_size:
+    if theirs.image_size != ours.image_size:
       resized = (
-          f'; trained at {size} pixels, continued at '
-          f'{self._config.data.image_size}, with positions '
+          f'; trained at {theirs.image_size} pixels, continued at '
+          f'{ours.image_size}, with positions '
           + ('resized' if self._config.model.positions == 'learned'
              else 'computed anew')
       )
     heads = 'with its heads' if self._config.init.heads else 'with fresh heads'
-    return f'begins with {self._source.folder}, {heads}{resized}'
+    yield f'begins with {self._source.name}, {heads}{resized}'
+    for name in 'mean', 'std':
+      if not np.allclose(theirs[name], ours[name], atol=1e-3):
+        yield (
+            f'trained with data.{name}={_rounded(theirs[name])}, continued '
+            f'with {_rounded(ours[name])}: kNN at step 0 is not that of the '
+            'checkpoint'
+        )
+    for text in self._source.assumed:
+      yield f'init.checkpoint does not tell the {text}, as of its width'
 
   def begin(self, state: TrainState) -> TrainState:
     """Returns a fresh state with these weights in both networks.
@@ -162,6 +238,21 @@ class Initial:
       return state.replace(**jax.tree.map(jnp.copy, changed))
 
     return put(state, self.weights)
+
+
+def _settings(config: ConfigDict) -> dict[str, Any]:
+  """Returns what no tensor of a backbone tells, and its features depend on."""
+  backbone = models.build_backbone(config.model, config.data.image_size)
+  if not isinstance(backbone, ViT):
+    return {}
+  return {
+      'num_heads': backbone.num_heads, 'readout': backbone.readout,
+      'positions': backbone.positions,
+  }
+
+
+def _rounded(values: tuple[float, ...]) -> tuple[float, ...]:
+  return tuple(round(value, 3) for value in values)
 
 
 def _resized(table: jax.Array, size: int, has_class: bool) -> jax.Array:

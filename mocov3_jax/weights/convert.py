@@ -4,7 +4,6 @@ import collections
 from typing import Any
 
 from etils import epath
-import jax.numpy as jnp
 from ml_collections import ConfigDict
 import numpy as np
 
@@ -21,7 +20,7 @@ from mocov3_jax.weights import (
   timm_folder,
   torch_checkpoints,
 )
-from mocov3_jax.weights.state_dict import Weights
+from mocov3_jax.weights.state_dict import Weights, require_finite
 
 
 def convert(
@@ -66,21 +65,19 @@ def convert(
     )
   if to.exists():
     raise UserError(f'--to={target} exists. Use a new path.')
-  description, heads_beside = None, 0
   if source.startswith(timm_folder.PREFIX):
-    folder = absolute(source.removeprefix(timm_folder.PREFIX), '--from')
-    description = timm_folder.read_description(folder)
-    source = str(folder / timm_folder.WEIGHTS)
-    heads_beside = timm_folder.heads_of(description)
+    weights, left_out = timm_folder.read(
+        source, '--from', config, num_heads, ignore
+    )
   elif run_path(source, '--from').is_dir():
     return _export(source, to, encoder, config is not None or num_heads
                    or ignore)
-  weights, left_out = torch_checkpoints.read(
-      absolute(source, '--from'), config, num_heads, ignore, heads_beside
-  )
-  if description is not None:
-    weights = timm_folder.with_normalisation(weights, description)
-  _require_finite(source, weights)
+  else:
+    weights, left_out = torch_checkpoints.read(
+        absolute(source, '--from'), f'--from={source}', config, num_heads,
+        ignore,
+    )
+  require_finite(f'--from={source}', weights)
   if target.endswith(files.SUFFIXES):
     written = torch_checkpoints.write(to, weights, encoder)
     return _report(source, target, weights, written, left_out)
@@ -111,7 +108,8 @@ def _export_folder(
     names = network.class_names(folder)
   else:
     weights, left_out = torch_checkpoints.read(
-        absolute(source, '--from'), config, num_heads, ignore
+        absolute(source, '--from'), f'--from={source}', config, num_heads,
+        ignore,
     )
   classes = ('params', 'classifier', 'bias')
   if encoder == 'query' and classes in weights.flat:
@@ -119,7 +117,7 @@ def _export_folder(
     names = names or tuple(map(str, range(count)))
   else:
     names = ()
-  _require_finite(source, weights)
+  require_finite(f'--from={source}', weights)
   written = timm_folder.write(to, weights, encoder, run, names)
   return _report(source, target, weights, written, left_out)
 
@@ -143,21 +141,9 @@ def _export(
         f'{", ".join(files.SUFFIXES)}.'
     )
   weights = our_checkpoints.read(source)
-  _require_finite(source, weights)
+  require_finite(f'--from={source}', weights)
   written = torch_checkpoints.write(target, weights, encoder)
   return _report(source, str(target), weights, written, {})
-
-
-def _require_finite(source: str, weights: Weights) -> None:
-  for path, array in weights.flat.items():
-    # Of what is no number there is nothing to check.
-    if jnp.issubdtype(array.dtype, jnp.inexact):
-      if not np.isfinite(array).all():
-        raise UserError(
-            f'--from={source}: {weights.names[path]} holds values that are NaN '
-            'or infinite. Use weights that are finite, such as those of '
-            'an earlier checkpoint.'
-        )
 
 
 def _report(

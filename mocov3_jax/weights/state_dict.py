@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 import dataclasses
 
+import jax.numpy as jnp
 from ml_collections import ConfigDict
 import numpy as np
 
@@ -49,6 +50,24 @@ class Place:
 
   path: Path
   shape: tuple[int, ...]
+
+
+def require_finite(source: str, weights: Weights) -> None:
+  """Raises UserError with the first tensor that is not finite.
+
+  Args:
+    source: where they are from, for the message.
+    weights: what was read.
+  """
+  for path, array in weights.flat.items():
+    # Of what is no number there is nothing to check.
+    if jnp.issubdtype(array.dtype, jnp.inexact):
+      if not np.isfinite(array).all():
+        raise UserError(
+            f'{source}: {weights.names[path]} holds values that are NaN '
+            'or infinite. Use weights that are finite, such as those of '
+            'an earlier checkpoint.'
+        )
 
 
 def head_name(config: ConfigDict) -> str:

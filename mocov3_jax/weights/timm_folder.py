@@ -136,6 +136,34 @@ def write(
   return written
 
 
+def read(
+    given: str, flag: str, config: ConfigDict | None = None,
+    num_heads: int = 0, ignore: tuple[str, ...] = (),
+) -> tuple[Weights, dict[str, str]]:
+  """Reads a folder as `torch_checkpoints.read` does a file.
+
+  Args:
+    given: 'timm:FOLDER'.
+    flag: or config field that names it, for messages.
+    config: of the run; None = as the folder tells.
+    num_heads: attention heads of a ViT; 0 = as the folder tells.
+    ignore: names of tensors to leave out; a final * matches the rest.
+
+  Returns:
+    The weights, and the names of what was left out with the reasons.
+
+  Raises:
+    UserError: if it is no such folder, or its weights cannot be read.
+  """
+  folder = files.absolute(given.removeprefix(PREFIX), flag)
+  description = read_description(folder)
+  weights, left_out = torch_checkpoints.read(
+      folder / WEIGHTS, f'{flag}={given}', config, num_heads, ignore,
+      heads_of(description),
+  )
+  return with_normalisation(weights, description), left_out
+
+
 def read_description(folder: epath.Path) -> dict[str, Any]:
   """Returns the config.json of a folder.
 

@@ -30,13 +30,14 @@ ARCHITECTURES = {
 
 
 def read(
-    path: epath.Path, config: ConfigDict | None, num_heads: int,
-    ignore: tuple[str, ...], heads_beside: int = 0,
+    path: epath.Path, source: str, config: ConfigDict | None,
+    num_heads: int, ignore: tuple[str, ...], heads_beside: int = 0,
 ) -> tuple[Weights, dict[str, str]]:
   """Reads a file and finds the place of each tensor.
 
   Args:
     path: of the file.
+    source: what messages call it, such as '--from=FILE'.
     config: of the run; None = as a file of ours tells, or else read off the
       tensors.
     num_heads: attention heads of a ViT, for the latter; 0 = the paper's.
@@ -50,7 +51,6 @@ def read(
     UserError: if it cannot be read, or does not fit the architecture.
   """
   file = files.read(path, ignore)
-  source = f'--from={path}'
   dropped = _dropped(source, file, ignore)
   full = any(name.startswith('base_encoder.') for name in file.tensors)
   assumed = ()
@@ -210,7 +210,7 @@ def _assumed(
     raise UserError(
         f'{source}: the number of attention heads is in no weights, and ViTs '
         f'of width {width} come with 12 (MoCo v3) and with 6 (DeiT, timm). '
-        'Use --num_heads=12 or --num_heads=6.'
+        'Use convert with --num_heads=12 or --num_heads=6.'
     )
   return (f'attention heads: {heads}', *assumed)
 
