@@ -22,7 +22,7 @@ FLOORS = (
     ('base',),
     ('config', 'parallel'),
     ('models',),
-    ('method', 'runs', 'sources'),
+    ('method', 'runs', 'sources', 'trackers'),
     ('data',),
     ('evals', 'weights'),
     ('training',),

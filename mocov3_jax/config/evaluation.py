@@ -81,8 +81,12 @@ def schema() -> Schema:
       },
       # Steps between two evaluations on the test images; 0 = once an epoch.
       'test_every_steps': Knob(0, NOT_NEGATIVE),
-      # Steps between two lines of metrics.jsonl.
-      'log': {'every_steps': Knob(10, AT_LEAST_ONE, free=True)},
+      'log': {
+          # Steps between two lines of metrics.jsonl.
+          'every_steps': Knob(10, AT_LEAST_ONE, free=True),
+          # As in training; of 'linear' and 'finetune'.
+          'tracker': Knob('', free=True, added=True),
+      },
       # Steps between two checkpoints, minutes after which one more is saved (0
       # = by steps alone), and how many are kept.
       'save': {

@@ -61,7 +61,8 @@ def schema() -> Schema:
       'objective': _objective(),
       'init': {
           # Weights to begin with: a workdir, of a run or of what `convert`
-          # makes of a file, or one of its checkpoints/<step>; '' = random ones.
+          # makes of a file, or one of its checkpoints/<step>; 'timm:FOLDER', of
+          # timm or the Hub; '' = random ones.
           'checkpoint': Knob('', added=True),
           # Take the heads of the checkpoint as well; False = fresh ones.
           'heads': Knob(False, added=True),
@@ -104,6 +105,8 @@ def schema() -> Schema:
           # Log the gradients of every block and head, not of the first and
           # last layer alone.
           'blocks': Knob(False, free=True),
+          # A service that shows runs: '' = none, 'wandb' = Weights & Biases.
+          'tracker': Knob('', free=True, added=True),
       },
       'save': {
           # Steps between two checkpoints; one more is saved at the end.

@@ -23,6 +23,7 @@ from mocov3_jax.runs import locks
 OUTPUTS = (
     'bad_images.txt', 'checkpoints', 'data.json', 'environment.json',
     'metrics.jsonl', 'network', 'result.json', 'results.jsonl', 'tensorboard',
+    'tracker.json',
 )
 
 # What environment.json holds: versions of these packages, and the machine.

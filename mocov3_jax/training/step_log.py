@@ -6,10 +6,12 @@ from typing import Any
 from etils import epath
 from ml_collections import ConfigDict
 
+from mocov3_jax import trackers
 from mocov3_jax.config.training import Plan
 from mocov3_jax.evals.evaluator import Evaluator
 from mocov3_jax.parallel.processes import is_primary
 from mocov3_jax.runs import metrics
+from mocov3_jax.runs import workdir as workdir_lib
 from mocov3_jax.training import progress, stability
 
 Values = dict[str, float]
@@ -48,6 +50,10 @@ class StepLog:
     self._watch = stability.Watch()
     for row in self.rows:
       self._watch.see(row['step'], row)
+    self._record = trackers.Record(
+        config.log.tracker if is_primary() else '', workdir,
+        workdir_lib.to_json(config), self.rows, self.note,
+    )
     self.throughput = progress.Throughput(config.batch_size)
     self._progress = progress.Progress(plan.total_steps, active=is_primary())
     self.last_step: Values = {}
@@ -63,7 +69,7 @@ class StepLog:
     if self._mfu_of_rate is not None:
       values['train/mfu'] = rate * self._mfu_of_rate
     if step % self._config.log.every_steps == 0:
-      self._writer.write(step, values)
+      self._write(step, values)
       # Of what is written alone, so that a continued run warns alike.
       self._warn(step, values)
     self.last_step = values
@@ -74,7 +80,7 @@ class StepLog:
 
   def evaluation(self, step: int, values: Values) -> None:
     """Logs what evaluators found of the state after `step` updates."""
-    self._writer.write(step, values)
+    self._write(step, values)
     self.note(f'step {step}/{self._plan.total_steps}{self._words(values)}')
     self._warn(step, values)
 
@@ -87,7 +93,11 @@ class StepLog:
 
   def diverged(self, step: int) -> None:
     """Logs that a metric became NaN or infinite at `step`."""
-    self._writer.write(step, {'train/diverged': 1.0})
+    self._write(step, {'train/diverged': 1.0})
+
+  def _write(self, step: int, values: Values) -> None:
+    self._writer.write(step, values)
+    self._record.write(step, values)
 
   def _words(self, values: Values) -> str:
     return ''.join(
@@ -132,7 +142,13 @@ class StepLog:
   def flush(self) -> None:
     """Puts on disk what a continuation from here will not write again."""
     self._writer.flush()
+    self._record.flush()
+
+  def finish(self, results: dict[str, Any]) -> None:
+    """Gives the results of a run that is done to its tracker."""
+    self._record.finish(results)
 
   def close(self) -> None:
-    """Flushes and closes the files."""
+    """Flushes and closes the files, and what a tracker has of the run."""
     self._writer.close()
+    self._record.close()

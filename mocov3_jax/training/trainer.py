@@ -17,6 +17,7 @@ import jax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from mocov3_jax import trackers
 from mocov3_jax.base import console, exits
 from mocov3_jax.base.errors import Preempted, UserError
 from mocov3_jax.config import knobs
@@ -106,6 +107,7 @@ class Trainer:
       Preempted: after SIGTERM or Ctrl-C, once the state is saved.
     """
     total, save = self.plan.total_steps, self.config.save
+    trackers.check(self.config.log.tracker)
     with contextlib.ExitStack() as stack:
       # From before anything is written until all is saved.
       stack.enter_context(self.stop.caught())
@@ -229,6 +231,7 @@ class Trainer:
         log.compare_with_start()
       results = log.results() | {'step': done, 'workdir': str(workdir)}
       finish(results, workdir, state)
+      log.finish(results)
       return results
 
   def _mfu_of_rate(self) -> float | None:

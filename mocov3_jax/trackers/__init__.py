@@ -1,0 +1,199 @@
+"""Trackers: services that show runs side by side, such as Weights & Biases.
+
+A tracker is one file here and a line in `TRACKERS`. The rest of the package
+knows a `Record` alone, which tells the tracker of each step once, also if a
+run is killed and computes some of its steps again.
+"""
+
+from collections.abc import Callable, Iterable
+import importlib.util
+import re
+import secrets
+import time
+from typing import Any, NamedTuple, Protocol
+
+from etils import epath
+
+from mocov3_jax.base import files
+from mocov3_jax.base.errors import UserError, unknown
+from mocov3_jax.trackers import weights_and_biases
+
+Values = dict[str, float]
+# In the workdir: which record the run has, and what is in it.
+NOTE = 'tracker.json'
+ID = re.compile('[a-z0-9]{4,64}')
+
+
+class Tracker(Protocol):
+  """One record, open.
+
+  Its methods raise ConnectionError when the service is lost.
+  """
+
+  def log(self, step: int, values: Values) -> None:
+    """Adds the values of a step; steps come in order, each once."""
+
+  def close(self, results: dict[str, Any] | None) -> None:
+    """Sends the rest; `results` are those of a run that is done."""
+
+
+class Kind(NamedTuple):
+  """A kind of tracker.
+
+  Attributes:
+    package: what it needs installed.
+    extra: of this package, which brings that.
+    begin: (name of the run, id of its record, config as nested dicts) -> an
+      open record, continued if there is one with this id. Raises UserError
+      where the service cannot be used.
+  """
+
+  package: str
+  extra: str
+  begin: Callable[[str, str, dict[str, Any]], Tracker]
+
+
+TRACKERS = {
+    'wandb': Kind('wandb', 'wandb', weights_and_biases.begin),
+}
+
+
+def check(name: str) -> None:
+  """Checks `log.tracker`.
+
+  Raises:
+    UserError: if it is neither empty nor the name of a tracker that is
+      installed.
+  """
+  if not name:
+    return
+  if name not in TRACKERS:
+    raise unknown('log.tracker', name, TRACKERS)
+  kind = TRACKERS[name]
+  if importlib.util.find_spec(kind.package) is None:
+    raise UserError(
+        f'log.tracker={name!r} needs the package {kind.package}, which is not '
+        f"installed. Use pip install 'mocov3-jax[{kind.extra}]', or "
+        "log.tracker=''."
+    )
+
+
+class Record:
+  """What the tracker has of a run; without a tracker, nothing happens.
+
+  A step is told when a later one has come, since its training and its
+  evaluation are logged apart. What is told is noted in the workdir before, so
+  that no step is told twice; a step may be missing if the run is killed in the
+  seconds in which it is told. metrics.jsonl has all of them.
+  """
+
+  def __init__(
+      self, name: str, workdir: epath.Path, config: dict[str, Any],
+      rows: Iterable[Values], say: Callable[[str], None],
+  ):
+    """Begins or continues the record of a run.
+
+    Args:
+      name: of the tracker; '' = none.
+      workdir: of the run; exists.
+      config: of the run, as nested dicts.
+      rows: of metrics.jsonl, from an earlier part of the run. What the
+        tracker has not been told of them, it is.
+      say: shows a line to the user.
+
+    Raises:
+      UserError: if the service cannot be used, or the note is damaged.
+    """
+    self._tracker: Tracker | None = None
+    self._say = say
+    if not name:
+      return
+    self._name, self._path = name, workdir / NOTE
+    self._note = _read(self._path, name)
+    if self._note['done']:
+      return
+    self._waiting: dict[int, Values] = {}
+    self._next = time.monotonic() + files.FOLLOWED
+    self._tracker = TRACKERS[name].begin(
+        f'{workdir.parent.name}/{workdir.name}', self._note['id'], config
+    )
+    files.write_json(self._path, self._note)
+    for row in rows:
+      self.write(row['step'], {k: row[k] for k in row if k != 'step'})
+
+  def write(self, step: int, values: Values) -> None:
+    """Notes the values of a step, to be told with others."""
+    if self._tracker is None or step <= self._note['told']:
+      return
+    if step in self._waiting:
+      self._waiting[step] |= values
+    else:
+      self._waiting[step] = dict(values)
+    if time.monotonic() > self._next:
+      self.flush()
+
+  def flush(self) -> None:
+    """Tells the tracker of all steps but the last, which may get more."""
+    if self._tracker is not None:
+      self._tell(sorted(self._waiting)[:-1])
+
+  def finish(self, results: dict[str, Any]) -> None:
+    """Tells the rest and the results of a run that is done."""
+    if self._tracker is not None:
+      self._tell(sorted(self._waiting))
+      self._close(results)
+      self._note['done'] = True
+      files.write_json(self._path, self._note)
+
+  def close(self) -> None:
+    """Tells what there is of a run that goes on another time."""
+    self.flush()
+    self._close(None)
+
+  def _tell(self, steps: list[int]) -> None:
+    if not steps:
+      return
+    self._note['told'] = steps[-1]
+    files.write_json(self._path, self._note)
+    try:
+      for step in steps:
+        self._tracker.log(step, self._waiting.pop(step))
+    except ConnectionError as e:
+      self._lost(e)
+    self._next = time.monotonic() + files.FOLLOWED
+
+  def _close(self, results: dict[str, Any] | None) -> None:
+    if self._tracker is not None:
+      try:
+        self._tracker.close(results)
+      except ConnectionError as e:
+        self._lost(e)
+      self._tracker = None
+
+  def _lost(self, error: ConnectionError) -> None:
+    # A run of days does not end for that.
+    self._say(
+        f'note: log.tracker={self._name!r} was lost after step '
+        f'{self._note["told"]} ({str(error)[:200]}). The run goes on; '
+        'metrics.jsonl has all of it.'
+    )
+    self._tracker = None
+
+
+def _read(path: epath.Path, name: str) -> dict[str, Any]:
+  """Returns the note of a run, or a new one: id, last step told, done."""
+  found = files.read_object(path)
+  if not found or 'tracker' in found and found['tracker'] != name:
+    return {
+        'tracker': name, 'id': secrets.token_hex(4), 'told': -1, 'done': False
+    }
+  fits = {'tracker', 'id', 'told', 'done'} == found.keys() and (
+      isinstance(found['id'], str) and ID.fullmatch(found['id'])
+      and type(found['told']) is int and type(found['done']) is bool
+  )
+  if not fits:
+    raise UserError(
+        f'{path} is not what a run with log.tracker={name!r} wrote. Use that, '
+        'or no such file, for a new record.'
+    )
+  return found

@@ -1,0 +1,70 @@
+"""Weights & Biases (wandb.ai): log.tracker=wandb, the extra `wandb`.
+
+WANDB_MODE=offline keeps a run on the disk, in ./wandb, for `wandb sync`;
+WANDB_PROJECT names the project, and WANDB_DIR another folder.
+"""
+
+import os
+from typing import Any
+
+from mocov3_jax.base.errors import UserError
+
+PROJECT = 'mocov3_jax'
+
+
+class WeightsAndBiases:
+  """A run of Weights & Biases, as a `Tracker`."""
+
+  def __init__(self, run: Any, error: type[Exception]):
+    """Wraps a run.
+
+    Args:
+      run: as wandb.init returns it.
+      error: that wandb raises.
+    """
+    self._run, self._error = run, error
+
+  def log(self, step: int, values: dict[str, float]) -> None:
+    """Adds the values of a step."""
+    try:
+      self._run.log(values, step=step, commit=True)
+    except self._error as e:
+      raise ConnectionError(e) from e
+
+  def close(self, results: dict[str, Any] | None) -> None:
+    """Sends the rest, and with it the results of a run that is done."""
+    try:
+      if results is not None:
+        self._run.summary.update(results)
+      self._run.finish(exit_code=0 if results is not None else 1)
+    except self._error as e:
+      raise ConnectionError(e) from e
+
+
+def begin(name: str, run_id: str, config: dict[str, Any]) -> WeightsAndBiases:
+  """Begins a run, or continues the one with this id.
+
+  Args:
+    name: shown for the run.
+    run_id: of its own in the project.
+    config: as nested dicts.
+
+  Raises:
+    UserError: without a login, or where the service refuses.
+  """
+  import wandb
+
+  try:
+    run = wandb.init(
+        project=None if 'WANDB_PROJECT' in os.environ else PROJECT,
+        id=run_id, resume='allow', name=name, config=config,
+        # What a terminal shows is neither captured nor added to.
+        settings=wandb.Settings(console='off', silent=True),
+    )
+  except wandb.errors.Error as e:
+    raise UserError(
+        f'log.tracker=\'wandb\' cannot begin a run: {str(e)[:300]}. Use `wandb '
+        'login` first, WANDB_MODE=offline without a network, or '
+        "log.tracker=''."
+    ) from e
+  return WeightsAndBiases(run, wandb.errors.Error)
