@@ -122,6 +122,7 @@ class Encoded:
   count: int
   broken: frozenset = frozenset()
   shape = None
+  channels = 3
   classes = ()
   labels_at_hand = True
 
@@ -239,6 +240,7 @@ def test_the_next_image_is_held_out_in_place_of_the_last_of_its_class():
 def test_a_jpeg_of_another_size_than_its_header_says_so(monkeypatch):
   class OneJpeg:
     shape = None
+    channels = 3
 
     def read(self, index):
       file = io.BytesIO()

@@ -21,8 +21,7 @@ from mocov3_jax.benchmarks import pillow_chain
 from mocov3_jax.benchmarks.timing import take_turns
 from mocov3_jax.config import checks
 from mocov3_jax.config import training as config_lib
-from mocov3_jax.data import pipeline, workers
-from mocov3_jax.data.decode import Encoded
+from mocov3_jax.data import channels, pipeline, workers
 from mocov3_jax.method.build import build_method, image_shape
 from mocov3_jax.parallel import chips, sharding
 from mocov3_jax.sources import Source, Unreadable
@@ -40,7 +39,7 @@ def encoded_source(config: ConfigDict) -> Source:
   """Opens the images to train on; refuses those that only get copied.
 
   Raises:
-    UserError: for bad input, or a source whose images have one size.
+    UserError: for bad input, or images of one size or not of RGB.
   """
   checks.validate(config, jax.device_count())
   source = pretrain.load_splits(config).train
@@ -50,6 +49,11 @@ def encoded_source(config: ConfigDict) -> Source:
         f'data.source={config.data.source!r} has images of one size, which the '
         'host does not crop. Allowed: folder:PATH, wds:, hf:, or a TFDS set of '
         'photographs.'
+    )
+  if source.channels != 3:
+    raise UserError(
+        f'data.mean has {source.channels} values; the original\'s chain, which '
+        'is measured beside ours, is of RGB. Allowed: 3.'
     )
   return source
 
@@ -137,11 +141,11 @@ class _InMemory:
   shape = None
 
   def __init__(self, source: Source, numbers: list[int]):
-    self._data = {}
+    self._data, self.channels = {}, source.channels
     for number in numbers:
       with contextlib.suppress(Unreadable):
         data = source.read(number)
-        Encoded(data).pixels()
+        channels.opened(data, source.channels).pixels()
         self._data[number] = data
 
   def __iter__(self) -> Iterator[int]:

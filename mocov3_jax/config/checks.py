@@ -6,6 +6,7 @@ several fields, or on the number of devices.
 
 from ml_collections import ConfigDict
 
+from mocov3_jax.base.errors import UserError
 from mocov3_jax.config import evaluation, knobs, training
 from mocov3_jax.config.knobs import Range, require
 
@@ -40,6 +41,8 @@ def validate(config: ConfigDict, device_count: int | None = None) -> None:
       'as many numbers as data.mean, each above 0',
       lambda v: len(v) == len(config.data.mean),
   ))
+  for name, view in config.augment.items():
+    require_colour(f'augment.{name}', view, len(config.data.mean))
   # Of any number of devices all that is known is that it is a multiple of this.
   device_count = device_count or config.fsdp_devices
   _require_multiple(config, device_count)
@@ -52,6 +55,33 @@ def validate(config: ConfigDict, device_count: int | None = None) -> None:
       f'0, or a divisor of the {share} images of each device',
       lambda v: v == 0 or share % v == 0,
   ))
+
+
+def require_colour(name: str, view: ConfigDict, channels: int) -> None:
+  """Checks that a view does to images only what their channels allow.
+
+  Saturation, hue and grayscale are of RGB. They leave gray as it is.
+
+  Args:
+    name: of the view's table, for the message.
+    view: its table.
+    channels: of the images.
+
+  Raises:
+    UserError: with each field that needs RGB.
+  """
+  if channels in (1, 3):
+    return
+  fields = ('gray_prob',)
+  if view.jitter_prob:
+    fields += ('saturation', 'hue')
+  wrong = [field for field in fields if view[field]]
+  if wrong:
+    given = ', '.join(f'{name}.{field}={view[field]}' for field in wrong)
+    raise UserError(
+        f'{given}: these are operations on RGB, and data.mean has {channels} '
+        'values, one a channel. Allowed: 0 for each of them.'
+    )
 
 
 def validate_eval(config: ConfigDict, device_count: int) -> None:

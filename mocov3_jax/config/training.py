@@ -139,7 +139,8 @@ def _data() -> Schema:
       # Side of the square crop that the model sees, pixels. Paper s5: 224.
       'image_size': Knob(224, within(1, 8192)),
       # Mean and standard deviation of each channel, of pixels in [0, 1]. The
-      # release has ImageNet's.
+      # release has ImageNet's. Images of a folder are read with as many
+      # channels: 1 = gray, 3 = RGB, or their own.
       'mean': Knob(
           (0.485, 0.456, 0.406),
           Range('a number a channel', lambda v: len(v) >= 1),

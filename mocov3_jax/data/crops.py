@@ -11,6 +11,7 @@ import cv2
 from ml_collections import ConfigDict
 import numpy as np
 
+from mocov3_jax.data.channels import Planes
 from mocov3_jax.data.decode import JPEG_FLAGS, Encoded
 from mocov3_jax.sources import Unreadable
 
@@ -22,6 +23,8 @@ CENTRE = 0.875
 # A crop from a JPEG decoded this much larger than needed is within 1.5 of 255,
 # in the mean, of one from the whole image, on the most detailed photographs.
 MARGIN = 1.5
+# Channels that OpenCV resizes together, at most.
+MOST_CHANNELS = 4
 # Pixels to one pixel, from which on an image is averaged before it is smoothed.
 COARSE = 4.0
 
@@ -68,7 +71,9 @@ def centre_box(height: int, width: int) -> Box:
   return Box((height - side) // 2, (width - side) // 2, side, side)
 
 
-def cut(encoded: Encoded, boxes: list[Box], out: np.ndarray) -> None:
+def cut(
+    encoded: Encoded | Planes, boxes: list[Box], out: np.ndarray
+) -> None:
   """Decodes an image once and cuts boxes out of it.
 
   A large JPEG is decoded at 1/2, 1/4 or 1/8 of its size, as long as every box
@@ -78,7 +83,7 @@ def cut(encoded: Encoded, boxes: list[Box], out: np.ndarray) -> None:
   Args:
     encoded: the image.
     boxes: in its pixels.
-    out: uint8 [len(boxes), size, size, 3], contiguous; the crops go there.
+    out: uint8 [len(boxes), size, size, C], contiguous; the crops go there.
 
   Raises:
     Unreadable: if the image is damaged, or of another size than its header
@@ -105,7 +110,7 @@ def cut(encoded: Encoded, boxes: list[Box], out: np.ndarray) -> None:
 
 
 def resize(image: np.ndarray, out: np.ndarray, box: Box | None = None) -> None:
-  """Resizes uint8 [H, W, 3] into `out`, uint8 [h, w, 3], antialiased.
+  """Resizes uint8 [H, W, C] into `out`, uint8 [h, w, C], antialiased.
 
   Of the image, `box` alone, if there is one.
 
@@ -114,9 +119,20 @@ def resize(image: np.ndarray, out: np.ndarray, box: Box | None = None) -> None:
   wider triangle has, then OpenCV interpolates. Three to four times faster;
   on photographs 1 of 255 from Pillow in the mean.
   """
-  height, width = out.shape[:2]
   if box is None:
     box = Box(0, 0, *image.shape[:2])
+  if out.shape[2] <= MOST_CHANNELS:
+    _resize(image, out, box)
+    return
+  for begin in range(0, out.shape[2], MOST_CHANNELS):
+    some = slice(begin, begin + MOST_CHANNELS)
+    part = np.empty_like(out[..., some], order='C')
+    _resize(np.ascontiguousarray(image[..., some]), part, box)
+    out[..., some] = part
+
+
+def _resize(image: np.ndarray, out: np.ndarray, box: Box) -> None:
+  height, width = out.shape[:2]
   top, left = math.floor(box.top), math.floor(box.left)
   image = image[
       top:math.ceil(box.top + box.height), left:math.ceil(box.left + box.width)

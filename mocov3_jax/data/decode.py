@@ -42,6 +42,13 @@ JPEG_FLAGS = {
 }
 # End-of-image marker of a JPEG, and how many bytes may follow it.
 EOI, TRAILER = b'\xff\xd9', 64
+# The same for gray, which comes as it is.
+GRAY_FLAGS = {
+    1: cv2.IMREAD_IGNORE_ORIENTATION | cv2.IMREAD_GRAYSCALE,
+    2: cv2.IMREAD_IGNORE_ORIENTATION | cv2.IMREAD_REDUCED_GRAYSCALE_2,
+    4: cv2.IMREAD_IGNORE_ORIENTATION | cv2.IMREAD_REDUCED_GRAYSCALE_4,
+    8: cv2.IMREAD_IGNORE_ORIENTATION | cv2.IMREAD_REDUCED_GRAYSCALE_8,
+}
 
 
 class Encoded:
@@ -51,18 +58,18 @@ class Encoded:
     height, width: pixels, as shown (the EXIF orientation is applied).
   """
 
-  def __init__(self, data: bytes):
+  def __init__(self, data: bytes, gray: bool = False):
     """Reads the header.
 
     Args:
       data: of an image file in one of FORMATS.
+      gray: whether its pixels are to have one channel instead of RGB.
 
     Raises:
       Unreadable: if there is none, or it is beyond the limits above.
     """
-    self._data = data
-    self._image = _open(data)
-    _check_size(self._image, data)
+    self._data, self._gray = data, gray
+    self._image = open_image(data)
     self.width, self.height = self._image.size
     self._orientation = _orientation(self._image)
     if self._orientation >= 5:
@@ -107,7 +114,7 @@ class Encoded:
         up), which saves work; other formats ignore it.
 
     Returns:
-      uint8 [H, W, 3], RGB, C-contiguous.
+      uint8 [H, W, 3], RGB, or [H, W, 1], gray (ITU-R 601); C-contiguous.
 
     Raises:
       Unreadable: if it is damaged.
@@ -116,20 +123,35 @@ class Encoded:
       image = None
       if self.is_plain_jpeg:
         data = np.frombuffer(self._data, np.uint8)
-        image = cv2.imdecode(data, JPEG_FLAGS[shrink])
-        if image is not None and shrink > 1:
+        flags = GRAY_FLAGS if self._gray else JPEG_FLAGS
+        image = cv2.imdecode(data, flags[shrink])
+        if image is not None and shrink > 1 and not self._gray:
           cv2.cvtColor(image, cv2.COLOR_BGR2RGB, dst=image)
       if image is None:
-        image = np.array(_to_rgb(self._image))
+        image = _to_rgb(self._image)
+        image = np.array(image.convert('L') if self._gray else image)
     except Exception as e:  # Both libraries raise many kinds.
       plain = stripped(self._data, exif=False)
       if plain is None or plain == self._data:
         raise Unreadable(str(e)) from e
       # Some damage shows no sooner than here.
-      again = Encoded(plain)
+      again = Encoded(plain, self._gray)
       again._orientation = 1
       image = again.pixels(shrink)
+    if image.ndim == 2:
+      image = image[..., None]
     return np.ascontiguousarray(TURNS[self._orientation](image))
+
+
+def open_image(data: bytes) -> Image.Image:
+  """Opens an image of FORMATS, of which only the header has been read.
+
+  Raises:
+    Unreadable: if it is none, or beyond the limits above.
+  """
+  image = _open(data)
+  _check_size(image, data)
+  return image
 
 
 def _check_size(image: Image.Image, data: bytes) -> None:
@@ -156,7 +178,11 @@ def _open(data: bytes) -> Image.Image:
         except Exception:
           pass  # It is not the metadata.
     if isinstance(e, UnidentifiedImageError):
-      raise Unreadable('not an image') from e
+      raise Unreadable(
+          'not an image' if data[:2] not in (b'II', b'MM') else
+          'a TIFF, but neither gray nor RGB; one with other channels needs as '
+          'many values in data.mean'
+      ) from e
     raise Unreadable(str(e)) from e
 
 

@@ -19,11 +19,10 @@ import numpy as np
 
 from mocov3_jax.base import console
 from mocov3_jax.base.errors import UserError
-from mocov3_jax.data import crops
-from mocov3_jax.data.decode import Encoded
+from mocov3_jax.data import channels, crops
 from mocov3_jax.data.workers import Workers
 from mocov3_jax.method.augment import Views
-from mocov3_jax.sources import Source, Unreadable, channels
+from mocov3_jax.sources import Source, Unreadable
 
 # Streams of random words; epochs have the 0.
 CROPS, REPLACEMENTS, RECOLOURS = 1, 2, 3
@@ -32,8 +31,8 @@ RECOLOUR_WORDS = 32
 TRIES = 50
 # Seconds between two looks whether to go on waiting for a batch.
 LOOK = 0.2
-# Shape of the crop by which an image is read again, to say what is wrong.
-REREAD = 224, 224, 3
+# Side of the crop by which an image is read again, to say what is wrong.
+REREAD = 224
 
 
 class Batch(NamedTuple):
@@ -169,7 +168,9 @@ class BatchReader:
   @property
   def shape(self) -> tuple[int, ...]:
     """The shape of an example in a batch."""
-    return self.source.shape or (len(self.views), self.size, self.size, 3)
+    return self.source.shape or (
+        len(self.views), self.size, self.size, self.source.channels
+    )
 
   def read_into(self, out: np.ndarray, index: int, place: int) -> None:
     """Reads one example, with the crops of its place in the sequence.
@@ -234,14 +235,15 @@ def read_crops(
   if source.shape:
     out[...] = pixels(source, data)
     return
-  encoded = Encoded(data)
+  encoded = channels.opened(data, source.channels)
   crops.cut(encoded, boxes(encoded.height, encoded.width), out)
 
 
 def why_unreadable(source: Source, index: int) -> str:
   """Returns what is wrong with an image that could not be read, on one line."""
   boxes = lambda height, width: [crops.centre_box(height, width)]
-  out = np.empty(source.shape or (1, *REREAD), np.uint8)
+  shape = source.shape or (1, REREAD, REREAD, source.channels)
+  out = np.empty(shape, np.uint8)
   try:
     read_crops(source, index, boxes, out)
   except Unreadable as e:
@@ -256,8 +258,9 @@ def pixels(source: Source, data: bytes | np.ndarray) -> np.ndarray:
     Unreadable: if it is damaged, or has another size.
   """
   if isinstance(data, bytes):
-    data = Encoded(data).pixels()
-    if channels(source) == 1:
+    # As before there was any other gray: a continued run reads the same.
+    data = channels.opened(data, 3).pixels()
+    if source.channels == 1:
       data = cv2.cvtColor(data, cv2.COLOR_RGB2GRAY)[..., None]
   if data.shape != source.shape:
     raise Unreadable(f'has shape {data.shape}, not {source.shape}')
@@ -351,7 +354,7 @@ class _CentreReader:
 
   @property
   def shape(self) -> tuple[int, ...]:
-    return self.source.shape or (self.size, self.size, 3)
+    return self.source.shape or (self.size, self.size, self.source.channels)
 
   def read_row(self, out: np.ndarray, index: int, place: int) -> int:
     del place

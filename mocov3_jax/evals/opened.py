@@ -109,7 +109,7 @@ def open_checkpoint(
   spec = source or data.source
   labels = labels or ('auto' if source else data.labels)
   splits = catalog.load(
-      spec, labels, listing.cache_folder(data.listing_cache)
+      spec, labels, listing.cache_folder(data.listing_cache), len(data.mean)
   )
   sources.check_channels(splits, spec, len(data.mean))
   return Opened(

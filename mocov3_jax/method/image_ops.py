@@ -55,9 +55,9 @@ def resample(
 
 
 def gray(image: jax.Array) -> jax.Array:
-  """Maps [H, W, C] to [H, W, 1]: ITU-R 601 luma of RGB, or the one channel."""
-  if image.shape[-1] == 1:
-    return image
+  """Maps [H, W, C] to [H, W, 1]: ITU-R 601 luma of RGB, or else the mean."""
+  if image.shape[-1] != 3:
+    return jnp.mean(image, axis=-1, keepdims=True)
   luma = jnp.asarray((0.299, 0.587, 0.114), image.dtype)
   return jnp.sum(image * luma.reshape(1, 1, 3), axis=-1, keepdims=True)
 
@@ -81,8 +81,11 @@ def blend(image: jax.Array, op: jax.Array, factor: jax.Array) -> jax.Array:
 
 
 def shift_hue(image: jax.Array, shift: jax.Array) -> jax.Array:
-  """Turns the hue of [H, W, C] in [0, 1] by `shift` of the colour circle."""
-  if image.shape[-1] == 1:
+  """Turns the hue of [H, W, C] in [0, 1] by `shift` of the colour circle.
+
+  Only RGB has a hue.
+  """
+  if image.shape[-1] != 3:
     return image
   r, g, b = image[..., 0], image[..., 1], image[..., 2]
   value = jnp.max(image, axis=-1)

@@ -12,8 +12,7 @@ import numpy as np
 from mocov3_jax.base import files
 from mocov3_jax.base.errors import UserError
 from mocov3_jax.config import checks
-from mocov3_jax.data import pipeline
-from mocov3_jax.data.decode import Encoded
+from mocov3_jax.data import channels, pipeline
 from mocov3_jax.method import augment, image_ops
 from mocov3_jax.method.build import run_keys
 from mocov3_jax.pictures.sheets import Sheet
@@ -90,7 +89,9 @@ def _original(reader, batch, place, image, drawn):
     return image, [[float(v) for v in d.box] for d in drawn]
   if batch.unreadable[place] >= 0:  # Its replacement is seen by its views.
     return None, [None, None]
-  encoded = Encoded(source.read(int(reader.indices(0)[place])))
+  encoded = channels.opened(
+      source.read(int(reader.indices(0)[place])), source.channels
+  )
   boxes = pipeline.draw_boxes(
       reader.seed, place, encoded.height, encoded.width, reader.views
   )

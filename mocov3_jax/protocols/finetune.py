@@ -62,6 +62,11 @@ def finetune(setup: Setup, path: str) -> dict[str, Any]:
 
   fill = tuple(round(255 * m) for m in setup.run.config.data.mean)
   magnitude = config.finetune.rand_augment
+  if magnitude and len(fill) not in (1, 3):
+    raise UserError(
+        f'finetune.rand_augment={magnitude} is for RGB and gray images, and '
+        f'the network was trained on {len(fill)} channels. Allowed: 0.'
+    )
 
   def finish(results, workdir, state):
     results |= processes.from_primary(lambda: _summary(results, workdir))

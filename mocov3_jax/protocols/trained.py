@@ -6,7 +6,7 @@ from typing import Any
 from etils import epath
 
 from mocov3_jax.base.errors import UserError
-from mocov3_jax.config import evaluation
+from mocov3_jax.config import checks, evaluation
 from mocov3_jax.config import training as config_lib
 from mocov3_jax.data import pipeline
 from mocov3_jax.evals.evaluator import Evaluator, State, Values
@@ -33,6 +33,7 @@ def make_trainer(
     UserError: for a batch or a schedule that does not fit the images.
   """
   config, mesh = setup.config, setup.mesh
+  checks.require_colour('view', config.view, setup.splits.train.channels)
   plan = make_plan(setup, lr_per_256)
   reader = pipeline.BatchReader(
       setup.splits.train,

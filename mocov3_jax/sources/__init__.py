@@ -26,13 +26,15 @@ class Source(Protocol):
   """Random access to images and labels.
 
   Attributes:
-    shape: (H, W, C) if all images have one size, else None (and three
-      channels). Images of one size are cropped on the device.
+    shape: (H, W, C) if all images have one size, else None. Images of one
+      size are cropped on the device.
+    channels: of the images as they are read.
     classes: names of the labels 0, 1, ...; none if there are no labels.
     labels_at_hand: whether `labels` needs to read no image.
   """
 
   shape: tuple[int, int, int] | None
+  channels: int
   classes: tuple[str, ...]
   labels_at_hand: bool
 
@@ -79,6 +81,11 @@ class ArraySource:
     """The shape (H, W, C) of each image."""
     return self.images.shape[1:]
 
+  @property
+  def channels(self) -> int:
+    """The channels of each image."""
+    return self.images.shape[-1]
+
   def __len__(self) -> int:
     return len(self.images)
 
@@ -106,6 +113,11 @@ class Subset:
   def shape(self) -> tuple[int, int, int] | None:
     """The shape of the images, as that of the whole source."""
     return self.source.shape
+
+  @property
+  def channels(self) -> int:
+    """The channels of the images, as those of the whole source."""
+    return self.source.channels
 
   @property
   def classes(self) -> tuple[str, ...]:
@@ -182,18 +194,13 @@ def _names_digest(source: Source) -> str:
   return digest.hexdigest()
 
 
-def channels(source: Source) -> int:
-  """Returns the channels of the images as the model sees them."""
-  return source.shape[-1] if source.shape else 3
-
-
 def check_channels(splits: Splits, spec: str, wanted: int) -> None:
   """Checks that images have the channels that a network was trained on.
 
   Raises:
     UserError: if they have not.
   """
-  found = channels(splits.train)
+  found = splits.train.channels
   if found != wanted:
     raise UserError(
         f'the source {spec!r} has {found} channels, but the network was '

@@ -44,35 +44,36 @@ class Kind(NamedTuple):
 
   Attributes:
     form: how `config.data.source` names one.
-    load: (what follows the colon, `config.data.labels`, folder of listings) ->
-      the splits.
+    load: (what follows the colon, `config.data.labels`, folder of listings,
+      channels that are wanted) -> the splits.
     takes_labels: whether it can have labels other than its own.
   """
 
   form: str
-  load: Callable[[str, str, epath.Path | None], Splits]
+  load: Callable[[str, str, epath.Path | None, int], Splits]
   takes_labels: bool = False
 
 
 SOURCES = {
-    'digits': Kind('digits', lambda path, labels, cache: digits()),
+    'digits': Kind('digits', lambda *_: digits()),
     'folder': Kind('folder:PATH', folder.load, takes_labels=True),
-    'idx': Kind('idx:FOLDER', lambda path, labels, cache: idx.load(path)),
+    'idx': Kind('idx:FOLDER', lambda path, *_: idx.load(path)),
     'wds': Kind(
-        'wds:GLOB', lambda path, labels, cache: shards.load(path, cache)
+        'wds:GLOB', lambda path, _, cache, __: shards.load(path, cache)
     ),
     'hf': Kind(
         'hf:PATH_OR_NAME[:SPLIT]',
-        lambda path, labels, cache: huggingface.load(path),
+        lambda path, *_: huggingface.load(path),
     ),
     'tfds': Kind(
-        'tfds:NAME[:SPLIT]', lambda path, labels, cache: tfds.load(path)
+        'tfds:NAME[:SPLIT]', lambda path, *_: tfds.load(path)
     ),
 }
 
 
 def load(
-    spec: str, labels: str = 'auto', cache: epath.Path | None = None
+    spec: str, labels: str = 'auto', cache: epath.Path | None = None,
+    channels: int = 3,
 ) -> Splits:
   """Opens the source that `config.data.source` names.
 
@@ -81,6 +82,7 @@ def load(
     labels: `config.data.labels`.
     cache: where listings of image folders are kept, as
       `listing.cache_folder` tells; None = nowhere.
+    channels: that images of a folder are read with; other sets have their own.
 
   Raises:
     UserError: for a name that is not in the table, or bad data.
@@ -97,4 +99,4 @@ def load(
         f'data.labels={labels!r} is only for folder: sources, and data.source '
         f'is {spec!r}. Allowed: auto.'
     )
-  return kind.load(path, labels, cache)
+  return kind.load(path, labels, cache, channels)

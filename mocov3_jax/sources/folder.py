@@ -32,12 +32,14 @@ class FolderSource:
     paths: bytes objects [N], relative to it.
     all_labels: int32 [N], -1 where there is none.
     classes: their names; none without labels.
+    channels: that the images are read with.
   """
 
   root: bytes
   paths: np.ndarray
   all_labels: np.ndarray
   classes: tuple[str, ...]
+  channels: int = 3
   shape = None
   labels_at_hand = True
 
@@ -78,7 +80,9 @@ def _without_waiting(path: bytes, flags: int) -> int:
   return os.open(path, flags | os.O_NONBLOCK)
 
 
-def load(path: str, labels: str, cache: epath.Path | None) -> Splits:
+def load(
+    path: str, labels: str, cache: epath.Path | None, channels: int = 3
+) -> Splits:
   """Opens a folder of images.
 
   If its only folders are train/ and such as val/ (`layout.TESTS`), those are
@@ -94,6 +98,7 @@ def load(path: str, labels: str, cache: epath.Path | None) -> Splits:
       (relative to the folder) and label; images that it does not name have no
       label.
     cache: where the listing is kept.
+    channels: that the images are read with; see `data/channels.py`.
 
   Raises:
     UserError: if there is no folder, or no image in it; folders look like
@@ -114,7 +119,7 @@ def load(path: str, labels: str, cache: epath.Path | None) -> Splits:
           root, paths,
           np.array([number[names[p]] if p in names else -1
                     for p in paths.tolist()], np.int32),
-          classes,
+          classes, channels,
       )
       for paths in (found.train, found.test)
   )

@@ -28,6 +28,7 @@ class TableSource:
   """One split of a set, as a `sources.Source`."""
 
   shape = None
+  channels = 3
   labels_at_hand = True
 
   def __init__(

@@ -81,6 +81,7 @@ class ShardSource:
   all_labels: np.ndarray
   classes: tuple[str, ...]
   shape = None
+  channels = 3
   labels_at_hand = True
 
   def __len__(self) -> int:

@@ -63,6 +63,7 @@ class TfdsSource:
           f'data.source=tfds:{builder.info.name} has images of '
           f'{self.shape[-1]} channels. Allowed: 1 (gray) or 3 (RGB).'
       )
+    self.channels = self.shape[-1] if self.shape else 3
     decoders = {self._image: tfds.decode.SkipDecoding()}
     known = list(builder.info.splits)
     file_format = _file_format(builder)

@@ -122,9 +122,9 @@ def load_splits(config: ConfigDict) -> sources.Splits:
   """
   splits = catalog.load(
       config.data.source, config.data.labels,
-      listing.cache_folder(config.data.listing_cache),
+      listing.cache_folder(config.data.listing_cache), len(config.data.mean),
   )
-  channels = sources.channels(splits.train)
+  channels = splits.train.channels
   if len(config.data.mean) != channels:
     raise UserError(
         f'data.mean={config.data.mean} has {len(config.data.mean)} values, but '

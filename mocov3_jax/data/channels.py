@@ -1,0 +1,179 @@
+"""Images of any number of channels: RGB and gray, or such as a satellite has.
+
+As many channels as `data.mean` has values. Three are RGB and one is gray, which
+every image can be turned into. Any other number must be the image's own: of a
+TIFF with as many samples a pixel, or as many pages; or of an image with
+transparency and the like.
+"""
+
+from collections.abc import Iterator
+import io
+import itertools
+import math
+from typing import Any
+import zlib
+
+import numpy as np
+
+from mocov3_jax.base.errors import UserError
+from mocov3_jax.data import decode
+from mocov3_jax.sources import Unreadable
+
+# How a TIFF begins: little or big endian, classic or for files above 4 GiB.
+TIFF = b'II*\0', b'MM\0*', b'II+\0', b'MM\0+'
+# Values of an image, at most.
+MOST_VALUES = 4 * decode.MOST_PIXELS
+# Compressions of a TIFF, by their numbers: none, and two names of deflate.
+NONE, DEFLATE = 1, (8, 32946)
+
+
+def opened(data: bytes, channels: int) -> 'decode.Encoded | Planes':
+  """Reads the header of an encoded image.
+
+  Args:
+    data: of an image file.
+    channels: that its pixels are to have.
+
+  Raises:
+    Unreadable: if it is no image, beyond the limits, or has other channels.
+  """
+  if channels in (1, 3):
+    return decode.Encoded(data, gray=channels == 1)
+  return Planes(data, channels)
+
+
+class Planes:
+  """An image of neither one nor three channels, used as a `decode.Encoded`.
+
+  Attributes:
+    height, width: pixels.
+  """
+
+  def __init__(self, data: bytes, channels: int):
+    """Reads the header.
+
+    Args:
+      data: of an image file.
+      channels: that it has.
+
+    Raises:
+      Unreadable: if it is no image, beyond the limits, or has others.
+      UserError: for a TIFF, without the package that reads it.
+    """
+    self._image, self._pages = None, []
+    if data.startswith(TIFF):
+      self._pages = _pages(data, channels)
+      sides = self._pages[0].axes, self._pages[0].shape
+      self.height, self.width = (sides[1][sides[0].index(a)] for a in 'YX')
+      return
+    self._image = decode.open_image(data)
+    self.width, self.height = self._image.size
+    if len(self._image.getbands()) != channels:
+      raise _wrong(len(self._image.getbands()), channels)
+
+  def begins(self, shrink: int) -> tuple[int, int]:
+    """Returns zeros; see `Encoded.begins`."""
+    del shrink
+    return 0, 0
+
+  def pixels(self, shrink: int = 1) -> np.ndarray:
+    """Decodes the image whole; of 16-bit values the high byte is kept.
+
+    Returns:
+      uint8 [H, W, channels], C-contiguous.
+
+    Raises:
+      Unreadable: if it is damaged.
+    """
+    del shrink
+    try:
+      if self._image is not None:
+        return np.ascontiguousarray(self._image)
+      planes = [page.asarray(maxworkers=1) for page in self._pages]
+    except Exception as e:  # Both libraries raise many kinds.
+      raise Unreadable(str(e)) from e
+    axes = self._pages[0].axes
+    found = np.stack(planes, axis=-1) if axes == 'YX' else planes[0]
+    if axes == 'SYX':
+      found = np.moveaxis(found, 0, -1)
+    if found.dtype == np.uint16:
+      found = found >> 8
+    return np.ascontiguousarray(found, np.uint8)
+
+
+def _pages(data: bytes, channels: int) -> list[Any]:
+  """Returns the pages of a TIFF that hold its channels: one, or one of each."""
+  try:
+    import tifffile
+  except ImportError as e:
+    raise UserError(
+        'images of neither one nor three channels (data.mean) are read from '
+        'TIFF files by the package tifffile, which is not installed. Use pip '
+        "install 'mocov3-jax[channels]'."
+    ) from e
+  try:
+    # No more than are wanted are looked for: there may be millions.
+    file = tifffile.TiffFile(io.BytesIO(data))
+    pages = list(itertools.islice(_each(file.pages), channels + 1))
+    found = pages[0].axes, pages[0].shape, pages[0].dtype
+    one = 'S' in found[0]
+    if one:
+      pages = pages[:1]
+    if any((page.axes, page.shape, page.dtype) != found for page in pages):
+      raise Unreadable('its pages differ in size or type')
+    count = found[1][found[0].index('S')] if one else len(pages)
+    if found[0] not in ('YX', 'YXS', 'SYX'):
+      raise Unreadable(f'its axes are {found[0]}, not one image')
+    if count != channels:
+      raise _wrong(count, channels, or_more=not one)
+    if found[2] not in (np.uint8, np.uint16):
+      raise Unreadable(
+          f'its pixels are {found[2]}; of several channels, 8-bit and 16-bit '
+          'ones are read'
+      )
+    if math.prod(found[1]) * len(pages) > MOST_VALUES:
+      raise Unreadable(
+          f'{math.prod(found[1]) * len(pages):,} values are more than '
+          f'{MOST_VALUES:,}'
+      )
+    for page in pages:
+      _check_parts(data, page)
+  except (Unreadable, UserError):
+    raise
+  except Exception as e:  # tifffile raises many kinds.
+    raise Unreadable(str(e)) from e
+  return pages
+
+
+def _each(pages: Any) -> Iterator[Any]:
+  for number in itertools.count():
+    try:
+      yield pages[number]
+    except IndexError:
+      return
+
+
+def _check_parts(data: bytes, page: Any) -> None:
+  """Raises Unreadable unless each part of a page unpacks to what it should.
+
+  Libraries unpack a part whole, however large it turns out.
+  """
+  if page.compression == NONE:
+    return
+  if page.compression not in DEFLATE:
+    raise Unreadable(
+        f'compressed by {page.compression.name}; of several channels, images '
+        'without compression or with deflate are read'
+    )
+  whole = math.prod(page.chunks) * page.dtype.itemsize
+  for begin, size in zip(page.dataoffsets, page.databytecounts, strict=True):
+    unpacked, part = zlib.decompressobj(), data[begin : begin + size]
+    if len(unpacked.decompress(part, whole + 1)) > whole:
+      raise Unreadable(f'a part of it is larger than its {whole:,} bytes')
+
+
+def _wrong(found: int, wanted: int, or_more: bool = False) -> Unreadable:
+  more = ' or more' if or_more and found > wanted else ''
+  return Unreadable(
+      f'has {found} channels{more}, and data.mean has {wanted} values'
+  )
