@@ -14,6 +14,7 @@ PERIOD = 10  # Steps between two kNN evaluations.
 def rows(
     steps=600, *, seed=0, final=0.9, dip_at=(), spike_at=(), lag=3,
     frozen=False, labels=True, diverge_at=None, layers=('block_1',),
+    updates=False,
 ):
   """What metrics.jsonl of such a run would hold.
 
@@ -28,6 +29,7 @@ def rows(
     labels: whether kNN is logged, or else what needs no labels.
     diverge_at: the step of the last row, which says so.
     layers: others whose gradients are logged.
+    updates: whether the size of updates is logged.
   """
   noise = np.random.default_rng(seed)
   found = []
@@ -46,7 +48,7 @@ def rows(
       )
     if step == steps:
       break
-    row = _row(step, steps, noise, frozen, spike_at, lag, layers)
+    row = _row(step, steps, noise, frozen, spike_at, lag, layers, updates)
     if step == diverge_at:
       found.append({'step': step, 'train/diverged': 1.0})
       break
@@ -54,7 +56,7 @@ def rows(
   return found
 
 
-def _row(step, steps, noise, frozen, spike_at, lag, layers):
+def _row(step, steps, noise, frozen, spike_at, lag, layers, updates):
   jitter = lambda: math.exp(0.15 * noise.normal())
   spike = lambda delay: 12.0 if step - delay in spike_at else 1.0
   decay = 0.02 * math.exp(-step / steps)
@@ -64,6 +66,10 @@ def _row(step, steps, noise, frozen, spike_at, lag, layers):
       'grad_max/last_block': decay * jitter() * spike(lag),
       'grad_max/patch_embed':
           0.0 if frozen else 2 * decay * jitter() * spike(0),
+      **({} if not updates else {
+          'update_rms/last_block': jitter() * min(4.0, spike(lag)),
+          'update_rms/patch_embed': jitter() * min(9.0, spike(0)),
+      }),
       'grad_norm/global': 1.0,
       'train/feature_std': 0.2 + 0.02 * noise.normal(),
       'train/loss': 3.0 + 1.4 * math.exp(-3 * step / steps) * jitter(),

@@ -245,3 +245,60 @@ def test_an_unknown_name_suggests_the_nearest(field, value):
     c[field] = value
   with pytest.raises(UserError, match=rf'optimizer.{field}=.*Did you mean'):
     optimizers.build(c, lambda step: 0.1, freeze_patch_embed=True)
+
+
+def test_update_clip_is_stable_adamw():
+  # Wortsman et al. 2023, algorithm 2, in float64.
+  c = settings('adamw')
+  with c.unlocked():
+    c.update_clip, c.b1, c.b2 = 1.0, 0.9, 0.99
+  rng = np.random.default_rng(0)
+  params = {'kernel': rng.normal(size=(3, 4)), 'bias': rng.normal(size=4)}
+  ours = jax.tree.map(jnp.float32, params)
+  optimizer = optimizers.build(c, lambda step: 0.1, freeze_patch_embed=False)
+  state = optimizer.init(ours)
+  m, v = ({n: np.zeros_like(p) for n, p in params.items()} for _ in 'mv')
+  largest = 0.0
+  for step in range(1, 200):
+    # A burst of one tensor, after a quiet stretch.
+    size = {'kernel': 30.0 if 150 <= step < 153 else 1.0, 'bias': 1.0}
+    grads = {n: rng.normal(size=p.shape) * size[n] for n, p in params.items()}
+    updates, state = optimizer.update(
+        jax.tree.map(jnp.float32, grads), state, ours
+    )
+    ours = optax.apply_updates(ours, updates)
+    for name, g in grads.items():
+      m[name] = c.b1 * m[name] + (1 - c.b1) * g
+      v[name] = c.b2 * v[name] + (1 - c.b2) * g**2
+      square = v[name] / (1 - c.b2**step)
+      rms = np.sqrt(np.mean(g**2 / np.maximum(square, c.eps**2)))
+      largest = max(largest, rms)
+      params[name] -= 0.1 / max(1.0, rms) * (
+          m[name] / (1 - c.b1**step) / (np.sqrt(square) + c.eps)
+          + c.weight_decay * params[name]
+      )
+  assert largest > 5  # Else the bound would have done nothing.
+  for name, want in params.items():
+    np.testing.assert_allclose(ours[name], want, rtol=1e-4, atol=1e-5)
+
+
+def test_a_bound_that_is_not_reached_changes_nothing():
+  rng = np.random.default_rng(0)
+  params = {'kernel': jnp.asarray(rng.normal(size=(3, 4)), jnp.float32)}
+  found = []
+  for bound in 0.0, 1e3:
+    c = settings('adamw')
+    with c.unlocked():
+      c.update_clip = bound
+    optimizer = optimizers.build(c, lambda step: 0.1, False)
+    updates, _ = optimizer.update(params, optimizer.init(params), params)
+    found.append(updates['kernel'])
+  np.testing.assert_array_equal(*found)
+
+
+def test_the_bound_of_the_update_is_of_adamw():
+  c = settings('lars')
+  with c.unlocked():
+    c.update_clip = 1.0
+  with pytest.raises(UserError, match='update_clip=1.0 is of AdamW'):
+    optimizers.build(c, lambda step: 0.1, False)

@@ -491,6 +491,23 @@ def test_a_frozen_projection_has_no_curve_of_gradients(tmp_path):
   assert names == ['block 1', 'last block']
 
 
+def test_updates_are_above_the_gradients_with_spikes_and_dips(tmp_path):
+  page = report_page.page(one(
+      tmp_path / 'run', updates=True, spike_at=(200, 300), dip_at=(310,)
+  ), '')
+  found = charts(page)['updates']['data']
+  assert {t['name'] for t in found} == {
+      'patch projection', 'last block', 'patch projection: spikes',
+      'last block: spikes', 'dips of kNN',
+  }
+  marks = {t['name']: t['x'] for t in found if t['mode'] == 'markers'}
+  assert marks['patch projection: spikes'] == [200, 300]
+  assert marks['last block: spikes'] == [203, 303]
+  assert len(marks['dips of kNN']) == 1
+  assert page.index('plot-updates') < page.index('plot-gradients')
+  assert page.count('id="one-run"') == 1
+
+
 def test_one_run_alone_needs_no_comparison(tmp_path):
   made = one(tmp_path / 'run', spike_at=(300,), dip_at=(310,))
   page = report_page.page(made, '')

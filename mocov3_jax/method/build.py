@@ -1,12 +1,14 @@
 """Builds the parts of a training step from a config."""
 
+import functools
+
 import jax
 from ml_collections import ConfigDict
 
 from mocov3_jax import models
 from mocov3_jax.base.errors import UserError
 from mocov3_jax.config import training as config_lib
-from mocov3_jax.method import augment, objectives, optimizers
+from mocov3_jax.method import augment, monitors, objectives, optimizers
 from mocov3_jax.method.train_step import Method
 from mocov3_jax.models.execution import REFERENCE, Execution
 from mocov3_jax.models.vit import ViT
@@ -60,7 +62,20 @@ def build_method(
       ),
       learning_rate=learning_rate,
       momentum=optimizers.build_momentum(config.objective, plan.total_steps),
-      log_blocks=config.log.blocks,
+      monitor=_monitor(config, model),
+  )
+
+
+def _monitor(config: ConfigDict, model: models.Network) -> monitors.Monitor:
+  layers = monitors.layers_of(model.backbone, config.log.blocks)
+  gradients = monitors.gradients(layers)
+  if not config.log.updates:
+    return gradients
+  clip = lambda grads: grads
+  if model.backbone.clip_patch_embed:
+    clip = functools.partial(optimizers.clipped, config.optimizer)
+  return monitors.both(
+      gradients, monitors.updates(config.optimizer, layers, clip)
   )
 
 

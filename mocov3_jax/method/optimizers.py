@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 import optax
 
-from mocov3_jax.base.errors import unknown
+from mocov3_jax.base.errors import UserError, unknown
 
 PyTree = Any
 Schedule = Callable[[jax.Array], jax.Array]
@@ -107,12 +107,73 @@ def _decay_mask(c: ConfigDict) -> Callable[[PyTree], PyTree] | None:
 def adamw(
     c: ConfigDict, learning_rate: Schedule
 ) -> optax.GradientTransformation:
-  """Returns AdamW; it decays every trainable tensor, as PyTorch's does."""
-  return optax.chain(
+  """Returns AdamW; it decays every trainable tensor, as PyTorch's does.
+
+  With `c.update_clip`, the rate of each tensor is divided by its RMS_t over
+  that bound, where it is above 1: StableAdamW (Wortsman et al. 2023, arXiv
+  2304.13013, algorithm 2), whose bound is 1.
+  """
+  chain = optax.chain(
       optax.scale_by_adam(c.b1, c.b2, c.eps),
       optax.add_decayed_weights(c.weight_decay, _decay_mask(c)),
       optax.scale_by_learning_rate(learning_rate),
   )
+  if not c.update_clip:
+    return chain
+
+  def update(grads, state, params):
+    updates, state = chain.update(grads, state, params)
+    adam = state[0]
+    _, square = unbiased(c, adam.mu, adam.nu, adam.count)
+
+    def slower(update, squares):
+      rms = jnp.sqrt(jnp.mean(squares))
+      return update / jnp.maximum(1.0, rms / c.update_clip)
+
+    squares = relative_squares(c, grads, square)
+    return jax.tree.map(slower, updates, squares), state
+
+  return optax.GradientTransformation(chain.init, update)
+
+
+def unbiased(
+    c: ConfigDict, mu: PyTree, nu: PyTree, count: jax.Array
+) -> tuple[PyTree, PyTree]:
+  """Returns AdamW's moments without their bias towards 0, after `count`."""
+  return (
+      optax.tree.bias_correction(mu, c.b1, count),
+      optax.tree.bias_correction(nu, c.b2, count),
+  )
+
+
+def relative_squares(c: ConfigDict, grads: PyTree, square: PyTree) -> PyTree:
+  """Returns g^2 / v, about 1 where gradients are what they have been.
+
+  The root of its mean over a tensor is RMS_t of Wortsman et al. 2023.
+
+  Args:
+    c: `config.optimizer`.
+    grads: of a step.
+    square: the second moment after it, without bias.
+  """
+  return jax.tree.map(
+      lambda g, v: g**2 / jnp.maximum(v, c.eps**2), grads, square
+  )
+
+
+def adam_step(c: ConfigDict, mean: PyTree, square: PyTree) -> PyTree:
+  """Returns AdamW's update before decay and rate, of unbiased moments."""
+  return jax.tree.map(
+      lambda m, v: m / (jnp.sqrt(v) + c.eps), mean, square
+  )
+
+
+def decayed(c: ConfigDict, params: PyTree) -> PyTree:
+  """Returns the parameters that decay, and zeros for the others."""
+  mask = _decay_mask(c)
+  if mask is None:
+    return params
+  return jax.tree.map(lambda p, m: p * m, params, mask(params))
 
 
 def lars(
@@ -209,6 +270,19 @@ def after(steps: int) -> optax.GradientTransformation:
   )
 
 
+def patch_embed_clip(c: ConfigDict) -> optax.GradientTransformation:
+  """Returns what shortens the patch projection's gradient (paper s4.2)."""
+  return optax.masked(
+      optax.clip_by_global_norm(c.patch_embed_clip), is_patch_embed
+  )
+
+
+def clipped(c: ConfigDict, grads: PyTree) -> PyTree:
+  """Returns gradients after `patch_embed_clip`."""
+  clip = patch_embed_clip(c)
+  return clip.update(grads, clip.init(grads))[0]
+
+
 def build(
     c: ConfigDict, learning_rate: Schedule, freeze_patch_embed: bool,
     clip_patch_embed: bool = False, depth: int = 0, frozen_steps: int = 0,
@@ -228,14 +302,19 @@ def build(
       are no larger than later ones.
 
   Raises:
-    UserError: for a name that is not in the table.
+    UserError: for a name that is not in the table, or a bound of the update
+      of another optimizer than AdamW.
   """
   if c.name not in OPTIMIZERS:
     raise unknown('optimizer.name', c.name, OPTIMIZERS)
+  if c.update_clip and c.name != 'adamw':
+    raise UserError(
+        f'optimizer.update_clip={c.update_clip} is of AdamW, and '
+        f'optimizer.name is {c.name!r}. Allowed: 0.'
+    )
   optimizer = OPTIMIZERS[c.name](c, learning_rate)
   if clip_patch_embed:
-    clip = optax.clip_by_global_norm(c.patch_embed_clip)
-    optimizer = optax.chain(optax.masked(clip, is_patch_embed), optimizer)
+    optimizer = optax.chain(patch_embed_clip(c), optimizer)
   if c.layer_decay != 1:
     optimizer = optax.chain(optimizer, by_layer(depth, c.layer_decay))
   if frozen_steps:

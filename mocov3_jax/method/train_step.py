@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from mocov3_jax.method.monitors import Monitor, nothing
 from mocov3_jax.method.objectives import Objective, PastKeys, feature_std
 from mocov3_jax.method.optimizers import Schedule
 from mocov3_jax.models import Embeddings, Network
@@ -49,7 +50,7 @@ class Method:
     optimizer: the optax chain; it ends with the learning rate.
     augment: (uint8 images, key) -> views [B, 2, S, S, C].
     learning_rate, momentum: schedules; the first is only logged here.
-    log_blocks: whether the metrics have the gradient of every block and head.
+    monitor: what a step logs of its layers.
   """
 
   model: Network
@@ -58,7 +59,7 @@ class Method:
   augment: Callable[[jax.Array, jax.Array], jax.Array]
   learning_rate: Schedule
   momentum: Schedule
-  log_blocks: bool = False
+  monitor: Monitor = nothing
 
 
 def init_state(
@@ -169,7 +170,9 @@ def train_step(
   grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
   (loss, (batch_stats, features, metrics)), grads = grad_fn(state.params)
   params, opt_state = update(method, state, grads)
-  metrics |= step_metrics(method, state.step, loss, grads, features)
+  with jax.named_scope('metrics'):
+    metrics |= step_metrics(method, state.step, loss, grads, features)
+    metrics |= method.monitor(state.step, grads, opt_state, state.params)
   return state.replace(
       step=state.step + 1,
       params=params,
@@ -192,34 +195,15 @@ def update(
   return optax.apply_updates(state.params, updates), opt_state
 
 
-@jax.named_scope('metrics')
 def step_metrics(
     method: Method, step: jax.Array, loss: jax.Array, grads: PyTree,
     features: jax.Array,
 ) -> dict[str, jax.Array]:
   """Returns what a study of stability needs to see at every step (paper s4)."""
-  backbone = method.model.backbone
-  layers = {
-      'patch_embed': grads['backbone'][backbone.first_layer],
-      'last_block': grads['backbone'][backbone.blocks[-1]],
-  }
-  if method.log_blocks:
-    layers |= {
-        f'block_{i}': grads['backbone'][name]
-        for i, name in enumerate(backbone.blocks)
-    } | {name: grads[name] for name in grads if name != 'backbone'}
   return {
-      # Exactly 0 where the projection is frozen: no gradient reaches it.
-      **{f'grad_max/{name}': max_abs(g) for name, g in layers.items()},
       'train/loss': loss,
       'train/lr': method.learning_rate(step),
       'train/momentum': method.momentum(step),
       'train/feature_std': feature_std(features[:, 0]),
       'grad_norm/global': optax.tree.norm(grads),
   }
-
-
-def max_abs(tree: PyTree) -> jax.Array:
-  """Returns the largest absolute value in a tree, a scalar (paper, Fig. 4)."""
-  leaves = [jnp.max(jnp.abs(x)) for x in jax.tree.leaves(tree)]
-  return jnp.max(jnp.stack(leaves))

@@ -96,6 +96,13 @@ class ReportedRun:
         self.analysis.spikes, key=lambda name: (name != FIRST, name == LAST)
     )
 
+  @property
+  def layer_curves(self) -> int:
+    """How many curves of layers there are: of gradients, and of updates."""
+    return len(self.layers) + sum(
+        len(self.curve(f'update_rms/{layer}')[0]) > 0 for layer in self.layers
+    )
+
 
 @dataclasses.dataclass(frozen=True)
 class Report:

@@ -65,7 +65,7 @@ def page(report: Report, date: str) -> str:
   """
   # Each run has six curves at most beside those of its layers.
   limit = thinning.points_per_curve(
-      sum(6 + len(run.layers) for run in report.runs)
+      sum(6 + run.layer_curves for run in report.runs)
   )
   built = {
       name: panel for name, build in panels.BUILDERS.items()
@@ -98,8 +98,10 @@ def embedded(value: Any) -> str:
 
 
 def _body(report: Report, built: dict[str, Panel]) -> str:
+  first = next((name for name in panels.ONE_RUN if name in built), '')
   sections = {
-      name: _section(name, panel, report) for name, panel in built.items()
+      name: _section(name, panel, report, name == first)
+      for name, panel in built.items()
   }
   join = lambda *names: '\n'.join(
       sections[name] for name in names if name in sections
@@ -119,22 +121,22 @@ def _body(report: Report, built: dict[str, Panel]) -> str:
   )
   return '\n'.join(filter(None, [
       tables.sweep(report), join('sweep'), tables.runs(report), _unit(report),
-      join(*panels.MONITORS), nothing, small[0], join('gradients'), small[1],
-      tables.configs(report), help_,
+      join(*panels.MONITORS), nothing, small[0], join(*panels.ONE_RUN),
+      small[1], tables.configs(report), help_,
   ]))
 
 
-def _section(name: str, panel: Panel, report: Report) -> str:
+def _section(name: str, panel: Panel, report: Report, first: bool) -> str:
   heading = escape(panel.heading)
   return (
       f'<section><h2>{heading}</h2><p class="about">{escape(panel.about)}</p>'
-      f'{_legend(name, panel, report)}<div class="plot" id="plot-{name}" '
-      f'data-chart="{name}" tabindex="0" role="application" '
+      f'{_legend(name, panel, report, first)}<div class="plot" '
+      f'id="plot-{name}" data-chart="{name}" tabindex="0" role="application" '
       f'aria-label="Chart: {heading}" aria-describedby="keys"></div></section>'
   )
 
 
-def _legend(name: str, panel: Panel, report: Report) -> str:
+def _legend(name: str, panel: Panel, report: Report, first: bool) -> str:
   items = [
       f'<li class="run">{tables.stroke(color)}<span>{escape(text)}</span></li>'
       for text, color in panel.legend.items()
@@ -144,7 +146,8 @@ def _legend(name: str, panel: Panel, report: Report) -> str:
         f'<li><label class="run" for="run-{number}">{tables.swatch(run)}'
         '</label></li>' for number, run in enumerate(report.runs)
     ]
-  chooser = _one_run(report) if panel.one_run else ''
+  # Of one choice for all of them.
+  chooser = _one_run(report) if first else ''
   return chooser + (
       f'<ul class="legend">{"".join(items)}</ul>' if items else ''
   )

@@ -23,6 +23,8 @@ OTHER_LAYERS = ('#8c8c8c', '#a3a3a3', '#757575')
 MOST_TICKS = 12
 # The panels of what watches a run: with labels, and without.
 MONITORS = ('knn', 'rank')
+# Those of one run at a time, one above the other.
+ONE_RUN = ('updates', 'gradients')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -213,30 +215,10 @@ def gradients(
     limit: the most points of a curve.
     layers: the names of those to show; None shows all.
   """
-  items: list[Item] = []
-  for number, run in enumerate(report.runs):
-    greys = itertools.cycle(OTHER_LAYERS)
-    for layer in run.layers:
-      steps, values = run.curve(f'grad_max/{layer}')
-      steps, values = steps[values > 0], values[values > 0]
-      if not len(values) or layers is not None and layer not in layers:
-        continue  # A frozen layer has zeros alone.
-      name, main = data.layer_name(layer), layer in LAYER_COLORS
-      color = LAYER_COLORS[layer] if main else next(greys)
-      ratios = thinning.relative(values)
-      x, y = thinning.thin(steps, ratios, limit)
-      items.append(Line(
-          [number], x.tolist(), y.tolist(), name, color,
-          width=1.5 if main else 1.0,
-      ))
-      highest = sorted(run.analysis.spikes[layer], key=lambda s: -s.ratio)
-      spikes = sorted(highest[:limit // 2])
-      items += _marks(
-          number, (steps, ratios), [spike.step for spike in spikes], [
-              f'spike of {spike.ratio:.3g} times the median at step '
-              f'{spike.step:,}' for spike in spikes
-          ], f'{name}: spikes', color, 'x',
-      )
+  items = _by_layer(
+      report, limit, 'grad_max', layers,
+      lambda steps, values: (steps, thinning.relative(values)),
+  )
   return Panel(
       heading='Gradients by layer',
       about='The largest gradient of a layer, as a multiple of its own running '
@@ -244,10 +226,78 @@ def gradients(
       'curve.',
       caption='gradient / running median (crosses: spikes)',
       y_title='gradient / running median', y_kind='multiple', one_run=True,
-      items=items, legend={
-          data.LAYERS[layer]: color for layer, color in LAYER_COLORS.items()
-      } | {'other layers': OTHER_LAYERS[0]},
+      items=items, legend=_layer_legend(),
   )
+
+
+def updates(report: Report, limit: int) -> Panel:
+  """Returns the size of AdamW's updates by layer, with spikes and dips."""
+  items = _by_layer(report, limit, 'update_rms', None, lambda *curve: curve)
+  for number, run in enumerate(report.runs):
+    curves = [run.curve(f'update_rms/{layer}') for layer in run.layers]
+    curves = [curve for curve in curves if len(curve[0])]
+    lows = [(dip.low, _describe(dip)) for dip in run.analysis.dips]
+    if curves:
+      items += _marks(
+          number, curves[0], [low for low, _ in lows],
+          [text for _, text in lows], 'dips of kNN', run.color, 'triangle-down',
+      )
+  return Panel(
+      heading='Size of the update by layer',
+      about='The root mean square of a layer\'s gradients over AdamW\'s memory '
+      'of them, before the learning rate (RMS of Wortsman et al. 2023). Near 1 '
+      'gradients are what they have been; far above, the update is larger than '
+      'any before. Crosses mark spikes of the gradient, triangles the lows of '
+      'dips of kNN.',
+      y_title='RMS of the update', y_kind='multiple', one_run=True,
+      items=items, legend=_layer_legend(),
+  )
+
+
+def _layer_legend() -> dict[str, str]:
+  return {
+      data.LAYERS[layer]: color for layer, color in LAYER_COLORS.items()
+  } | {'other layers': OTHER_LAYERS[0]}
+
+
+def _by_layer(
+    report: Report, limit: int, metric: str, layers: Container[str] | None,
+    change: Callable[[np.ndarray, np.ndarray], Curve],
+) -> list[Item]:
+  """Returns a line for each layer of each run, and the layer's spikes on it.
+
+  Args:
+    report: the runs.
+    limit: the most points of a curve.
+    metric: that is logged of a layer, before its name.
+    layers: the names of those to show; None shows all.
+    change: what becomes of a curve before it is thinned.
+  """
+  items: list[Item] = []
+  for number, run in enumerate(report.runs):
+    greys = itertools.cycle(OTHER_LAYERS)
+    for layer in run.layers:
+      steps, values = run.curve(f'{metric}/{layer}')
+      steps, values = steps[values > 0], values[values > 0]
+      if not len(values) or layers is not None and layer not in layers:
+        continue  # A frozen layer has zeros alone.
+      name, main = data.layer_name(layer), layer in LAYER_COLORS
+      color = LAYER_COLORS[layer] if main else next(greys)
+      curve = change(steps, values)
+      x, y = thinning.thin(*curve, limit)
+      items.append(Line(
+          [number], x.tolist(), y.tolist(), name, color,
+          width=1.5 if main else 1.0,
+      ))
+      highest = sorted(run.analysis.spikes[layer], key=lambda s: -s.ratio)
+      spikes = sorted(highest[:limit // 2])
+      items += _marks(
+          number, curve, [spike.step for spike in spikes], [
+              f'spike of {spike.ratio:.3g} times the median at step '
+              f'{spike.step:,}' for spike in spikes
+          ], f'{name}: spikes', color, 'x',
+      )
+  return items
 
 
 def learning_rate(report: Report, limit: int) -> Panel:
@@ -352,7 +402,8 @@ def _mean(
 # In the order in which the page's data has them.
 BUILDERS: dict[str, Callable[[Report, int], Panel]] = {
     'sweep': sweep, 'knn': knn, 'rank': effective_rank, 'loss': loss,
-    'spread': spread, 'gradients': gradients, 'lr': learning_rate,
+    'spread': spread, 'updates': updates, 'gradients': gradients,
+    'lr': learning_rate,
     'rate': throughput, 'mfu': mfu,
 }
 
