@@ -1,8 +1,13 @@
 """Planted spikes, dips and collapses are found, and nothing else."""
 
 import contextlib
+import csv
+import gzip
 import io
+import itertools
 import json
+import pathlib
+from typing import NamedTuple
 
 from etils import epath
 from hypothesis import given, settings
@@ -18,6 +23,17 @@ from mocov3_jax.training import stability, step_log
 from mocov3_jax.training.events import Dip, Spike
 
 LAYERS = 'patch_embed', 'block_0', 'last_block'
+# Real runs; see the README.md there.
+RUNS = pathlib.Path(__file__).parent / 'spikes'
+
+
+class Planted(NamedTuple):
+  """A spike: its highest step, and how far above the median that is."""
+
+  step: int
+  ratio: float
+
+
 EVERY = 20  # Steps between two evaluations.
 SEEDS = range(200)
 FLANKS = {0: 1.0, 1: 0.4, 2: 0.2}  # Of a spike's log height, by distance.
@@ -72,16 +88,15 @@ def plant_spikes(rng, gradients, sigma, places, order, lags):
   planted = {layer: [] for layer in order}
   for place in places:
     for layer in order:
-      lowest, highest = (5, 20) if layer == order[0] else (4, 8)
-      # Far out of the noise: 6 sigmas are certain to be none, the estimate of
-      # sigma is off by a fifth, and the top must stand out of the flanks.
-      ratio = rng.uniform(max(lowest, np.exp(12 * sigma)), highest)
+      highest = 20 if layer == order[0] else 12
+      # Out of the noise, and 5 times the median whatever the noise of the top.
+      ratio = rng.uniform(5 * np.exp(4 * sigma), highest)
       width = rng.integers(1, 6)
       for offset in range(-((width - 1) // 2), width // 2 + 1):
         gradients[layer][place + lags[layer] + offset] *= (
             ratio ** FLANKS[abs(offset)]
         )
-      planted[layer].append(Spike(int(place + lags[layer]), ratio))
+      planted[layer].append(Planted(int(place + lags[layer]), ratio))
   return planted
 
 
@@ -132,14 +147,19 @@ def test_every_planted_spike_is_found_in_its_layer_with_its_lag():
     found = stability.analyse(rows)
     first = min(lags, key=lambda layer: lags[layer])
     for layer in LAYERS:
-      assert [s.step for s in found.spikes[layer]] == [
+      assert [s.peak for s in found.spikes[layer]] == [
           s.step for s in planted[layer]
       ], (seed, layer)
       for ours, true in zip(found.spikes[layer], planted[layer], strict=True):
+        assert true.step - 2 <= ours.onset <= true.step <= ours.end, seed
+        assert ours.end <= true.step + 2, seed
         assert abs(np.log(ours.ratio / true.ratio)) < 5 * sigma + 0.2, seed
     del lags[first]
     events = len(planted[first])
-    assert found.lead == events_lib.Lead(first, lags, events, events), seed
+    assert found.lead.first == first, seed
+    assert found.lead.events == found.lead.led == events, seed
+    for layer, lag in lags.items():  # A flank may be high enough to begin one.
+      assert abs(found.lead.lags[layer] - lag) <= 2, seed
 
 
 def test_every_planted_dip_is_found_with_its_depth():
@@ -172,6 +192,89 @@ def test_a_long_noisy_gradient_gives_no_alarm():
     assert events_lib.spikes(np.arange(10_000), values) == []
 
 
+def real_run(name):
+  """The rows of one of RUNS."""
+  with gzip.open(RUNS / f'{name}.csv.gz', 'rt') as file:
+    rows = [
+        {key: float(value) for key, value in row.items() if value}
+        for row in csv.DictReader(file)
+    ]
+  return [row | {'step': int(row['step'])} for row in rows]
+
+
+# What a person sees: layer, steps between which it begins, and ends, and
+# between which its highest ratio is.
+SEEN = {
+    'l03': [
+        ('patch_embed', (1308, 1314), (1318, 1332), (15, 22)),
+        ('block_0', (1312, 1316), (1320, 1332), (4, 10)),
+        ('last_block', (1314, 1320), (1318, 1336), (5, 8)),
+        ('patch_embed', (1618, 1622), (1620, 1626), (5, 9)),
+    ],
+    'l10': [
+        ('block_0', (676, 684), (682, 732), (6, 12)),
+        ('patch_embed', (858, 866), (864, 875), (10, 25)),
+        ('block_0', (866, 870), (869, 900), (12, 35)),
+        ('last_block', (864, 872), (869, 910), (8, 20)),
+        ('patch_embed', (914, 918), (916, 935), (12, 30)),
+        ('block_0', (914, 918), (916, 935), (30, 90)),
+    ],
+    'f10': [
+        ('last_block', (1340, 1352), (1348, 1356), (50, 200)),
+        ('block_0', (1330, 1352), (1348, 1356), (30, 90)),
+        ('block_2', (1340, 1352), (1348, 1356), (15, 60)),
+    ],
+}
+
+
+@pytest.mark.parametrize('name', SEEN)
+def test_what_a_person_sees_in_a_real_run_is_found(name):
+  found = stability.analyse(real_run(name)).spikes
+  for layer, onset, end, ratio in SEEN[name]:
+    assert any(
+        onset[0] <= s.onset <= onset[1] and end[0] <= s.end <= end[1]
+        and ratio[0] <= s.ratio <= ratio[1] for s in found[layer]
+    ), (layer, onset, found[layer])
+
+
+def test_a_crash_is_no_dip_and_a_dip_is_no_crash():
+  crashed = stability.analyse(real_run('l10'))
+  assert not crashed.dips and crashed.fall.depth > 0.5
+  assert 800 <= crashed.fall.start <= 860
+  recovered = stability.analyse(real_run('f10'))
+  assert recovered.fall is None
+  [dip] = recovered.dips
+  assert (dip.low, dip.end) == (1360, 1440) and dip.depth > 0.85
+
+
+def test_real_runs_without_events_give_few_alarms():
+  # 8,000 steps of four layers. Those of f03 reach 5 to 6 times the median.
+  alarms = {'l01': 0, 'f03': 4}
+  for name, most in alarms.items():
+    found = stability.analyse(real_run(name))
+    begins = sorted(s.onset for those in found.spikes.values() for s in those)
+    apart = [
+        b for a, b in itertools.pairwise([-100, *begins])
+        if b - a > events_lib.MAX_LAG
+    ]
+    assert len(apart) <= most, (name, apart)
+    assert not found.dips and found.fall is None
+
+
+@pytest.mark.parametrize('name', SEEN)
+def test_a_watch_warns_of_a_real_event_within_five_steps(name):
+  said = [
+      int(line.split()[2].rstrip(':')) for line in watched(real_run(name))
+      if 'gradient of' in line
+  ]
+  found = stability.analyse(real_run(name)).spikes
+  begins = [s.onset for those in found.values() for s in those]
+  _, onset, _, _ = SEEN[name][0]
+  # The layer in which it begins may be another one.
+  first = min(b for b in begins if onset[0] - 20 <= b <= onset[1])
+  assert any(first <= step <= first + 5 for step in said), said
+
+
 def test_a_watch_warns_of_every_planted_event_once():
   for seed in range(40):
     rows, planted, lags, dips, _, _ = planted_run(seed, calm=0.5)
@@ -201,7 +304,7 @@ def test_the_unit_of_a_gradient_does_not_matter(power, seed):
   steps = np.arange(300)
   before = events_lib.spikes(steps, values)
   after = events_lib.spikes(steps, values * 2.0**power)
-  assert [s.step for s in before] == [s.step for s in after] == [100, 200]
+  assert [s.peak for s in before] == [s.peak for s in after] == [100, 200]
   np.testing.assert_allclose(
       [s.ratio for s in before], [s.ratio for s in after]
   )
@@ -241,8 +344,10 @@ def test_spikes_of_any_curve_are_high_and_apart(values):
   found = events_lib.spikes(np.arange(len(values)), np.asarray(values))
   for spike in found:
     assert spike.ratio > events_lib.SPIKE_RATIO * 0.999
+    assert spike.onset <= spike.peak <= spike.end
+    assert spike.end - spike.onset <= events_lib.LONGEST
   for one, two in zip(found[:-1], found[1:], strict=True):
-    assert one.step < two.step
+    assert one.end < two.onset
 
 
 def test_a_slow_decline_is_one_dip_without_an_end():
@@ -280,11 +385,11 @@ def test_a_dip_ends_when_most_of_the_fall_is_made_good():
 
 def test_the_first_values_are_too_few_to_call_one_a_spike():
   values = np.ones(100)
-  values[19] = 9
+  values[39] = 9
   assert events_lib.spikes(np.arange(100), values) == []
-  values[20] = 99
+  values[40] = 99
   assert events_lib.spikes(np.arange(100), values) == [
-      Spike(20, pytest.approx(99))
+      Spike(40, 40, 40, pytest.approx(99))
   ]
 
 
@@ -297,7 +402,7 @@ def test_a_gradient_that_grows_for_good_is_no_spike_afterwards():
 def test_a_spike_in_the_last_steps_of_a_run_is_found():
   values = gradient(np.random.default_rng(0), 200, 0.1)
   values[198] *= 10
-  assert [s.step for s in events_lib.spikes(np.arange(200), values)] == [198]
+  assert [s.peak for s in events_lib.spikes(np.arange(200), values)] == [198]
 
 
 def test_a_frozen_layer_has_no_spikes():
@@ -309,11 +414,11 @@ def test_steps_need_not_be_even():
   values = gradient(rng, 300, 0.1)
   values[150] *= 9
   steps = np.cumsum(rng.integers(1, 20, 300))
-  assert [s.step for s in events_lib.spikes(steps, values)] == [steps[150]]
+  assert [s.peak for s in events_lib.spikes(steps, values)] == [steps[150]]
 
 
 def spikes_at(*steps):
-  return [Spike(step, 5.0) for step in steps]
+  return [Spike(step, step, step, 5.0) for step in steps]
 
 
 def test_spikes_at_the_same_step_have_no_leader():

@@ -32,8 +32,9 @@ HELP = (
     ),
     (
         'Spike',
-        f'The largest gradient of a layer is {events.SPIKE_RATIO:g} times '
-        'its running median or more, and far outside its noise. The paper '
+        'The largest gradient of a layer leaves what it was before: '
+        f'{events.SPIKE_RATIO:g} times its running median or more, and outside '
+        'its noise. The paper '
         'finds that a spike causes the dip after it.',
     ),
     (

@@ -292,9 +292,9 @@ def _by_layer(
       highest = sorted(run.analysis.spikes[layer], key=lambda s: -s.ratio)
       spikes = sorted(highest[:limit // 2])
       items += _marks(
-          number, curve, [spike.step for spike in spikes], [
-              f'spike of {spike.ratio:.3g} times the median at step '
-              f'{spike.step:,}' for spike in spikes
+          number, curve, [spike.peak for spike in spikes], [
+              f'spike of {spike.ratio:.3g} times the median, from step '
+              f'{spike.onset:,} to {spike.end:,}' for spike in spikes
           ], f'{name}: spikes', color, 'x',
       )
   return items

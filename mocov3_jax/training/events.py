@@ -4,6 +4,7 @@ See the paper's section 4. Sizes are relative to the curve's own noise, which
 is measured with medians, so that the event itself does not count as noise.
 """
 
+import collections
 from collections.abc import Mapping, Sequence
 import dataclasses
 import math
@@ -11,19 +12,27 @@ from typing import NamedTuple
 
 import numpy as np
 
-# A spike is this many times the median around it: those of the paper's Fig. 4
-# are 8 in the first layer and 4.5 in the last, read off the figure.
-SPIKE_RATIO = 3.0
-# And this many standard deviations of the log. With the margin of `noise_bound`
-# fewer than one in a million values of normal noise come so far.
-SPIKE_SIGMAS = 5.0
-# Logged values on one side of a spike that make its median. Short against the
+# Logged values before a spike that say what is normal. Short against the
 # schedule, long against a spike (tens of steps in paper Fig. 4).
 WINDOW = 100
-# With fewer values than this there is no saying what is normal.
+# With fewer values than this there is no saying what is normal. As many are
+# left out at the start of a run, where gradients shrink fast.
 MIN_HISTORY = 20
-# Crossings so near each other are one spike: noise on its flank cuts it.
+# A spike reaches so many times the median before it: that of the first layer in
+# the paper's Fig. 4 reaches 8 (read off the figure). Real ones flicker, so that
+# one may begin with two lesser values within SPIKE_GAP.
+SPIKE_RATIO, PAIR_RATIO = 5.0, 3.0
+# And so many standard deviations of the log; noise has tails, and these differ
+# from layer to layer, so that a value must also be above all of the window, one
+# that stands alone by so much.
+SPIKE_SIGMAS, PAIR_SIGMAS = 4.0, 3.0
+ABOVE_ALL = 1.5
+# It lasts as long as values are so many times the median, with gaps of so many
+# values at most.
+LASTING_RATIO, LASTING_SIGMAS = 2.0, 2.0
 SPIKE_GAP = 5
+# What lasts longer is another level, unless it has come down by half.
+LONGEST = 50
 # Steps from layer to layer: twice the 20 to 25 of the paper's Fig. 4.
 MAX_LAG = 50
 
@@ -34,14 +43,24 @@ DIP_DEPTH = 0.03
 # 5 are no fall at all, and the other 2 make it sure.
 DIP_SIGMAS = 7.0
 # A dip is over once this share of the fall is made good. Not all: the level
-# before is the luckiest of many noisy values.
-RECOVERED = 0.75
+# before is the luckiest of many noisy values. And in most of so many
+# evaluations from there on: a crash may come near that level for a moment.
+RECOVERED, LASTING = 0.75, 5
 
 
 class Spike(NamedTuple):
-  """A gradient far above those around it: its highest step, and how far."""
+  """A stretch in which a gradient is far above what it was before.
 
-  step: int
+  Attributes:
+    onset: the first step of it.
+    peak: the step of the highest value.
+    end: the last step of it.
+    ratio: the highest value over the median before the onset.
+  """
+
+  onset: int
+  peak: int
+  end: int
   ratio: float
 
 
@@ -95,48 +114,140 @@ def noise_bound(deviations: np.ndarray) -> float:
   return sigma * (1 + 2 * 1.16 / math.sqrt(len(deviations)))
 
 
-def excess(value: float, others: np.ndarray) -> float:
-  """Returns how many times the median of `others` [n] a spike is; else 0."""
-  # Most steps end here: the median is not asked for if it cannot be exceeded.
-  if 2 * np.count_nonzero(others < value / SPIKE_RATIO) <= len(others):
-    return 0.0
-  others = others[others > 0]  # A layer that was frozen has no level.
-  if len(others) < MIN_HISTORY:
-    return 0.0
-  logs = np.log(others)
-  middle = float(np.median(logs))
-  height = math.log(value) - middle
-  least = max(math.log(SPIKE_RATIO), SPIKE_SIGMAS * noise_bound(logs - middle))
-  return math.exp(height) if height > least else 0.0
+class SpikeFinder:
+  """Finds the spikes of one curve, value by value.
+
+  Against the values before alone: what follows a real spike may have another
+  level, and while a run goes on it is not known.
+  """
+
+  def __init__(self):
+    self._past = np.zeros(WINDOW)  # Logs; a ring, without those of spikes.
+    self._places = self._count = 0  # Values that went into it, and are in it.
+    self._high = collections.deque(maxlen=2)  # (place, step, height), perhaps.
+    self._place = -1  # Of the last value; a frozen layer has none.
+    self._begun: _Begun | None = None
+    self.ended: list[Spike] = []
+
+  @property
+  def current(self) -> Spike | None:
+    """The spike that has not ended, as far as it is known."""
+    return self._begun.spike() if self._begun and self._begun.sure else None
+
+  def see(self, step: int, value: float) -> Spike | None:
+    """Takes in the next value of the curve.
+
+    Args:
+      step: of the value.
+      value: at least 0; of a layer that is frozen, 0.
+
+    Returns:
+      The spike, if it has just become certain that this is one.
+    """
+    if not 0 < value < math.inf:
+      return None
+    self._place += 1
+    log = math.log(value)
+    if self._place < MIN_HISTORY:
+      return None
+    if self._begun:
+      return self._go_on(step, log)
+    past = self._past[:self._count]
+    # Most values end here.
+    if self._count < MIN_HISTORY or log <= (top := float(past.max())):
+      self._remember(log)
+      return None
+    middle = float(np.median(past))
+    sigma = noise_bound(past - middle)
+    height = log - middle
+    if height < max(math.log(PAIR_RATIO), PAIR_SIGMAS * sigma):
+      self._remember(log)
+      return None
+    self._high.append((self._place, step, height))
+    alone = (
+        height >= max(math.log(SPIKE_RATIO), SPIKE_SIGMAS * sigma)
+        and log >= top + math.log(ABOVE_ALL)
+    )
+    near = [x for x in self._high if self._place - x[0] < SPIKE_GAP]
+    if not alone and len(near) < 2:
+      # It may be noise; then it is no more than the largest.
+      self._remember(middle + math.log(PAIR_RATIO))
+      return None
+    self._high.clear()
+    self._begun = _Begun(middle, sigma, near)
+    return self.current
+
+  def _remember(self, log: float) -> None:
+    # The ring fills up before it turns.
+    self._past[self._places % WINDOW] = log
+    self._places += 1
+    self._count = min(self._places, WINDOW)
+
+  def _go_on(self, step: int, log: float) -> Spike | None:
+    spike, before = self._begun, self._begun.sure
+    spike.see(self._place, step, log)
+    over = self._place - spike.last >= SPIKE_GAP
+    long = self._place - spike.first >= LONGEST
+    if not over and not long:
+      return self.current if not before else None
+    if spike.sure and (over or spike.came_down()):
+      self.ended.append(spike.spike())
+    # What a spike was made of is no part of what is normal.
+    for value in spike.logs[-SPIKE_GAP:] if over else spike.logs:
+      self._remember(value)
+    self._begun = None
+    return None
 
 
-def spikes(
-    steps: np.ndarray, values: np.ndarray, window: int = WINDOW
-) -> list[Spike]:
-  """Finds gradients that are far above those before and those after.
+class _Begun:
+  """A spike that has begun."""
 
-  Both, because gradients that shrink (the start of training) look high
-  against what follows, growing ones against what was before. The first
-  MIN_HISTORY values are never spikes; the last are, by what was before alone:
-  a run may end there because it diverged.
+  def __init__(
+      self, middle: float, sigma: float, high: list[tuple[int, int, float]]
+  ):
+    self._middle = middle
+    self._least = max(math.log(LASTING_RATIO), LASTING_SIGMAS * sigma)
+    self.first, self._onset, _ = high[0]
+    self.last, self._end, _ = high[-1]
+    _, self._peak, self._height = max(high, key=lambda x: x[2])
+    self.logs = []
+
+  @property
+  def sure(self) -> bool:
+    return self._height >= math.log(SPIKE_RATIO)
+
+  def see(self, place: int, step: int, log: float) -> None:
+    self.logs.append(log)
+    height = log - self._middle
+    if height >= self._least:
+      self.last, self._end = place, step
+    if height > self._height:
+      self._peak, self._height = step, height
+
+  def came_down(self) -> bool:
+    lately = float(np.median(self.logs[-2 * SPIKE_GAP:])) - self._middle
+    return lately < self._height / 2
+
+  def spike(self) -> Spike:
+    return Spike(
+        self._onset, self._peak, self._end, math.exp(self._height)
+    )
+
+
+def spikes(steps: np.ndarray, values: np.ndarray) -> list[Spike]:
+  """Finds stretches of a gradient that are far above what was before.
+
+  The first 2 MIN_HISTORY values are never in one.
 
   Args:
     steps: int [n], of the values; need not be even.
     values: [n], at least 0.
-    window: values on each side that make the median.
   """
-  found = []  # Lists of (place, ratio), of one spike each.
-  for i, value in enumerate(values):
-    ratio = excess(value, values[max(0, i - window):i])
-    after = values[i + 1:i + 1 + window]
-    if ratio and len(after) >= MIN_HISTORY:
-      ratio = min(ratio, excess(value, after))
-    if ratio and found and i - found[-1][-1][0] <= SPIKE_GAP:
-      found[-1].append((i, ratio))
-    elif ratio:
-      found.append([(i, ratio)])
-  tops = [max(spike, key=lambda at: values[at[0]]) for spike in found]
-  return [Spike(int(steps[i]), ratio) for i, ratio in tops]
+  finder = SpikeFinder()
+  for step, value in zip(steps.tolist(), values.tolist(), strict=True):
+    finder.see(step, value)
+  # A run may end in a spike because it diverged.
+  return finder.ended + ([finder.current] if finder.current else [])
 
 
 def dips(
@@ -165,7 +276,9 @@ def dips(
   for i, value in enumerate(values):
     low = i if value < values[low] else low
     depth = values[best] - values[low]
-    if depth > least and value >= values[best] - (1 - RECOVERED) * depth:
+    if depth > least and _is_back(
+        values[i:], values[best] - (1 - RECOVERED) * depth
+    ):
       found.append(_dip(steps, values, best, low, i))
       best = low = i
     elif value >= values[best]:
@@ -173,6 +286,11 @@ def dips(
   if values[best] - values[low] > least:
     found.append(_dip(steps, values, best, low, None))
   return found
+
+
+def _is_back(values: np.ndarray, level: float) -> bool:
+  """Returns whether a curve is at a level, and not for a moment alone."""
+  return values[0] >= level and np.median(values[:LASTING]) >= level
 
 
 def _dip(
@@ -195,11 +313,12 @@ def lead(
 
   Args:
     by_layer: the spikes of each layer.
-    max_lag: spikes within so many steps of the earliest are one event.
+    max_lag: spikes that begin within so many steps of the earliest are one
+      event.
   """
   events = []  # (beginning, {layer: its first step in the event})
   for step, layer in sorted(
-      (spike.step, layer) for layer, those in by_layer.items()
+      (spike.onset, layer) for layer, those in by_layer.items()
       for spike in those
   ):
     if not events or step - events[-1][0] > max_lag:

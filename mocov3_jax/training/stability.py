@@ -177,14 +177,11 @@ def analyse(rows: Rows) -> Analysis:
 class Watch:
   """Looks at a run as it goes on; keeps the last WINDOW values of a curve.
 
-  Against what was before only, the future being unknown: a gradient that
-  rises for good is a spike here until its median has followed.
+  A gradient that rises for good is a spike here, the future being unknown.
   """
 
   def __init__(self):
-    self._seen = {}  # Layer -> its last gradients; a ring, 0 = none yet.
-    self._places = collections.Counter()  # Of a ring: values so far.
-    self._crossed = {}  # Layer -> how manieth value was last in a spike.
+    self._finders = collections.defaultdict(events.SpikeFinder)  # By layer.
     self._knn = collections.deque(maxlen=events.WINDOW)
     self._dip_said = -math.inf  # Step of the last warning of one.
     self._random = None  # kNN of the random network.
@@ -220,29 +217,22 @@ class Watch:
     return warnings
 
   def _spikes(self, step: int, values: Mapping[str, float]) -> list[str]:
-    beginning = {}  # Layer -> ratio.
+    beginning = {}  # Layer -> spike.
     for name in values:
-      if not name.startswith(GRADIENTS):
-        continue
-      value, layer = values[name], name.removeprefix(GRADIENTS)
-      if layer not in self._seen:
-        self._seen[layer] = np.zeros(events.WINDOW)
-      ratio = events.excess(value, self._seen[layer])
-      self._seen[layer][self._places[layer] % events.WINDOW] = value
-      self._places[layer] += 1
-      if ratio:
-        last = self._crossed.pop(layer, -math.inf)
-        if self._places[layer] - last > events.SPIKE_GAP:
-          beginning[layer] = ratio
-        self._crossed[layer] = self._places[layer]
+      if name.startswith(GRADIENTS):
+        layer = name.removeprefix(GRADIENTS)
+        spike = self._finders[layer].see(step, values[name])
+        if spike:
+          beginning[layer] = spike
     if FIRST_LAYER in values:
       self._first_learns = values[FIRST_LAYER] > 0
     if not beginning:
       return []
-    layer = max(beginning, key=lambda layer: beginning[layer])
+    layer = max(beginning, key=lambda layer: beginning[layer].ratio)
+    ratio = beginning[layer].ratio
     return self._say('spike', step, (
-        f'gradient of {layer} {beginning[layer]:.1f}x its running median. If '
-        f'kNN falls with it, what helps: {self._calmer()}'
+        f'gradient of {layer} {ratio:.1f}x its running median. If kNN falls '
+        f'with it, what helps: {self._calmer()}'
     ))
 
   def _calmer(self) -> str:
