@@ -14,7 +14,6 @@ import jax
 from ml_collections import ConfigDict
 import numpy as np
 
-from mocov3_jax import models
 from mocov3_jax.base import console
 from mocov3_jax.base.errors import UserError
 from mocov3_jax.benchmarks import pillow_chain
@@ -230,9 +229,7 @@ def benchmark_augment(config: ConfigDict, rounds: int) -> dict[str, Any]:
   checks.validate(config, jax.device_count())
   mesh = sharding.make_mesh(fsdp=config.fsdp_devices)
   plan = config_lib.plan(config, 10**6)
-  execution = models.execution_on(mesh, config.model, config.data.image_size)
-  method = build_method(config, plan, mesh.size, execution)
-  jitted = sharding.jit_step(*pretrain.make_step(config, method), mesh)
+  method, jitted = pretrain.build_step(config, plan, mesh)
   size, channels = config.data.image_size, len(config.data.mean)
   shape = (config.batch_size, 2, size, size, channels)
   noise = np.random.default_rng(0).integers(0, 256, shape, np.uint8)

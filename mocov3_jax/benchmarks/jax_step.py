@@ -14,7 +14,7 @@ from mocov3_jax import models
 from mocov3_jax.config import checks
 from mocov3_jax.config import training as config_lib
 from mocov3_jax.data.pipeline import Batch
-from mocov3_jax.method.build import build_method, image_shape
+from mocov3_jax.method.build import image_shape
 from mocov3_jax.parallel import chips, sharding
 from mocov3_jax.training import flops, pretrain
 
@@ -45,13 +45,7 @@ class JaxStep:
     self._config = config
     self._mesh = sharding.make_mesh(devices, config.fsdp_devices)
     plan = config_lib.plan(config, config_lib.IMAGENET_IMAGES)
-    execution = models.execution_on(
-        self._mesh, config.model, config.data.image_size
-    )
-    self._method = build_method(config, plan, self._mesh.size, execution)
-    self._step = sharding.jit_step(
-        *pretrain.make_step(config, self._method), self._mesh
-    )
+    self._method, self._step = pretrain.build_step(config, plan, self._mesh)
     self._image_shape = image_shape(config.data)
     shape = config.batch_size, 2, *self._image_shape
     noise = np.random.default_rng(0).integers(0, 256, shape, np.uint8)

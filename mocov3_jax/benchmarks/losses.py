@@ -7,14 +7,12 @@ import jax
 from ml_collections import ConfigDict
 import numpy as np
 
-from mocov3_jax import models
 from mocov3_jax.base import console
 from mocov3_jax.base.errors import UserError
 from mocov3_jax.benchmarks import step_process
 from mocov3_jax.config import checks
 from mocov3_jax.config import training as config_lib
 from mocov3_jax.data import pipeline
-from mocov3_jax.method.build import build_method
 from mocov3_jax.parallel import sharding
 from mocov3_jax.training import pretrain
 
@@ -68,9 +66,7 @@ def first_losses(
   mesh = sharding.make_mesh(jax.devices()[:1])
   splits = pretrain.load_splits(config)
   plan = config_lib.plan(config, len(splits.train))
-  execution = models.execution_on(mesh, config.model, config.data.image_size)
-  method = build_method(config, plan, 1, execution)
-  step = sharding.jit_step(*pretrain.make_step(config, method), mesh)
+  _, step = pretrain.build_step(config, plan, mesh)
   reader = pretrain.make_reader(
       config, splits.train, sharding.local_positions(mesh, config.batch_size)
   )

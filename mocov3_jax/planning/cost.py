@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 from mocov3_jax import models
 from mocov3_jax.config import training as config_lib
 from mocov3_jax.data.pipeline import Batch
-from mocov3_jax.method.build import build_method, image_shape
+from mocov3_jax.method.build import image_shape
 from mocov3_jax.parallel import sharding
 from mocov3_jax.planning import gpus, hlo, topology
 from mocov3_jax.planning.breakdown import Breakdown, breakdown
@@ -80,11 +80,11 @@ def measure(
     compiler: to compile with.
   """
   mesh = sharding.make_mesh(chips.devices, config.fsdp_devices)
-  execution = models.execution_on(mesh, config.model, config.data.image_size)
-  method = build_method(config, plan, mesh.size, execution)
-  step = sharding.jit_step(*pretrain.make_step(config, method), mesh)
+  method, step = pretrain.build_step(config, plan, mesh)
   known = {
-      'attention': execution.attention,
+      'attention': models.execution_on(
+          mesh, config.model, config.data.image_size
+      ).attention,
       'state': sum(
           math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
           for x in jax.tree.leaves(step.state)

@@ -10,10 +10,8 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from mocov3_jax import models
 from mocov3_jax.base import console
 from mocov3_jax.config import training as config_lib
-from mocov3_jax.method.build import build_method
 from mocov3_jax.parallel import processes, sharding
 from mocov3_jax.parallel.chips import DEVICE_KINDS
 from mocov3_jax.planning import cost, topology
@@ -82,9 +80,7 @@ def step_seconds(
   if len(devices) != count or devices[0].device_kind not in kinds:
     return None
   mesh = sharding.make_mesh(devices, config.fsdp_devices)
-  execution = models.execution_on(mesh, config.model, config.data.image_size)
-  method = build_method(config, plan, mesh.size, execution)
-  step = sharding.jit_step(*pretrain.make_step(config, method), mesh)
+  _, step = pretrain.build_step(config, plan, mesh)
   batch = jax.jit(
       lambda: jax.tree.map(
           lambda x: jnp.full(x.shape, 7, x.dtype), cost.abstract_batch(config)

@@ -4,10 +4,11 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 import numpy as np
 
-from mocov3_jax import evals, sources
+from mocov3_jax import evals, models, sources
 from mocov3_jax.base import exits
 from mocov3_jax.base.errors import UserError
 from mocov3_jax.config import checks
@@ -108,6 +109,29 @@ def make_step(
     return knn_queue.watching(init, step, config, method.model, watched)
   # Nobody sees the features, so the compiler drops them.
   return init, lambda state, batch: step(state, batch)[:2]
+
+
+def build_step(
+    config: ConfigDict, plan: config_lib.Plan, mesh: Mesh
+) -> tuple[Method, sharding.JittedStep]:
+  """Returns the step of a run that does not begin: to be planned or measured.
+
+  Args:
+    config: of the run.
+    plan: its steps.
+    mesh: that it would run on.
+
+  Returns:
+    The parts of the step, and the step jitted over the mesh.
+
+  Raises:
+    UserError: for a config that describes none.
+  """
+  method = build_method(
+      config, plan, mesh.size,
+      models.execution_on(mesh, config.model, config.data.image_size),
+  )
+  return method, sharding.jit_step(*make_step(config, method), mesh)
 
 
 def load_splits(config: ConfigDict) -> sources.Splits:
