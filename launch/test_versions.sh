@@ -4,7 +4,7 @@
 #
 #   bash launch/test_versions.sh NAME ... [-- FURTHER ARGUMENTS OF launch/test.sh]
 #
-#   oldest    Python 3.11 and the lower bounds of requirements.txt
+#   oldest    Python 3.11 and the lower bounds of requirements.txt and the extras
 #   PYTHON    the newest versions allowed, on an interpreter: python3.12, or a
 #             path such as /opt/python3.13/bin/python3
 #   trixie    Debian 13 with nothing but Python 3.13, git and a C compiler
@@ -46,7 +46,7 @@ make_root() {  # make_root SUITE: a Debian system in $folder/SUITE.
 }
 
 check() {  # check NAME: both scripts, in a clone; sets $result.
-  local name=$1 clone python='' enter=()
+  local name=$1 clone python='' enter=() extras
   case $name in
     trixie | forky)
       make_root "$name"
@@ -62,6 +62,9 @@ check() {  # check NAME: both scripts, in a clone; sets $result.
   git clone -q . "$clone"
   if [ "$name" = oldest ]; then
     sed -i -E 's/>=([^,]+).*/==\1.*/' "$clone/requirements.txt"
+    # Likewise the extras, of which `test` takes those that it needs.
+    extras='/^\[project.optional/,/^\[project.scripts/'
+    sed -i -E "$extras s/>=([0-9.]+)[^\";]*/==\\1.*/" "$clone/pyproject.toml"
   fi
   local inside=$clone
   if ((${#enter[@]})); then inside=/mocov3_jax; fi
