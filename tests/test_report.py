@@ -643,6 +643,6 @@ def test_a_run_that_ends_below_its_random_network_is_named(tmp_path):
   said = lambda *names: verdict.verdict(data.make(
       map(history.read, history.find([str(tmp_path / n) for n in names]))
   ))
-  assert 'Below their random network: falls.' in said('falls', 'rises')
-  assert 'less than the random network' in said('falls')
+  assert 'Less than before training: falls.' in said('falls', 'rises')
+  assert 'less than the network had before training' in said('falls')
   assert 'random network' not in said('rises')

@@ -581,6 +581,9 @@ def test_a_short_run_below_the_random_network_is_warned_of_early():
   assert line.startswith(
       'warning: step 30: kNN is 0.350, less than the 0.830 of the random'
   )
+  line, = watched(rows, stability.Watch(has_weights=True))
+  assert '0.830 of the weights it began with' in line
+  assert 'init.freeze_backbone_epochs' in line and 'patch_embed' not in line
 
 
 def test_a_fall_without_return_is_no_dip():

@@ -147,8 +147,8 @@ def knn(report: Report, limit: int) -> Panel:
   return Panel(
       heading='kNN accuracy',
       about='Share of held-out images that their nearest neighbours classify '
-      'right. Step 0 is the random network. A triangle marks the low of a dip, '
-      'or of a fall without return.',
+      'right. Step 0 is the network before training. A triangle marks the low '
+      'of a dip, or of a fall without return.',
       caption='kNN accuracy (triangles: dips and falls)',
       y_title='kNN accuracy', y_kind='share',
       items=items + _levels(

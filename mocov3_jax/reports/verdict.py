@@ -24,7 +24,7 @@ ALONE = {
 def verdict(report: Report) -> str:
   """Returns one paragraph: how the runs ended, and what was unstable."""
   return ' '.join(filter(None, (
-      _endings(report), _accuracy(report), _below_random(report),
+      _endings(report), _accuracy(report), _below_first(report),
       _without_labels(report),
       _dips(report), _spikes(report), _failures(report),
   )))
@@ -66,7 +66,7 @@ def _accuracy(report: Report) -> str:
   )
 
 
-def _below_random(report: Report) -> str:
+def _below_first(report: Report) -> str:
   # That falls short of a dip, or never comes back from one, is no less bad.
   rows = data.table(report)
   below = [
@@ -76,8 +76,8 @@ def _below_random(report: Report) -> str:
   if not below:
     return ''
   if len(report.runs) == 1:
-    return 'That is less than the random network had.'
-  return f'Below their random network: {_names(below)}.'
+    return 'That is less than the network had before training.'
+  return f'Less than before training: {_names(below)}.'
 
 
 def _without_labels(report: Report) -> str:

@@ -38,7 +38,7 @@ STUCK_STEPS = 1000
 COARSEST = 5
 # Steps for which Watch does not repeat itself: one event spans fewer.
 SILENCE = 200
-# Evaluations in a row by which kNN has to be below the random network.
+# Evaluations in a row by which kNN has to be below the first one.
 BELOW = 3
 
 # One more than afterwards: it is asked again at every evaluation.
@@ -47,6 +47,8 @@ LIVE_DIP_SIGMAS = events.DIP_SIGMAS + 1
 CALMER = 'a lower optimizer.lr_per_256 or a longer schedule.warmup_epochs'
 # Of a ResNet or a stem of convolutions there is none to freeze (paper s4.2).
 FREEZE = 'model.patch_embed=frozen (where that is a linear projection), '
+# Of fresh heads on a backbone that was trained (configs/continue.py).
+WARM = 'a longer init.freeze_backbone_epochs, '
 APART = (
     'BatchNorm in the heads, a predictor (BYOL), objective.momentum near 1, '
     'a lower learning rate'
@@ -180,11 +182,18 @@ class Watch:
   A gradient that rises for good is a spike here, the future being unknown.
   """
 
-  def __init__(self):
+  def __init__(self, has_weights: bool = False):
+    """Sees nothing yet.
+
+    Args:
+      has_weights: whether the run begins with those of a checkpoint, and not
+        with a random network.
+    """
+    self._has_weights = has_weights
     self._finders = collections.defaultdict(events.SpikeFinder)  # By layer.
     self._knn = collections.deque(maxlen=events.WINDOW)
     self._dip_said = -math.inf  # Step of the last warning of one.
-    self._random = None  # kNN of the random network.
+    self._first = None  # kNN of the network before its first step.
     self._below = 0  # Evaluations in a row that are below it.
     self._first_learns = False
     self._collapsed = 0  # Rows in a row.
@@ -236,24 +245,27 @@ class Watch:
     ))
 
   def _calmer(self) -> str:
+    if self._has_weights:
+      return WARM + CALMER
     return (FREEZE if self._first_learns else '') + CALMER
 
   def _dips(self, step: int, value: float) -> list[str]:
     self._knn.append((step, value))
-    return self._fall(step, value) + self._below_random(step, value)
+    return self._fall(step, value) + self._below_first(step, value)
 
-  def _below_random(self, step: int, value: float) -> list[str]:
+  def _below_first(self, step: int, value: float) -> list[str]:
     # A short run has too few values to tell a fall from noise; this it tells.
-    if self._random is None:
-      self._random = value if step == 0 else math.nan
-    low = value < self._random - events.DIP_DEPTH
+    if self._first is None:
+      self._first = value if step == 0 else math.nan
+    low = value < self._first - events.DIP_DEPTH
     self._below = self._below + 1 if low else 0
     if self._below != BELOW or math.isfinite(self._dip_said):
       return []
     return self._say('below', step, (
-        f'kNN is {value:.3f}, less than the {self._random:.3f} of the random '
-        f'network, for {BELOW} evaluations in a row. If it does not climb, '
-        f'what helps: {self._calmer()}'
+        f'kNN is {value:.3f}, less than the {self._first:.3f} of the '
+        f'{"weights it began with" if self._has_weights else "random network"}'
+        f', for {BELOW} evaluations in a row. If it does not climb, what '
+        f'helps: {self._calmer()}'
     ))
 
   def _fall(self, step: int, value: float) -> list[str]:

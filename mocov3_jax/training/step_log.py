@@ -47,7 +47,9 @@ class StepLog:
     self._writer = metrics.MetricWriter(workdir, start, is_primary())
     # Read after the writer has dropped what comes again.
     self.rows = metrics.read_metrics(workdir / 'metrics.jsonl')
-    self._watch = stability.Watch()
+    self._watch = stability.Watch(
+        has_weights='init' in config and bool(config.init.checkpoint)
+    )
     for row in self.rows:
       self._watch.see(row['step'], row)
     self._record = trackers.Record(
