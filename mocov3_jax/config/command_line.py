@@ -362,7 +362,9 @@ def _config_message(error: Exception, argv: list[str]) -> str:
       advice = _advice(field[1])
       return f'{given}: there is no config field {name!r}. {advice}'
   why = ' '.join([name, *hint])
-  return f'--config={_config_path(argv)} cannot be used: {kind}: {why}'
+  if not isinstance(error, UserError):
+    why = f'{kind}: {why}'
+  return f'--config={_config_path(argv)} cannot be used: {why}'
 
 
 def _advice(field: str) -> str:
