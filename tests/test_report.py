@@ -508,6 +508,23 @@ def test_updates_are_above_the_gradients_with_spikes_and_dips(tmp_path):
   assert page.count('id="one-run"') == 1
 
 
+def test_marks_outside_of_a_curve_are_left_out(tmp_path):
+  lines = fake_runs.rows(updates=True, spike_at=(200, 500), dip_at=(310,))
+  for line in lines:  # Was turned off when the run was continued.
+    if line['step'] > 250:
+      for name in 'update_rms/patch_embed', 'update_rms/last_block':
+        line.pop(name, None)
+  fake_runs.write(tmp_path / 'run', lines)
+  page = report_page.page(load([tmp_path / 'run']), '')
+  found = charts(page)
+  marks = {
+      t['name']: t['x'] for t in found['updates']['data']
+      if t['mode'] == 'markers'
+  }
+  assert marks['patch projection: spikes'] == [200]
+  assert 'dips of kNN' not in marks
+
+
 def test_one_run_alone_needs_no_comparison(tmp_path):
   made = one(tmp_path / 'run', spike_at=(300,), dip_at=(310,))
   page = report_page.page(made, '')

@@ -405,6 +405,37 @@ def test_a_spike_in_the_last_steps_of_a_run_is_found():
   assert [s.peak for s in events_lib.spikes(np.arange(200), values)] == [198]
 
 
+@pytest.mark.parametrize('what, places', [
+    ('an outlier before', [100, 150, 200]),
+    ('a fall of the level', [220, 300]),
+    ('a slow start', [200, 290]),
+    ('another level for a while', [200, 250, 300]),
+])
+def test_what_was_high_before_hides_nothing(what, places):
+  rng = np.random.default_rng(0)
+  level = np.ones(400)
+  if what == 'an outlier before':
+    level[25] = 100
+  if what == 'a fall of the level':
+    level[100:] = 0.1
+  if what == 'a slow start':
+    level += 30 * np.exp(-np.arange(400) / 30)
+  if what == 'another level for a while':
+    level[60:120] = 10
+  level[places] *= 10
+  values = level * np.exp(rng.normal(0, 0.1, 400))
+  found = [s.peak for s in events_lib.spikes(np.arange(400), values)]
+  assert [p for p in found if p >= 100] == places
+
+
+def test_a_crash_is_dated_to_its_beginning_whatever_comes_after():
+  values = np.full(60, 0.8) + np.random.default_rng(0).normal(0, 0.003, 60)
+  values[30:] -= 0.5
+  values[40] = 0.9  # For a moment.
+  [fall] = events_lib.dips(np.arange(60) * 20, values)
+  assert fall.end is None and fall.start <= 30 * 20
+
+
 def test_a_frozen_layer_has_no_spikes():
   assert events_lib.spikes(np.arange(200), np.zeros(200)) == []
 

@@ -441,9 +441,14 @@ def _marks(
     number: int, curve: Curve, steps: list[int], texts: list[str], name: str,
     color: str, symbol: str,
 ) -> list[Item]:
-  """Returns marks at some steps of a run's curve, or nothing without steps."""
-  if not steps:
+  """Returns marks at some steps of a run's curve, where it has them."""
+  kept = [
+      (step, text) for step, text in zip(steps, texts, strict=True)
+      if len(curve[0]) and curve[0][0] <= step <= curve[0][-1]
+  ]
+  if not kept:
     return []
+  steps, texts = map(list, zip(*kept, strict=True))
   values = thinning.at(curve, steps)
   return [Marks([number], steps, values, texts, name, color, symbol)]
 

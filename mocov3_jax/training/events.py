@@ -127,6 +127,7 @@ class SpikeFinder:
     self._high = collections.deque(maxlen=2)  # (place, step, height), perhaps.
     self._place = -1  # Of the last value; a frozen layer has none.
     self._begun: _Begun | None = None
+    self._usual, self._until = -math.inf, 0  # Not looked at below, until then.
     self.ended: list[Spike] = []
 
   @property
@@ -152,16 +153,22 @@ class SpikeFinder:
       return None
     if self._begun:
       return self._go_on(step, log)
-    past = self._past[:self._count]
-    # Most values end here.
-    if self._count < MIN_HISTORY or log <= (top := float(past.max())):
+    if self._count < MIN_HISTORY or (
+        log <= self._usual and self._places < self._until
+    ):  # Most values.
       self._remember(log)
       return None
+    past = self._past[:self._count]
     middle = float(np.median(past))
     sigma = noise_bound(past - middle)
-    height = log - middle
-    if height < max(math.log(PAIR_RATIO), PAIR_SIGMAS * sigma):
-      self._remember(log)
+    # What was higher is no measure of what is to come.
+    highest = middle + math.log(PAIR_RATIO)
+    np.minimum(past, highest, out=past)
+    self._usual = middle + math.log(LASTING_RATIO)
+    self._until = self._places + MIN_HISTORY
+    top, height = float(past.max()), log - middle
+    if log <= top or height < PAIR_SIGMAS * sigma:
+      self._remember(min(log, highest))
       return None
     self._high.append((self._place, step, height))
     alone = (
@@ -170,8 +177,7 @@ class SpikeFinder:
     )
     near = [x for x in self._high if self._place - x[0] < SPIKE_GAP]
     if not alone and len(near) < 2:
-      # It may be noise; then it is no more than the largest.
-      self._remember(middle + math.log(PAIR_RATIO))
+      self._remember(highest)
       return None
     self._high.clear()
     self._begun = _Begun(middle, sigma, near)
@@ -281,7 +287,7 @@ def dips(
     ):
       found.append(_dip(steps, values, best, low, i))
       best = low = i
-    elif value >= values[best]:
+    elif value >= values[best] and depth <= least:
       best = low = i
   if values[best] - values[low] > least:
     found.append(_dip(steps, values, best, low, None))
@@ -297,9 +303,13 @@ def _dip(
     steps: np.ndarray, values: np.ndarray, best: int, low: int, end: int | None
 ) -> Dip:
   depth = float(values[best] - values[low])
-  # The best value may be long before the fall, on a noisy plateau.
-  near = values[best:low] >= values[best] - (1 - RECOVERED) * depth
-  start = best + int(np.flatnonzero(near)[-1])
+  # The best value may be long before the fall, on a noisy plateau; after the
+  # fall the curve may come near it for a moment.
+  level = values[best] - (1 - RECOVERED) * depth
+  start = max(
+      i for i in range(best, low) if i == best or values[i] >= level
+      and np.median(values[max(best, i + 1 - LASTING):i + 1]) >= level
+  )
   return Dip(
       int(steps[start]), int(steps[low]),
       None if end is None else int(steps[end]), depth,
