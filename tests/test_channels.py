@@ -3,6 +3,7 @@
 import builtins
 import io
 import json
+import zlib
 
 import jax
 import numpy as np
@@ -59,25 +60,38 @@ def test_transparency_is_a_fourth_channel_where_four_are_wanted():
   np.testing.assert_array_equal(channels.opened(data, 4).pixels(), pixels)
 
 
+def tampered(data, **values):
+  """A TIFF with other values of its tags."""
+  data = bytearray(data)
+  with tifffile.TiffFile(io.BytesIO(bytes(data))) as file:
+    for name, value in values.items():
+      tag = file.pages[0].tags[name]
+      size = {3: 2, 4: 4}[int(tag.dtype)]
+      data[tag.valueoffset : tag.valueoffset + size] = value.to_bytes(
+          size, 'little'
+      )
+  return bytes(data)
+
+
 def damaged_deflate():
   """A TIFF whose one strip unpacks to a thousand times what it should."""
-  import zlib
-
-  data = bytearray(tiff(np.zeros((8, 8, 5), np.uint8), planarconfig='contig',
-                        compression='zlib'))
-  with tifffile.TiffFile(io.BytesIO(bytes(data))) as file:
-    tags = file.pages[0].tags
-    places = [tags[name].valueoffset for name in (
-        'StripOffsets', 'StripByteCounts'
-    )]
-    kinds = [tags[name].dtype for name in ('StripOffsets', 'StripByteCounts')]
+  data = tiff(np.zeros((8, 8, 5), np.uint8), planarconfig='contig',
+              compression='zlib')
   strip = zlib.compress(bytes(320_000))
-  for place, kind, value in zip(
-      places, kinds, (len(data), len(strip)), strict=True
-  ):
-    size = {3: 2, 4: 4}[int(kind)]
-    data[place : place + size] = value.to_bytes(size, 'little')
-  return bytes(data) + strip
+  return tampered(
+      data, StripOffsets=len(data), StripByteCounts=len(strip)
+  ) + strip
+
+
+def sparse():
+  """A TIFF whose one strip is left out, which libraries fill with zeros."""
+  return tampered(tiff(FIVE, planarconfig='contig'), StripByteCounts=0)
+
+
+def parts():
+  """A TIFF with more tiles than cover it."""
+  data = tiff(FIVE, planarconfig='contig', tile=(16, 16))
+  return tampered(data, ImageLength=16)
 
 
 @pytest.mark.parametrize('data, wanted, words', [
@@ -87,13 +101,18 @@ def damaged_deflate():
     (tiff(FIVE.astype(np.float32), planarconfig='contig'), 5, 'float32'),
     (encode(Image.fromarray(FIVE[..., :4], 'RGBA'), 'TIFF',
             compression='tiff_lzw'), 4, 'LZW'),
-    (tiff(FIVE, planarconfig='contig')[:3000], 5, '.'),
+    (tiff(FIVE, planarconfig='contig')[:3000], 5, 'failed to read'),
+    (tiff(FIVE, planarconfig='contig', tile=(4096, 16384),
+          compression='zlib'), 5, 'bytes are more than 200,000,000'),
+    (sparse(), 5, 'a part of it is missing'),
+    (parts(), 5, 'parts, not'),
     (damaged_deflate(), 5, 'larger than its 320 bytes'),
     (encode(Image.fromarray(FIVE[..., :3]), 'PNG'), 5, 'has 3 channels'),
-    (b'II*\0' + b'\xff' * 40, 5, '.'),
+    (b'II*\0' + b'\xff' * 40, 5, 'TIFF|offset|page|range'),
     (b'no image', 5, 'not an image'),
 ], ids=['one less', 'a page less', 'a page more', 'floats', 'LZW', 'cut',
-        'a bomb', 'RGB', 'noise', 'text'])
+        'a large tile', 'sparse', 'more parts', 'a bomb', 'RGB', 'noise',
+        'text'])
 def test_what_cannot_be_read_says_why(data, wanted, words):
   with pytest.raises(Unreadable, match=words):
     channels.opened(data, wanted).pixels()

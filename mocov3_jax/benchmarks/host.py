@@ -230,8 +230,7 @@ def benchmark_augment(config: ConfigDict, rounds: int) -> dict[str, Any]:
   mesh = sharding.make_mesh(fsdp=config.fsdp_devices)
   plan = config_lib.plan(config, 10**6)
   method, jitted = pretrain.build_step(config, plan, mesh)
-  size, channels = config.data.image_size, len(config.data.mean)
-  shape = (config.batch_size, 2, size, size, channels)
+  shape = (config.batch_size, 2, *image_shape(config.data))
   noise = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
   batch = sharding.to_global(
       pipeline.Batch(noise, np.full(config.batch_size, -1, np.int32)), mesh

@@ -9,6 +9,7 @@ transparency and the like.
 from collections.abc import Iterator
 import io
 import itertools
+import logging
 import math
 from typing import Any
 import zlib
@@ -19,12 +20,12 @@ from mocov3_jax.base.errors import UserError
 from mocov3_jax.data import decode
 from mocov3_jax.sources import Unreadable
 
-# How a TIFF begins: little or big endian, classic or for files above 4 GiB.
-TIFF = b'II*\0', b'MM\0*', b'II+\0', b'MM\0+'
-# Values of an image, at most.
-MOST_VALUES = 4 * decode.MOST_PIXELS
+# Bytes of an image's pixels, at most, the padding of tiles among them.
+MOST_BYTES = 4 * decode.MOST_PIXELS
 # Compressions of a TIFF, by their numbers: none, and two names of deflate.
 NONE, DEFLATE = 1, (8, 32946)
+# How its values are shown: from white to black.
+WHITE_IS_ZERO = 0
 
 
 def opened(data: bytes, channels: int) -> 'decode.Encoded | Planes':
@@ -61,7 +62,7 @@ class Planes:
       UserError: for a TIFF, without the package that reads it.
     """
     self._image, self._pages = None, []
-    if data.startswith(TIFF):
+    if data.startswith(decode.TIFF):
       self._pages = _pages(data, channels)
       sides = self._pages[0].axes, self._pages[0].shape
       self.height, self.width = (sides[1][sides[0].index(a)] for a in 'YX')
@@ -111,6 +112,8 @@ def _pages(data: bytes, channels: int) -> list[Any]:
         'TIFF files by the package tifffile, which is not installed. Use pip '
         "install 'mocov3-jax[channels]'."
     ) from e
+  # What is wrong is said once, by whoever reads the image.
+  logging.getLogger('tifffile').setLevel(logging.CRITICAL)
   try:
     # No more than are wanted are looked for: there may be millions.
     file = tifffile.TiffFile(io.BytesIO(data))
@@ -126,16 +129,19 @@ def _pages(data: bytes, channels: int) -> list[Any]:
       raise Unreadable(f'its axes are {found[0]}, not one image')
     if count != channels:
       raise _wrong(count, channels, or_more=not one)
-    if found[2] not in (np.uint8, np.uint16):
+    if any(
+        page.dtype not in (np.uint8, np.uint16)
+        or page.bitspersample != 8 * page.dtype.itemsize
+        or page.photometric == WHITE_IS_ZERO for page in pages
+    ):
       raise Unreadable(
-          f'its pixels are {found[2]}; of several channels, 8-bit and 16-bit '
-          'ones are read'
+          f'its pixels are {found[2]} of {pages[0].bitspersample} bits, '
+          f'{pages[0].photometric.name}; of several channels, 8-bit and 16-bit '
+          'ones are read, whose zeros are black'
       )
-    if math.prod(found[1]) * len(pages) > MOST_VALUES:
-      raise Unreadable(
-          f'{math.prod(found[1]) * len(pages):,} values are more than '
-          f'{MOST_VALUES:,}'
-      )
+    whole = sum(map(_bytes, pages))
+    if whole > MOST_BYTES:
+      raise Unreadable(f'{whole:,} bytes are more than {MOST_BYTES:,}')
     for page in pages:
       _check_parts(data, page)
   except (Unreadable, UserError):
@@ -153,11 +159,23 @@ def _each(pages: Any) -> Iterator[Any]:
       return
 
 
+def _bytes(page: Any) -> int:
+  """Returns the bytes of a page's strips or tiles, unpacked."""
+  parts, values = math.prod(page.chunked), math.prod(page.chunks)
+  return parts * values * page.dtype.itemsize
+
+
 def _check_parts(data: bytes, page: Any) -> None:
   """Raises Unreadable unless each part of a page unpacks to what it should.
 
-  Libraries unpack a part whole, however large it turns out.
+  Libraries unpack a part whole, however large it turns out, and fill in parts
+  that are not there.
   """
+  counts = len(page.dataoffsets), len(page.databytecounts)
+  if counts != (math.prod(page.chunked),) * 2:
+    raise Unreadable(f'has {counts[0]} parts, not {math.prod(page.chunked)}')
+  if not all(page.dataoffsets) or not all(page.databytecounts):
+    raise Unreadable('a part of it is missing')
   if page.compression == NONE:
     return
   if page.compression not in DEFLATE:

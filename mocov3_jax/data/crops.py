@@ -168,7 +168,7 @@ def _averaged(
   A blur that is wide costs its width at each pixel; an average costs one.
 
   Args:
-    image: uint8 [H, W, 3].
+    image: uint8 [H, W, C].
     box: of it, to be resized.
     scale: pixels of the box to a pixel of the result, down and across.
 

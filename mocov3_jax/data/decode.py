@@ -18,6 +18,8 @@ FORMATS = 'JPEG', 'PNG', 'WEBP', 'BMP', 'GIF', 'TIFF', 'PPM'
 # most: a small file may ask for minutes and gigabytes.
 MOST_PIXELS, MOST_SCANS, MOST_WORK = 50_000_000, 64, 1_000_000_000
 SCAN = b'\xff\xda'
+# How a TIFF begins: little or big endian, classic or for files above 4 GiB.
+TIFF = b'II*\0', b'MM\0*', b'II+\0', b'MM\0+'
 # EXIF tag of the orientation, and how each of its values is undone.
 ORIENTATION = 0x0112
 TURNS = {
@@ -179,9 +181,9 @@ def _open(data: bytes) -> Image.Image:
           pass  # It is not the metadata.
     if isinstance(e, UnidentifiedImageError):
       raise Unreadable(
-          'not an image' if data[:2] not in (b'II', b'MM') else
-          'a TIFF, but neither gray nor RGB; one with other channels needs as '
-          'many values in data.mean'
+          'not an image' if not data.startswith(TIFF) else
+          'a TIFF that is damaged, or neither gray nor RGB; one with other '
+          'channels needs as many values in data.mean'
       ) from e
     raise Unreadable(str(e)) from e
 
