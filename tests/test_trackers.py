@@ -55,10 +55,12 @@ def service(monkeypatch):
 
 
 def record(folder, rows=(), name='fake', said=None):
-  return trackers.Record(
-      name, epath.Path(folder), {'seed': 0}, rows,
+  found = trackers.Record(
+      name, epath.Path(folder), {'seed': 0},
       (said if said is not None else []).append,
   )
+  found.catch_up(rows)
+  return found
 
 
 def test_the_rows_of_a_step_are_told_together(service, tmp_path):
@@ -117,6 +119,44 @@ def test_a_lost_service_does_not_end_the_run(service, tmp_path):
   found.write(5, {'train/loss': 1.0})
   found.finish({})
   assert len(said) == 1 and 'no route' in said[0] and 'goes on' in said[0]
+  # The next start tells all of it.
+  service.down = False
+  rows = [{'step': s, 'train/loss': 1.0} for s in range(6)]
+  record(tmp_path, rows).finish({'loss': 1.0})
+  [told] = service.records.values()
+  assert [step for step, _ in told] == [0, 1, 2, 3, 4, 5]
+  [results] = service.results.values()
+  assert results == {'loss': 1.0}
+
+
+def test_the_end_of_a_diverged_run_is_told(service, tmp_path):
+  found = record(tmp_path)
+  found.write(0, {'train/loss': 1.0})
+  found.write(1, {'train/diverged': 1.0})
+  found.end()
+  found.close()
+  [told] = service.records.values()
+  assert told[-1] == (1, {'train/diverged': 1.0})
+
+
+@pytest.mark.parametrize('how', ['bad mode', 'open run'])
+def test_what_wandb_cannot_do_is_one_message(tmp_path, monkeypatch, how):
+  wandb = pytest.importorskip('wandb')
+  monkeypatch.setenv('WANDB_DIR', str(tmp_path))
+  monkeypatch.setenv('WANDB_MODE', 'offline' if how == 'open run' else 'bogus')
+  if how == 'open run':
+    theirs = wandb.init(
+        mode='offline', settings=wandb.Settings(console='off', silent=True)
+    )
+  code, out, err = tiny.call(
+      'train', f'--workdir={tmp_path / "run"}', *tiny.flags(**SHORT)
+  )
+  if how == 'open run':
+    theirs.log({'x': 1})  # It is still theirs, and open.
+    theirs.finish()
+  assert code == 2 and not out and 'Traceback' not in err, err
+  words = 'has the run' if how == 'open run' else 'cannot begin a run'
+  assert words in err, err
 
 
 def test_without_a_tracker_nothing_is_written(tmp_path):
@@ -129,6 +169,8 @@ def test_without_a_tracker_nothing_is_written(tmp_path):
 
 def test_only_the_first_process_tells(service, tmp_path, monkeypatch):
   monkeypatch.setattr(step_log, 'is_primary', lambda: False)
+  # What it returns where another process is the first one.
+  monkeypatch.setattr(step_log.processes, 'from_primary', lambda make: {})
   config = tiny.config(**{'log.tracker': 'fake'})
   log = step_log.StepLog(
       epath.Path(tmp_path), config,
@@ -212,8 +254,12 @@ def runs_of(part):
 
 
 @pytest.mark.parametrize('how', [signal.SIGKILL, signal.SIGTERM])
-def test_wandb_has_a_run_that_was_ended_and_continued_once(tmp_path, how):
+def test_wandb_has_a_run_that_was_ended_and_continued_once(
+    tmp_path, monkeypatch, how
+):
   pytest.importorskip('wandb')
+  # Of this process, if it has used wandb: the others are to have their own.
+  monkeypatch.delenv('WANDB_SERVICE', raising=False)
   workdir = tmp_path / 'run'
   arguments = [
       f'--workdir={workdir}', *tiny.flags(**SHORT | {

@@ -70,7 +70,9 @@ def check(name: str) -> None:
   if name not in TRACKERS:
     raise unknown('log.tracker', name, TRACKERS)
   kind = TRACKERS[name]
-  if importlib.util.find_spec(kind.package) is None:
+  found = importlib.util.find_spec(kind.package)
+  # A folder of that name, such as one that wandb makes, is no package.
+  if found is None or found.origin is None:
     raise UserError(
         f'log.tracker={name!r} needs the package {kind.package}, which is not '
         f"installed. Use pip install 'mocov3-jax[{kind.extra}]', or "
@@ -89,7 +91,7 @@ class Record:
 
   def __init__(
       self, name: str, workdir: epath.Path, config: dict[str, Any],
-      rows: Iterable[Values], say: Callable[[str], None],
+      say: Callable[[str], None],
   ):
     """Begins or continues the record of a run.
 
@@ -97,15 +99,13 @@ class Record:
       name: of the tracker; '' = none.
       workdir: of the run; exists.
       config: of the run, as nested dicts.
-      rows: of metrics.jsonl, from an earlier part of the run. What the
-        tracker has not been told of them, it is.
       say: shows a line to the user.
 
     Raises:
       UserError: if the service cannot be used, or the note is damaged.
     """
     self._tracker: Tracker | None = None
-    self._say = say
+    self._say, self._was_lost = say, False
     if not name:
       return
     self._name, self._path = name, workdir / NOTE
@@ -118,6 +118,13 @@ class Record:
         f'{workdir.parent.name}/{workdir.name}', self._note['id'], config
     )
     files.write_json(self._path, self._note)
+
+  def catch_up(self, rows: Iterable[Values]) -> None:
+    """Notes what the tracker has not been told of metrics.jsonl.
+
+    Args:
+      rows: of an earlier part of the run.
+    """
     for row in rows:
       self.write(row['step'], {k: row[k] for k in row if k != 'step'})
 
@@ -142,7 +149,7 @@ class Record:
     if self._tracker is not None:
       self._tell(sorted(self._waiting))
       self._close(results)
-      self._note['done'] = True
+      self._note['done'] = not self._was_lost
       files.write_json(self._path, self._note)
 
   def close(self) -> None:
@@ -150,15 +157,25 @@ class Record:
     self.flush()
     self._close(None)
 
+  def end(self) -> None:
+    """Tells all there is of a run that does not go on."""
+    if self._tracker is not None:
+      self._tell(sorted(self._waiting))
+
   def _tell(self, steps: list[int]) -> None:
     if not steps:
       return
+    told = self._note['told']
     self._note['told'] = steps[-1]
     files.write_json(self._path, self._note)
     try:
       for step in steps:
-        self._tracker.log(step, self._waiting.pop(step))
+        self._tracker.log(step, self._waiting[step])
+        told = step
+        del self._waiting[step]
     except ConnectionError as e:
+      self._note['told'] = told  # The next start tells the rest.
+      files.write_json(self._path, self._note)
       self._lost(e)
     self._next = time.monotonic() + files.FOLLOWED
 
@@ -172,6 +189,7 @@ class Record:
 
   def _lost(self, error: ConnectionError) -> None:
     # A run of days does not end for that.
+    self._was_lost = True
     self._say(
         f'note: log.tracker={self._name!r} was lost after step '
         f'{self._note["told"]} ({str(error)[:200]}). The run goes on; '

@@ -15,20 +15,15 @@ PROJECT = 'mocov3_jax'
 class WeightsAndBiases:
   """A run of Weights & Biases, as a `Tracker`."""
 
-  def __init__(self, run: Any, error: type[Exception]):
-    """Wraps a run.
-
-    Args:
-      run: as wandb.init returns it.
-      error: that wandb raises.
-    """
-    self._run, self._error = run, error
+  def __init__(self, run: Any):
+    """Wraps a run, as wandb.init returns it."""
+    self._run = run
 
   def log(self, step: int, values: dict[str, float]) -> None:
     """Adds the values of a step."""
     try:
       self._run.log(values, step=step, commit=True)
-    except self._error as e:
+    except Exception as e:  # wandb raises many kinds.
       raise ConnectionError(e) from e
 
   def close(self, results: dict[str, Any] | None) -> None:
@@ -37,8 +32,12 @@ class WeightsAndBiases:
       if results is not None:
         self._run.summary.update(results)
       self._run.finish(exit_code=0 if results is not None else 1)
-    except self._error as e:
+    except Exception as e:
       raise ConnectionError(e) from e
+
+
+def _line(error: Exception) -> str:
+  return ' '.join(str(error).split())[:300]
 
 
 def begin(name: str, run_id: str, config: dict[str, Any]) -> WeightsAndBiases:
@@ -54,6 +53,11 @@ def begin(name: str, run_id: str, config: dict[str, Any]) -> WeightsAndBiases:
   """
   import wandb
 
+  if wandb.run is not None:
+    raise UserError(
+        f"log.tracker='wandb': this process has the run {wandb.run.id} open, "
+        'which would get these metrics. Use wandb.finish() first.'
+    )
   try:
     run = wandb.init(
         project=None if 'WANDB_PROJECT' in os.environ else PROJECT,
@@ -61,10 +65,10 @@ def begin(name: str, run_id: str, config: dict[str, Any]) -> WeightsAndBiases:
         # What a terminal shows is neither captured nor added to.
         settings=wandb.Settings(console='off', silent=True),
     )
-  except wandb.errors.Error as e:
+  except Exception as e:  # wandb raises many kinds.
     raise UserError(
-        f'log.tracker=\'wandb\' cannot begin a run: {str(e)[:300]}. Use `wandb '
+        f'log.tracker=\'wandb\' cannot begin a run: {_line(e)}. Use `wandb '
         'login` first, WANDB_MODE=offline without a network, or '
         "log.tracker=''."
     ) from e
-  return WeightsAndBiases(run, wandb.errors.Error)
+  return WeightsAndBiases(run)

@@ -9,6 +9,7 @@ from ml_collections import ConfigDict
 from mocov3_jax import trackers
 from mocov3_jax.config.training import Plan
 from mocov3_jax.evals.evaluator import Evaluator
+from mocov3_jax.parallel import processes
 from mocov3_jax.parallel.processes import is_primary
 from mocov3_jax.runs import metrics
 from mocov3_jax.runs import workdir as workdir_lib
@@ -41,9 +42,14 @@ class StepLog:
       start: updates done.
       mfu_of_rate: MFU of one image per second; None where it is not known.
     """
-    self._config, self._plan = config, plan
+    self._config, self._plan, self._workdir = config, plan, workdir
     self._evaluators = evaluators
     self._mfu_of_rate = mfu_of_rate
+    self._progress = progress.Progress(plan.total_steps, active=is_primary())
+    self._record = trackers.Record('', workdir, {}, self.note)
+    if config.log.tracker:
+      # All processes hear of what is wrong with it.
+      processes.from_primary(self._begin_record)
     self._writer = metrics.MetricWriter(workdir, start, is_primary())
     # Read after the writer has dropped what comes again.
     self.rows = metrics.read_metrics(workdir / 'metrics.jsonl')
@@ -52,13 +58,16 @@ class StepLog:
     )
     for row in self.rows:
       self._watch.see(row['step'], row)
-    self._record = trackers.Record(
-        config.log.tracker if is_primary() else '', workdir,
-        workdir_lib.to_json(config), self.rows, self.note,
-    )
+    self._record.catch_up(self.rows)
     self.throughput = progress.Throughput(config.batch_size)
-    self._progress = progress.Progress(plan.total_steps, active=is_primary())
     self.last_step: Values = {}
+
+  def _begin_record(self) -> dict[str, Any]:
+    self._record = trackers.Record(
+        self._config.log.tracker, self._workdir,
+        workdir_lib.to_json(self._config), self.note,
+    )
+    return {}
 
   def note(self, text: str) -> None:
     """Shows a line that stays."""
@@ -96,6 +105,7 @@ class StepLog:
   def diverged(self, step: int) -> None:
     """Logs that a metric became NaN or infinite at `step`."""
     self._write(step, {'train/diverged': 1.0})
+    self._record.end()
 
   def _write(self, step: int, values: Values) -> None:
     self._writer.write(step, values)
