@@ -7,6 +7,7 @@ import re
 
 import jax
 import pytest
+import tiny
 
 from mocov3_jax.config import checks, evaluation
 from mocov3_jax.config import training as config_lib
@@ -177,9 +178,12 @@ def recipe(path):
 
 
 @pytest.mark.parametrize('path', RECIPES, ids=lambda p: p.stem)
-def test_a_recipe_is_valid_and_documents_itself(path):
+def test_a_recipe_is_valid_and_documents_itself(path, tmp_path):
   loaded = recipe(path)
-  c = loaded.get_config()
+  arguments = ()
+  if path.stem == 'continue':  # From what, it cannot know.
+    arguments = [str(tiny.random_run(tmp_path / 'run', tiny.config()))]
+  c = loaded.get_config(*arguments)
   if 'protocol' in c:
     checks.validate_eval(c, 1)
   else:

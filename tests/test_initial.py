@@ -216,6 +216,42 @@ def test_what_does_not_fit_is_refused_before_anything_is_written(
   assert not (tmp_path / 'run').exists()
 
 
+@pytest.mark.parametrize('given', ['run', 'timm'])
+def test_the_recipe_continues_what_it_is_given(
+    source, timm_folder, tmp_path, given
+):
+  checkpoint = source if given == 'run' else f'timm:{timm_folder}'
+  code, out, err = tiny.call(
+      'train', f'--config=configs/continue.py:{checkpoint}',
+      f'--workdir={tmp_path / "run"}', '--config.data.source=digits',
+      '--config.batch_size=64', '--config.schedule.steps=3',
+      '--config.schedule.warmup_epochs=0.0', '--config.head.hidden_dim=16',
+      '--config.head.out_dim=8',
+  )
+  assert code == 0, err
+  assert json.loads(out.splitlines()[-1])['step'] == 3
+  assert equal(
+      saved(tmp_path / 'run', 3)['params']['backbone'],
+      saved(source, 4)['params']['backbone'],
+  )  # Frozen for that long.
+  config = json.loads((tmp_path / 'run' / 'config.json').read_text())
+  assert config['model']['dim'] == 16
+  assert config['init']['checkpoint'] == str(checkpoint)
+
+
+@pytest.mark.parametrize('given, words', [
+    ('', 'names no checkpoint'), (':/nowhere', 'is not a checkpoint'),
+    (':timm:/nowhere', 'has no config.json'),
+])
+def test_the_recipe_says_what_it_needs(tmp_path, given, words):
+  code, out, err = tiny.call(
+      'train', f'--config=configs/continue.py{given}',
+      f'--workdir={tmp_path / "run"}',
+  )
+  assert code == 2 and not out and words in err, err
+  assert 'UserError' not in err and len(err.splitlines()) == 1
+
+
 def test_a_workdir_that_holds_another_run_is_refused(source, run):
   code, _, err = train(run, source)
   assert code == 2 and 'init.freeze_backbone_epochs' in err

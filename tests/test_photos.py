@@ -10,6 +10,7 @@ import time
 import types
 
 import jax.numpy as jnp
+import numpy as np
 import photos
 from PIL import Image
 import pytest
@@ -17,7 +18,7 @@ import tiny
 
 from mocov3_jax.base.errors import Preempted, UserError
 from mocov3_jax.config import training as config_lib
-from mocov3_jax.data import pipeline
+from mocov3_jax.data import photo_tiles, pipeline
 from mocov3_jax.evals.evaluator import Evaluator
 from mocov3_jax.parallel import sharding
 from mocov3_jax.runs import checkpoints
@@ -401,3 +402,17 @@ def test_pretraining_on_tiles_of_photographs_helps(tmp_path, seed):
   # 160 tiles of ten photographs; about 0.70 with the random network.
   assert final['knn/top1'] > final['knn/top1_init'] + 0.05
   assert bad_names(tmp_path / 'run')
+
+
+def test_the_halves_of_the_photo_tiles_share_no_picture(tmp_path, monkeypatch):
+  pictures = {
+      name: lambda: np.zeros((64, 96), np.uint8) for name in 'dabce'
+  }
+  monkeypatch.setattr(photo_tiles, 'PICTURES', pictures)
+  found = {}
+  for half in '', 'first', 'second':
+    photo_tiles.main(tmp_path / f'tiles{half}', half)
+    found[half] = {p.name for p in (tmp_path / f'tiles{half}/train').iterdir()}
+  assert found == {
+      '': set('abcde'), 'first': set('ace'), 'second': set('bd')
+  }

@@ -14,7 +14,11 @@ from mocov3_jax.method.train_step import init_state
 from mocov3_jax.training import flops, pretrain
 from mocov3_jax.weights import state_dict
 
-TRAINING = [p for p in RECIPES if not p.stem.startswith('eval_')]
+# One continues a run, which it is given: see tests/test_initial.py.
+TRAINING = [
+    p for p in RECIPES
+    if not p.stem.startswith('eval_') and p.stem != 'continue'
+]
 
 
 def loaded(path):

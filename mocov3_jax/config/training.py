@@ -105,8 +105,8 @@ def schema() -> Schema:
           # Log the gradients of every block and head, not of the first and
           # last layer alone.
           'blocks': Knob(False, free=True),
-          # Log how AdamW moves these layers: the RMS of its update, the share
-          # of decay in it, and the norm of the weights.
+          # Log how AdamW moves these layers: the RMS of g / sqrt(v), the share
+          # of decay in the update, and the norm of the weights.
           'updates': Knob(False, free=True, added=True),
           # A service that shows runs: '' = none, 'wandb' = Weights & Biases.
           'tracker': Knob('', free=True, added=True),
@@ -331,9 +331,9 @@ def _optimizer() -> Schema:
       # Paper s4.2 has no number. AdamW divides a constant factor out again, so
       # a small threshold evens out spikes and no more.
       'patch_embed_clip': Knob(1e-2, POSITIVE),
-      # AdamW: where the root mean square of a tensor's g^2 / v is above this,
-      # its rate is divided by the excess: StableAdamW (Wortsman et al. 2023,
-      # arXiv 2304.13013), whose bound is 1.
+      # AdamW: where the RMS of a tensor's g / sqrt(v) is above this, its rate
+      # is divided by the excess: StableAdamW (Wortsman et al. 2023, arXiv
+      # 2304.13013), whose bound is 1.
       'update_clip': Knob(0.0, NOT_NEGATIVE, added=True, zero='no bound'),
       # ViT: each block learns this much slower than the one above it (Bao et
       # al. 2022, arXiv 2106.08254); 1 = all alike.

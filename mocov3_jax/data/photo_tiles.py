@@ -1,9 +1,10 @@
-"""Cuts photographs into tiles: python -m mocov3_jax.data.photo_tiles OUT
+"""Cuts photographs into tiles: python -m mocov3_jax.data.photo_tiles OUT [HALF]
 
 A set that is harder than digits and needs no download: 32x32 tiles of fourteen
 pictures that come with scikit-image (the extra `photos`), each picture a class.
 Tiles do not overlap; every fifth is kept for testing. Many look alike (sky,
-gravel, out-of-focus ground), so no network tells all of them.
+gravel, out-of-focus ground), so no network tells all of them. HALF, `first` or
+`second`, takes every other picture alone: two sets without a common picture.
 """
 
 import pathlib
@@ -24,6 +25,10 @@ PICTURES = {
     'retina': data.retina, 'rocket': data.rocket,
     'tissue': data.immunohistochemistry,
 }
+# Which of the sorted pictures are taken.
+HALVES = {
+    '': slice(None), 'first': slice(0, None, 2), 'second': slice(1, None, 2)
+}
 
 
 def tiles(picture):
@@ -37,14 +42,15 @@ def tiles(picture):
   return cut.reshape(-1, SIZE, SIZE, 3)
 
 
-def main(out):
+def main(out, half=''):
   """Writes OUT/train/NAME/*.png and OUT/val/NAME/*.png."""
+  names = sorted(PICTURES)[HALVES[half]]
   out = pathlib.Path(out)
   if out.exists():
     sys.exit(f'{out} exists. Use a new folder.')
   counts = {'train': 0, 'val': 0}
-  for name, load in PICTURES.items():
-    found = tiles(load())
+  for name in names:
+    found = tiles(PICTURES[name]())
     chosen = np.linspace(0, len(found) - 1, min(AT_MOST, len(found)))
     for i, tile in enumerate(found[chosen.round().astype(int)]):
       split = 'val' if i % 5 == 0 else 'train'
@@ -53,10 +59,10 @@ def main(out):
       Image.fromarray(tile).save(folder / f'{i:03}.png')
       counts[split] += 1
   print(f'{counts["train"]} training and {counts["val"]} test tiles of '
-        f'{len(PICTURES)} pictures in {out}')
+        f'{len(names)} pictures in {out}')
 
 
 if __name__ == '__main__':
-  if len(sys.argv) != 2:
+  if not (2 <= len(sys.argv) <= 3 and {*sys.argv[2:]} <= HALVES.keys()):
     sys.exit(__doc__)
-  main(sys.argv[1])
+  main(*sys.argv[1:])

@@ -80,7 +80,7 @@ def updates(
 ) -> Monitor:
   """Returns what logs how AdamW moves each layer.
 
-  update_rms: the root mean square of g^2 / v, near 1 as long as gradients are
+  update_rms: the root of the mean of g^2 / v, near 1 as long as gradients are
   what they were; the RMS_t of Wortsman et al. update_decay: the norm of the
   decay as a share of the sum of its norm and that of the rest of the update.
   weight_norm: of the layer. A layer that is frozen has none of them.

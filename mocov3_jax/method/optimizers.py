@@ -156,9 +156,8 @@ def relative_squares(c: ConfigDict, grads: PyTree, square: PyTree) -> PyTree:
     grads: of a step.
     square: the second moment after it, without bias.
   """
-  return jax.tree.map(
-      lambda g, v: g**2 / jnp.maximum(v, c.eps**2), grads, square
-  )
+  least = max(c.eps**2, float(jnp.finfo(jnp.float32).tiny))
+  return jax.tree.map(lambda g, v: g**2 / jnp.maximum(v, least), grads, square)
 
 
 def adam_step(c: ConfigDict, mean: PyTree, square: PyTree) -> PyTree:

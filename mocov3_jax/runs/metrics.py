@@ -219,6 +219,7 @@ class _Board:
 
   def flush(self) -> None:
     """Puts on disk, or in the bucket, what was drawn."""
+    began = time.monotonic()
     self._writer.flush()
     if self._staging:
       large = self._copy() > LARGE_EVENTS
@@ -229,7 +230,9 @@ class _Board:
         self._ended += 1
         # Several of one second would have one name.
         self._begin(f'.{self._ended}')
-    self._next = time.monotonic() + files.FOLLOWED
+    now = time.monotonic()
+    # The longer it takes, the rarer.
+    self._next = now + max(files.FOLLOWED, files.MOST_SHARE * (now - began))
 
   def _copy(self) -> int:
     """Copies the files that are written here; returns their bytes."""

@@ -89,11 +89,35 @@ def _timm(given: str) -> _Source:
     )
     return jax.device_put((params, batch_stats), sharding.replicated(mesh))
 
+  folder = files.absolute(
+      given.removeprefix(timm_folder.PREFIX), 'init.checkpoint'
+  )
   return _Source(
-      given, weights.config, frozenset({'backbone'}), read, tuple(
+      f'{timm_folder.PREFIX}{folder}', weights.config, frozenset({'backbone'}),
+      read, tuple(
           text for text in weights.assumed if text.startswith('attention heads')
       ),
   )
+
+
+def config_of(given: str) -> ConfigDict:
+  """Returns the config of the run that a checkpoint is of, with fresh weights.
+
+  Args:
+    given: as `init.checkpoint`.
+
+  Raises:
+    UserError: if there is none.
+  """
+  if not given:
+    raise UserError(
+        'continue.py names no checkpoint. Use --config=continue.py:CHECKPOINT, '
+        'the workdir of a run or timm:FOLDER.'
+    )
+  found = _open(given).config.copy_and_resolve_references()
+  found.init.update({'checkpoint': '', 'heads': False})
+  found.init.freeze_backbone_epochs = 0.0
+  return found.lock()
 
 
 class Initial:
