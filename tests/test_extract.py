@@ -2,6 +2,7 @@
 
 import numpy as np
 import photos
+from PIL import Image
 import pytest
 import tiny
 
@@ -64,12 +65,28 @@ def test_layer_and_encoder_are_what_they_say(run, tmp_path):
     assert np.abs(query - momentum).max() > 1e-4
 
 
-def test_a_folder_of_colour_images_is_refused_by_a_gray_network(run, tmp_path):
-  photos.write_tiles(tmp_path / 'p', tile=32, each=1)
-  with pytest.raises(UserError, match='3 channels.*trained on 1'):
-    extract.extract(
-        str(run), f'folder:{tmp_path}/p', str(tmp_path / 'f.npz')
-    )
+def test_a_gray_network_sees_a_folder_of_colour_images_gray(run, tmp_path):
+  photos.write_tiles(tmp_path / 'colour', tile=32, each=1)
+  for path in (tmp_path / 'colour').rglob('*.jpg'):
+    gray = tmp_path / 'gray' / path.relative_to(tmp_path / 'colour')
+    gray.parent.mkdir(parents=True, exist_ok=True)
+    with Image.open(path) as image:
+      image.convert('L').save(gray.with_suffix('.png'))
+  found = {}
+  for name in 'colour', 'gray':
+    out = tmp_path / f'{name}.npz'
+    extract.extract(str(run), f'folder:{tmp_path}/{name}', str(out))
+    found[name] = arrays(out)['features']
+  # Two JPEG decoders may round differently.
+  np.testing.assert_allclose(found['colour'], found['gray'], atol=0.003)
+  assert np.std(found['gray'], axis=0).max() > 0.02  # They differ by more.
+
+
+def test_a_source_of_other_channels_is_refused(tmp_path):
+  config = tiny.config(**{'data.mean': (0.5,) * 3, 'data.std': (0.25,) * 3})
+  run = tiny.random_run(tmp_path / 'run', config)
+  with pytest.raises(UserError, match='1 channels.*trained on 3'):
+    extract.extract(str(run), 'digits', str(tmp_path / 'f.npz'))
   assert not (tmp_path / 'f.npz').exists()
 
 

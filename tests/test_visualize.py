@@ -332,8 +332,8 @@ def test_what_is_out_of_range_is_said(digits, tiles, tmp_path):
     draw_lib.neighbours(Options(tiles, out, f'folder:{few}'), k=3)
   with pytest.raises(UserError, match='3 images .* 4 or more'):
     draw_lib.embedding(Options(tiles, out, f'folder:{few}'), 'pca')
-  with pytest.raises(UserError, match='3 channels.*trained on 1'):
-    draw_lib.attention(Options(digits, out, f'folder:{few}'))
+  with pytest.raises(UserError, match='1 channels.*trained on 3'):
+    draw_lib.attention(Options(tiles, out, 'digits'))
   (few / '0.png').write_bytes(b'')
   (few / '1.png').write_bytes(b'')
   (few / '2.png').write_bytes(b'')
