@@ -251,7 +251,9 @@ def flags(folder, count):
   return tiny.flags(**overrides)
 
 
-@pytest.mark.parametrize('make, count', [(five, 5), (gray, 1)])
+@pytest.mark.parametrize('make, count', [
+    (five, 5), pytest.param(gray, 1, marks=pytest.mark.slow)
+])
 def test_such_a_folder_trains_evaluates_and_converts(tmp_path, make, count):
   write(tmp_path / 'images', make)
   run = tmp_path / 'run'

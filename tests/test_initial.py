@@ -152,8 +152,11 @@ def test_a_folder_of_timm_is_taken_to_the_bit(source, timm_folder, tmp_path):
     ('other heads', {'model.num_heads': 4}, ['model.num_heads: 2 there']),
     ('heads wanted', {'init.heads': True}, ['has no predictor']),
     ('no config', {}, ['has no config.json and model.safetensors']),
-    ('other pixels', {'data.mean': (0.5,)},
-     ['data.mean=(0.305,), continued with (0.5,)', 'kNN at step 0']),
+    pytest.param(
+        'other pixels', {'data.mean': (0.5,)},
+        ['data.mean=(0.305,), continued with (0.5,)', 'kNN at step 0'],
+        marks=pytest.mark.slow,
+    ),
 ])
 def test_a_folder_of_timm_that_does_not_fit(
     timm_folder, tmp_path, what, overrides, words
@@ -216,7 +219,9 @@ def test_what_does_not_fit_is_refused_before_anything_is_written(
   assert not (tmp_path / 'run').exists()
 
 
-@pytest.mark.parametrize('given', ['run', 'timm'])
+@pytest.mark.parametrize('given', [
+    'run', pytest.param('timm', marks=pytest.mark.slow)
+])
 def test_the_recipe_continues_what_it_is_given(
     source, timm_folder, tmp_path, given
 ):
