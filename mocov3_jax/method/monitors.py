@@ -102,18 +102,16 @@ def updates(
   def measure(step, grads, opt_state, params):
     grads = clip(grads)
     parts = functools.partial(_parts, layers=layers)
-    decayed = optimizers.decayed(c, params)
-    moments = [parts(_moment(opt_state, name)) for name in ('mu', 'nu')]
+    others = list(map(parts, (
+        grads, _moment(opt_state, 'mu'), params, optimizers.decayed(c, params)
+    )))
     found = {}
-    for name, nu in moments[1].items():
-      g, mu, weights, its = (
-          x[name] for x in (parts(grads), moments[0], parts(params),
-                            parts(decayed))
-      )
+    for name, nu in parts(_moment(opt_state, 'nu')).items():
+      g, mu, weights, decayed = (part[name] for part in others)
       mean, square = optimizers.unbiased(c, mu, nu, step + 1)
       squares = jax.tree.leaves(optimizers.relative_squares(c, g, square))
       moved = optax.tree.norm(optimizers.adam_step(c, mean, square))
-      decay = c.weight_decay * optax.tree.norm(its)
+      decay = c.weight_decay * optax.tree.norm(decayed)
       found |= {
           f'update_rms/{name}': jnp.sqrt(
               sum(map(jnp.sum, squares)) / sum(x.size for x in squares)

@@ -99,7 +99,7 @@ def embedded(value: Any) -> str:
 
 
 def _body(report: Report, built: dict[str, Panel]) -> str:
-  first = next((name for name in panels.ONE_RUN if name in built), '')
+  first = next((name for name, panel in built.items() if panel.one_run), '')
   sections = {
       name: _section(name, panel, report, name == first)
       for name, panel in built.items()
@@ -122,7 +122,7 @@ def _body(report: Report, built: dict[str, Panel]) -> str:
   )
   return '\n'.join(filter(None, [
       tables.sweep(report), join('sweep'), tables.runs(report), _unit(report),
-      join(*panels.MONITORS), nothing, small[0], join(*panels.ONE_RUN),
+      join(*panels.MONITORS), nothing, small[0], join('updates', 'gradients'),
       small[1], tables.configs(report), help_,
   ]))
 

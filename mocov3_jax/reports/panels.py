@@ -23,8 +23,6 @@ OTHER_LAYERS = ('#8c8c8c', '#a3a3a3', '#757575')
 MOST_TICKS = 12
 # The panels of what watches a run: with labels, and without.
 MONITORS = ('knn', 'rank')
-# Those of one run at a time, one above the other.
-ONE_RUN = ('updates', 'gradients')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -236,11 +234,11 @@ def updates(report: Report, limit: int) -> Panel:
   for number, run in enumerate(report.runs):
     curves = [run.curve(f'update_rms/{layer}') for layer in run.layers]
     curves = [curve for curve in curves if len(curve[0])]
-    lows = [(dip.low, _describe(dip)) for dip in run.analysis.dips]
+    dips = run.analysis.dips
     if curves:
       items += _marks(
-          number, curves[0], [low for low, _ in lows],
-          [text for _, text in lows], 'dips of kNN', run.color, 'triangle-down',
+          number, curves[0], [dip.low for dip in dips],
+          list(map(_describe, dips)), 'dips of kNN', run.color, 'triangle-down',
       )
   return Panel(
       heading='Size of the update by layer',

@@ -147,7 +147,7 @@ class Record:
   def finish(self, results: dict[str, Any]) -> None:
     """Tells the rest and the results of a run that is done."""
     if self._tracker is not None:
-      self._tell(sorted(self._waiting))
+      self.end()
       self._close(results)
       self._note['done'] = not self._was_lost
       files.write_json(self._path, self._note)
