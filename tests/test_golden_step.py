@@ -146,7 +146,7 @@ def test_gradients_equal_the_original(step):
       assert not np.any(got), names
       continue
     assert relative(got, want) < 2e-4, names
-  if step.model.backbone.freeze_patch_embed:
+  if step.model.backbone.frozen:
     for leaf in jax.tree.leaves(actual['backbone']['patch_embed']):
       assert not np.any(leaf)
 

@@ -31,7 +31,7 @@ def train(dtype):
               online, target, temperature=CFG['moco_t']
           ), has_target=True,
       ),
-      optimizer=optimizers.build(c, learning_rate, freeze_patch_embed=True),
+      optimizer=optimizers.build(c, learning_rate, ('patch_embed',)),
       augment=lambda images, key: images,
       learning_rate=learning_rate,
       momentum=optimizers.cosine_momentum(CFG['moco_m'], total),

@@ -429,6 +429,8 @@ def test_stochastic_depth_drops_whole_images_and_keeps_the_mean():
         ({'positions': 'sine'}, 'learned, none, sincos'),
         ({'patch_embed': 'conv', 'patch_size': 1}, 'power of 2'),
         ({'scan': True, 'mlp_norm': 'batch'}, 'model.mlp_norm=layer'),
+        ({'frozen_blocks': 3}, 'Allowed: 0; or up to 2, with'),
+        ({'frozen_blocks': 1, 'patch_embed': 'learned'}, 'needs .*=frozen'),
         ({'name': 'resnet50', 'dim': 8}, 'model.depth=3 is for ViTs'),
         ({'name': 'resnet49'}, "Did you mean 'resnet"),
         ({'small_images': True}, 'model.small_images=True is for ResNets'),

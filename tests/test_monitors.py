@@ -26,7 +26,7 @@ def test_a_burst_after_a_quiet_stretch_has_the_known_rms():
   # v is 1 before; a gradient of `size` leaves b2 + (1 - b2) size^2.
   for b2, size in (0.999, 30.0), (0.99, 5.0):
     c = settings(b2=b2, weight_decay=0.0)
-    optimizer = optimizers.build(c, lambda step: 1e-3, False)
+    optimizer = optimizers.build(c, lambda step: 1e-3)
     monitor = monitors.updates(c, LAYERS, lambda grads: grads)
     params = {
         'backbone': {'patch_embed': {'kernel': jnp.ones((4, 3))}},
@@ -109,6 +109,21 @@ def test_a_frozen_projection_has_no_update():
   assert metrics['grad_max/patch_embed'] == 0
   assert 'update_rms/patch_embed' not in metrics
   assert 'update_rms/block_0' in metrics
+
+
+@pytest.mark.parametrize('scan', [False, True])
+def test_frozen_blocks_and_all_before_them_stay_as_they_are(scan):
+  _, found = run_steps(2, **{
+      'model.patch_embed': 'frozen', 'model.frozen_blocks': 1,
+      'model.depth': 2, 'model.positions': 'learned', 'model.scan': scan,
+  })
+  before, (_, metrics, after) = found[0][0].params, found[-1]
+  still = {'patch_embed', 'cls_token', 'pos_embed', 'blocks_0'}
+  for name, old in before['backbone'].items():
+    same = jax.tree.map(np.array_equal, old, after.params['backbone'][name])
+    assert all(jax.tree.leaves(same)) == (name in still), name
+  assert metrics['grad_max/block_0'] == 0 < metrics['grad_max/block_1']
+  assert 'update_rms/block_0' not in metrics
 
 
 def test_the_moments_of_a_clipped_projection_are_of_the_clipped_gradient():

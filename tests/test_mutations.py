@@ -57,7 +57,7 @@ MUTATIONS = {
         'test_optim.py',
     ),
     'decay on the frozen patch projection': (
-        'method/optimizers.py', 'if not freeze_patch_embed:', 'if True:',
+        'method/optimizers.py', 'if not frozen:', 'if True:',
         'test_golden_training.py',
     ),
     'both views through one BatchNorm': (
@@ -82,7 +82,7 @@ MUTATIONS = {
         'test_golden_step.py',
     ),
     'patch projection left to learn': (
-        'models/vit.py', 'if self.freeze_patch_embed:', 'if False:',
+        'models/vit.py', "if self.patch_embed == 'frozen':", 'if False:',
         'test_golden_step.py',
     ),
     'loss without the factor 2T': (

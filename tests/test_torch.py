@@ -64,7 +64,7 @@ def test_ten_lars_steps_in_float64():
                 online, target, temperature=1.0
             ), has_target=True,
         ),
-        optimizer=optimizers.build(c, schedule, freeze_patch_embed=False),
+        optimizer=optimizers.build(c, schedule),
         augment=lambda images, key: images,
         learning_rate=schedule,
         momentum=lambda step: jnp.array(

@@ -235,6 +235,9 @@ def _model() -> Schema:
       # which s4.2 tried as well; 'conv' = a learned stem of convolutions with
       # BatchNorm (the release's ViT-Conv).
       'patch_embed': Knob('frozen'),
+      # ViT: as many blocks, the first ones, stay as random as a frozen patch
+      # projection; to see whether spikes begin in the first layer that learns.
+      'frozen_blocks': Knob(0, within(0, 255), added=True, zero='none'),
       # ViT: position embedding, 'sincos' (fixed), 'learned' or 'none'. Paper
       # s6.2: 76.5, 76.1, 74.9 % (ViT-B, 300 epochs).
       'positions': Knob('sincos'),

@@ -52,7 +52,7 @@ def build_method(
       model=model,
       objective=objectives.build(config.objective),
       optimizer=optimizers.build(
-          config.optimizer, learning_rate, model.backbone.freeze_patch_embed,
+          config.optimizer, learning_rate, model.backbone.frozen,
           model.backbone.clip_patch_embed, len(model.backbone.blocks),
           round(config.init.freeze_backbone_epochs * plan.steps_per_epoch),
       ),

@@ -1,6 +1,7 @@
 """Optimizer chains, what they leave alone, and the two schedules."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+import functools
 from typing import Any
 
 import jax
@@ -211,12 +212,11 @@ def lamb(
 OPTIMIZERS = {'adamw': adamw, 'lars': lars, 'lamb': lamb}
 
 
-def is_patch_embed(params: PyTree) -> PyTree:
-  """Marks the backbone's patch projection."""
-  return jax.tree_util.tree_map_with_path(
-      lambda path, _: [key.key for key in path[:2]]
-      == ['backbone', 'patch_embed'],
-      params,
+def is_in(*names: str) -> Callable[[PyTree], PyTree]:
+  """Returns what marks these parts of the backbone."""
+  return functools.partial(
+      jax.tree_util.tree_map_with_path,
+      lambda path, _: path[0].key == 'backbone' and path[1].key in names,
   )
 
 
@@ -272,7 +272,7 @@ def after(steps: int) -> optax.GradientTransformation:
 def patch_embed_clip(c: ConfigDict) -> optax.GradientTransformation:
   """Returns what shortens the patch projection's gradient (paper s4.2)."""
   return optax.masked(
-      optax.clip_by_global_norm(c.patch_embed_clip), is_patch_embed
+      optax.clip_by_global_norm(c.patch_embed_clip), is_in('patch_embed')
   )
 
 
@@ -283,7 +283,7 @@ def clipped(c: ConfigDict, grads: PyTree) -> PyTree:
 
 
 def build(
-    c: ConfigDict, learning_rate: Schedule, freeze_patch_embed: bool,
+    c: ConfigDict, learning_rate: Schedule, frozen: Sequence[str] = (),
     clip_patch_embed: bool = False, depth: int = 0, frozen_steps: int = 0,
 ) -> optax.GradientTransformation:
   """Returns the optimizer that `config.optimizer` names.
@@ -291,8 +291,8 @@ def build(
   Args:
     c: `config.optimizer`.
     learning_rate: the rate as a function of the step.
-    freeze_patch_embed: keep the patch projection out of the update. The
-      gradient stops there anyway, but weight decay would still move it.
+    frozen: parts of the backbone that are kept out of the update. The
+      gradient stops there anyway, but weight decay would still move them.
     clip_patch_embed: scale its gradient down to at most a norm of
       `c.patch_embed_clip` (paper s4.2).
     depth: blocks of the backbone, for `c.layer_decay`.
@@ -320,8 +320,8 @@ def build(
     optimizer = optax.chain(
         optimizer, optax.masked(after(frozen_steps), is_backbone)
     )
-  if not freeze_patch_embed:
+  if not frozen:
     return optimizer
   return optax.partition(
-      {True: optax.set_to_zero(), False: optimizer}, is_patch_embed
+      {True: optax.set_to_zero(), False: optimizer}, is_in(*frozen)
   )

@@ -36,7 +36,9 @@ RESNETS = {
     'resnet101': ((3, 4, 23, 3), True),
 }
 # Fields of ViT that are those of config.model; a ResNet has none of them.
-VIT_OPTIONS = ('positions', 'readout', 'mlp_norm', 'remat', 'scan')
+VIT_OPTIONS = (
+    'frozen_blocks', 'positions', 'readout', 'mlp_norm', 'remat', 'scan'
+)
 DTYPES = {'float32': jnp.float32, 'bfloat16': jnp.bfloat16}
 # Patches of an image: 4096 pixels in patches of 16.
 MOST_TOKENS = 2**16
@@ -245,6 +247,15 @@ def _check_vit(vit: ViT, image_size: int) -> None:
     raise UserError(
         f'model.num_heads={vit.num_heads} does not divide model.dim='
         f'{vit.dim}. Allowed: a divisor of the width.'
+    )
+  if vit.frozen_blocks and (
+      vit.patch_embed != 'frozen' or vit.frozen_blocks >= vit.depth
+  ):
+    raise UserError(
+        f'model.frozen_blocks={vit.frozen_blocks} needs model.patch_embed='
+        f'frozen, which is {vit.patch_embed!r} here, and fewer than the '
+        f'{vit.depth} blocks. Allowed: 0; or up to {vit.depth - 1}, with '
+        'model.patch_embed=frozen.'
     )
   if vit.positions == 'sincos' and vit.dim % 4:
     raise UserError(

@@ -87,7 +87,8 @@ class ResNet(nn.Module):
 
   # What the training step needs to know of a backbone: see `ViT`.
   has_batch_norm = True
-  freeze_patch_embed = clip_patch_embed = False
+  clip_patch_embed = False
+  frozen = ()
   first_layer = 'conv1'
 
   @property

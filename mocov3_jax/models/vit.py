@@ -52,6 +52,9 @@ class ViT(nn.Module):
       well); 'learned'; 'clipped' = learned, of a gradient that the optimizer
       must clip; 'batch_norm', 'weight_norm' = learned, with such a
       normalisation (paper s4.2 again); 'conv' = `ConvStem`, always learned.
+    frozen_blocks: blocks, the first ones, that are as random and frozen as a
+      'frozen' patch projection, and all that comes before them; the gradient
+      stops right after them.
     positions: 'sincos' (fixed), 'learned' or 'none' (paper s6.2).
     readout: 'cls' = class token after the final LayerNorm; 'norm_pool' = mean
       over the tokens after it; 'pool' = mean over the tokens, no final
@@ -73,6 +76,7 @@ class ViT(nn.Module):
   depth: int
   num_heads: int
   patch_embed: str = 'frozen'
+  frozen_blocks: int = 0
   positions: str = 'sincos'
   readout: str = 'cls'
   mlp_norm: str = 'layer'
@@ -103,9 +107,16 @@ class ViT(nn.Module):
     return normed or self.mlp_norm == 'batch'
 
   @property
-  def freeze_patch_embed(self) -> bool:
-    """Whether the first layer must not be updated."""
-    return self.patch_embed == 'frozen'
+  def frozen(self) -> tuple[str, ...]:
+    """Names of the parameters that must not be updated."""
+    if self.patch_embed != 'frozen':
+      return ()
+    if not self.frozen_blocks:
+      return ('patch_embed',)
+    return (
+        'patch_embed', 'cls_token', 'pos_embed',
+        *self.blocks[:self.frozen_blocks],
+    )
 
   @property
   def clip_patch_embed(self) -> bool:
@@ -147,7 +158,7 @@ class ViT(nn.Module):
           weight_norm=self.patch_embed == 'weight_norm',
           dtype=self.dtype, name='patch_embed',
       )(images, train)
-    if self.freeze_patch_embed:
+    if self.patch_embed == 'frozen':
       x = jax.lax.stop_gradient(x)
     batch, rows, columns, _ = x.shape
     x = x.reshape(batch, -1, self.dim)
@@ -176,14 +187,19 @@ class ViT(nn.Module):
     if self.scan and not self.is_initializing():
       one = block(*arguments, 0.0, self.dtype, execution, parent=None)
       params = self.variables['params']
-      stacked = jax.tree.map(
-          lambda *leaves: jnp.stack(leaves),
-          *[params[f'blocks_{i}'] for i in range(self.depth)],
-      )
       body = lambda x, p: (
           one.apply({'params': p}, x, tokens, train), None
       )
-      return jax.lax.scan(body, x, stacked)[0]
+
+      def run(x, names):
+        stacked = jax.tree.map(
+            lambda *leaves: jnp.stack(leaves), *[params[n] for n in names]
+        )
+        return jax.lax.scan(body, x, stacked)[0]
+
+      if self.frozen_blocks:
+        x = jax.lax.stop_gradient(run(x, self.blocks[:self.frozen_blocks]))
+      return run(x, self.blocks[self.frozen_blocks:])
     for i in range(self.depth):
       rate = self.drop_path * i / max(self.depth - 1, 1)
       # Of the last block, only what is read; BatchNorm needs all the tokens.
@@ -193,4 +209,6 @@ class ViT(nn.Module):
       x = block(*arguments, rate, self.dtype, execution, name=f'blocks_{i}')(
           x, tokens, train
       )
+      if i + 1 == self.frozen_blocks:
+        x = jax.lax.stop_gradient(x)
     return x

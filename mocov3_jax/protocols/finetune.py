@@ -98,7 +98,7 @@ def build_model(setup: Setup) -> Classifier:
   )
   if isinstance(backbone, ViT):
     if backbone.patch_embed == 'frozen':
-      backbone = backbone.clone(patch_embed='learned')
+      backbone = backbone.clone(patch_embed='learned', frozen_blocks=0)
   elif c.layer_decay != 1:
     raise UserError(
         f'finetune.layer_decay={c.layer_decay} is for ViTs, and model.name is '

@@ -1,0 +1,78 @@
+"""Keeps the curves of runs for the study, in three digits.
+
+  python docs/study/keep.py docs/study/rates runs/rates
+
+writes FOLDER/RUN.csv.gz of each run of a sweep: a line with its config and
+versions, then one row a step. Files that are there stay as they are.
+"""
+
+from collections.abc import Sequence
+import gzip
+import json
+import pathlib
+import sys
+
+from mocov3_jax.runs import history
+
+# Of the metrics of a step, besides the gradients and the updates of LAYERS.
+CURVES = 'knn/top1', 'train/loss'
+LAYERS = 'patch_embed', 'block_0', 'block_1', 'last_block'
+# Metrics of a layer that are kept of some layers alone, for room.
+UPDATES = 'patch_embed', 'block_0'
+VERSIONS = 'jax', 'python', 'backend', 'device', 'devices'
+
+
+def columns(rows: Sequence[dict[str, float]]) -> list[str]:
+  """Returns which metrics of a run are kept, in order."""
+  logged = {name for row in rows for name in row}
+  wanted = [
+      *CURVES, *(f'grad_max/{x}' for x in LAYERS),
+      *(f'update_rms/{x}' for x in UPDATES),
+  ]
+  return [name for name in wanted if name in logged]
+
+
+def merged(rows: Sequence[dict[str, float]]) -> list[dict[str, float]]:
+  """Returns one row a step; a run logs an evaluation in a row of its own."""
+  steps: dict[int, dict[str, float]] = {}
+  for row in rows:
+    steps.setdefault(row['step'], {}).update(row)
+  return [steps[step] for step in sorted(steps)]
+
+
+def keep(run: history.Run, path: pathlib.Path) -> None:
+  """Writes the curves of a run.
+
+  Args:
+    run: done or diverged.
+    path: of the file, NAME.csv.gz.
+  """
+  about = {
+      'status': run.status, 'config': run.config,
+      'versions': {k: v for k, v in run.environment.items() if k in VERSIONS},
+      'result': {k: v for k, v in run.result.items() if k.startswith('knn/')},
+  }
+  names = columns(run.rows)
+  lines = [f'# {json.dumps(about)}', ','.join(['step', *names])]
+  for row in merged(run.rows):
+    values = (f'{row[x]:.3g}' if x in row else '' for x in names)
+    lines.append(','.join([str(row['step']), *values]))
+  with open(path, 'wb') as file:
+    # Without a time, so that the same curves are the same bytes.
+    with gzip.GzipFile('', 'wb', mtime=0, fileobj=file) as packed:
+      packed.write('\n'.join([*lines, '']).encode())
+
+
+def main(folder: str, *sweeps: str) -> None:
+  """Keeps all runs of some sweeps that have ended."""
+  into = pathlib.Path(folder)
+  into.mkdir(parents=True, exist_ok=True)
+  for workdir in history.find(sweeps):
+    path = into / f'{workdir.name}.csv.gz'
+    if not path.exists() and history.status(workdir) in ('done', 'diverged'):
+      keep(history.read(workdir), path)
+      print(path, path.stat().st_size)
+
+
+if __name__ == '__main__':
+  main(*sys.argv[1:])
