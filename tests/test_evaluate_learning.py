@@ -53,4 +53,6 @@ def test_with_few_labels_pretraining_helps(smoke, tmp_path):
       )
       assert result['train_images'] == 100
       found.append(result['finetune/top1'])
-  assert np.mean(top1[False]) >= np.mean(top1[True]) + 0.05
+  # By how much depends on the pre-trained network, of which this is one: 6.6
+  # points in docs/evaluation.md, 4.5 with another rounding of its training.
+  assert min(top1[False]) > max(top1[True])

@@ -157,7 +157,10 @@ def test_every_planted_spike_is_found_in_its_layer_with_its_lag():
     del lags[first]
     events = len(planted[first])
     assert found.lead.first == first, seed
-    assert found.lead.events == found.lead.led == events, seed
+    assert found.lead.events == events, seed
+    # Of a layer that follows one step later, a flank may begin with the first.
+    if min(lags.values()) > 1:
+      assert found.lead.led == events, seed
     for layer, lag in lags.items():  # A flank may be high enough to begin one.
       assert abs(found.lead.lags[layer] - lag) <= 2, seed
 

@@ -316,25 +316,43 @@ def _dip(
   )
 
 
+def together(
+    by_layer: Mapping[str, Sequence[Spike]], max_lag: int = MAX_LAG
+) -> list[dict[str, int]]:
+  """Groups the spikes of all layers that are one event, in order.
+
+  Args:
+    by_layer: the spikes of each layer.
+    max_lag: spikes that begin within so many steps of the earliest are one
+      event.
+
+  Returns:
+    Of each event, where each layer that takes part begins to spike.
+  """
+  events, start = [], -math.inf
+  for step, layer in sorted(
+      (spike.onset, layer) for layer, those in by_layer.items()
+      for spike in those
+  ):
+    if step - start > max_lag:
+      events.append({})
+      start = step
+    events[-1].setdefault(layer, step)
+  return events
+
+
 def lead(
     by_layer: Mapping[str, Sequence[Spike]], max_lag: int = MAX_LAG
 ) -> Lead:
   """Returns which layer spikes first, and how long the others take.
 
   Args:
-    by_layer: the spikes of each layer.
-    max_lag: spikes that begin within so many steps of the earliest are one
-      event.
+    by_layer, max_lag: see `together`.
   """
-  events = []  # (beginning, {layer: its first step in the event})
-  for step, layer in sorted(
-      (spike.onset, layer) for layer, those in by_layer.items()
-      for spike in those
-  ):
-    if not events or step - events[-1][0] > max_lag:
-      events.append((step, {}))
-    events[-1][1].setdefault(layer, step)
-  events = [(start, event) for start, event in events if len(event) > 1]
+  events = [
+      (min(event.values()), event) for event in together(by_layer, max_lag)
+      if len(event) > 1
+  ]
   led = {layer: 0 for layer in by_layer}
   for start, event in events:
     first = [layer for layer, step in event.items() if step == start]
