@@ -2,33 +2,33 @@
 
   python docs/study/keep.py docs/study/rates runs/rates
 
-writes FOLDER/RUN.csv.gz of each run of a sweep: a line with its config and
-versions, then one row a step. Files that are there stay as they are.
+writes FOLDER/RUN.csv.xz of each run of a sweep that has ended: a line with its
+config and versions, then one row a step. Files that are there stay as they are.
 """
 
 from collections.abc import Sequence
-import gzip
 import json
+import lzma
 import pathlib
 import sys
 
 from mocov3_jax.runs import history
 
-# Of the metrics of a step, besides the gradients and the updates of LAYERS.
+# Of the metrics of a step, besides the gradients of all layers.
 CURVES = 'knn/top1', 'train/loss'
-LAYERS = 'patch_embed', 'block_0', 'block_1', 'last_block'
-# Metrics of a layer that are kept of some layers alone, for room.
-UPDATES = 'patch_embed', 'block_0'
+GRADIENTS = 'grad_max/'
+# For room, of the layers alone in which spikes may begin.
+UPDATES = 'update_rms/patch_embed', 'update_rms/block_0', 'update_rms/block_1'
 VERSIONS = 'jax', 'python', 'backend', 'device', 'devices'
 
 
 def columns(rows: Sequence[dict[str, float]]) -> list[str]:
   """Returns which metrics of a run are kept, in order."""
   logged = {name for row in rows for name in row}
-  wanted = [
-      *CURVES, *(f'grad_max/{x}' for x in LAYERS),
-      *(f'update_rms/{x}' for x in UPDATES),
-  ]
+  layers = sorted(name for name in logged if name.startswith(GRADIENTS))
+  # The last block is logged by its number as well.
+  blocks = [name for name in layers if name.startswith(f'{GRADIENTS}block_')]
+  wanted = [*CURVES, *(x for x in layers if x not in blocks[-1:]), *UPDATES]
   return [name for name in wanted if name in logged]
 
 
@@ -45,7 +45,7 @@ def keep(run: history.Run, path: pathlib.Path) -> None:
 
   Args:
     run: done or diverged.
-    path: of the file, NAME.csv.gz.
+    path: of the file, NAME.csv.xz.
   """
   about = {
       'status': run.status, 'config': run.config,
@@ -57,10 +57,7 @@ def keep(run: history.Run, path: pathlib.Path) -> None:
   for row in merged(run.rows):
     values = (f'{row[x]:.3g}' if x in row else '' for x in names)
     lines.append(','.join([str(row['step']), *values]))
-  with open(path, 'wb') as file:
-    # Without a time, so that the same curves are the same bytes.
-    with gzip.GzipFile('', 'wb', mtime=0, fileobj=file) as packed:
-      packed.write('\n'.join([*lines, '']).encode())
+  path.write_bytes(lzma.compress('\n'.join([*lines, '']).encode(), preset=9))
 
 
 def main(folder: str, *sweeps: str) -> None:
@@ -68,7 +65,7 @@ def main(folder: str, *sweeps: str) -> None:
   into = pathlib.Path(folder)
   into.mkdir(parents=True, exist_ok=True)
   for workdir in history.find(sweeps):
-    path = into / f'{workdir.name}.csv.gz'
+    path = into / f'{workdir.name}.csv.xz'
     if not path.exists() and history.status(workdir) in ('done', 'diverged'):
       keep(history.read(workdir), path)
       print(path, path.stat().st_size)

@@ -1,0 +1,166 @@
+"""Counts what happened in kept runs: the tables of docs/study.md.
+
+  python docs/study/tables.py docs/study/rates
+
+prints a line for each setting, that is for all runs that differ in their seed
+alone. Events are those of mocov3_jax/training/events.py. The lowest layer is
+the lowest that learns. What shuffling gives, as a mean and for 95 in 100
+shuffles, is how many events would begin there if the layers' spikes, each as
+many and as far apart, had nothing to do with each other.
+"""
+
+import collections
+from collections.abc import Iterator, Sequence
+import csv
+import dataclasses
+import json
+import lzma
+import pathlib
+import statistics
+import sys
+from typing import Any
+
+import numpy as np
+
+from mocov3_jax.training import events, stability
+
+SHUFFLES = 1000
+GRADIENTS = 'grad_max/'
+LAST = 'last_block'
+HEAD = (
+    'setting', 'runs', 'kNN at the end', 'dips', 'falls', 'events',
+    'of several layers', 'lowest layer first', 'by shuffling', 'first are',
+    'steps to the last block',
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Kept:
+  """A run as `keep.py` keeps it.
+
+  Attributes:
+    config: flat, of the run.
+    rows: of its metrics, one a step.
+  """
+
+  config: dict[str, Any]
+  rows: list[dict[str, float]]
+
+
+def read(path: pathlib.Path) -> Kept:
+  """Reads a file of `keep.py`."""
+  with lzma.open(path, 'rt') as file:
+    about = json.loads(file.readline().removeprefix('# '))
+    rows = [
+        {name: float(value) for name, value in row.items() if value}
+        for row in csv.DictReader(file)
+    ]
+  return Kept(
+      about['config'], [row | {'step': int(row['step'])} for row in rows]
+  )
+
+
+def settings(runs: Sequence[Kept]) -> Iterator[tuple[str, list[Kept]]]:
+  """Yields the runs of each setting, with what tells it from the others."""
+  fields = {
+      name for run in runs for name in run.config
+      if name != 'seed' and any(
+          run.config.get(name) != other.config.get(name) for other in runs
+      )
+  }
+  groups: dict[str, list[Kept]] = {}
+  for run in runs:
+    name = ', '.join(
+        f'{field.rpartition(".")[2]} {run.config.get(field)}'
+        for field in sorted(fields)
+    )
+    groups.setdefault(name, []).append(run)
+  yield from sorted(groups.items())
+
+
+Onsets = dict[str, list[events.Spike]]
+
+
+def shuffled(by_layer: Onsets, steps: int, rng: np.random.Generator) -> Onsets:
+  """Returns the spikes of each layer, shifted round the run by its own lag.
+
+  How many a layer has, and how they lie to each other, stays as it is.
+  """
+  return {
+      layer: [
+          spike._replace(onset=(spike.onset + shift) % steps)
+          for spike in those
+      ]
+      for layer, those in by_layer.items()
+      for shift in [int(rng.integers(steps))]
+  }
+
+
+def joint(by_layer: Onsets) -> list[dict[str, int]]:
+  """Returns the events of at least two layers."""
+  return [e for e in events.together(by_layer) if len(e) > 1]
+
+
+def lowest(run: Kept) -> str:
+  """Returns the lowest layer that learns: the first with a gradient."""
+  layers = [
+      name.removeprefix(GRADIENTS) for name, value in run.rows[0].items()
+      if name.startswith(GRADIENTS) and value
+  ]
+  # As 'patch_embed', 'block_0', ..., 'last_block'.
+  return min(layers, key=lambda x: (x != 'patch_embed', x))
+
+
+def first(event: dict[str, int]) -> list[str]:
+  """Returns the layers in which an event begins, at the same step."""
+  return sorted(x for x, step in event.items() if step == min(event.values()))
+
+
+def line(name: str, runs: Sequence[Kept]) -> list[str]:
+  """Returns the cells of HEAD for the runs of a setting."""
+  found = [stability.analyse(run.rows) for run in runs]
+  bottom = lowest(runs[0])
+  those = [event for one in found for event in joint(one.spikes)]
+  rng = np.random.default_rng(0)
+  by_chance = [
+      sum(
+          bottom in first(event)
+          for one, run in zip(found, runs, strict=True)
+          for event in joint(shuffled(one.spikes, len(run.rows), rng))
+      )
+      for _ in range(SHUFFLES if those else 0)
+  ]
+  knn = [
+      100 * [row['knn/top1'] for row in run.rows if 'knn/top1' in row][-1]
+      for run in runs
+  ]
+  spread = f' ± {statistics.stdev(knn):.1f}' if len(knn) > 1 else ''
+  lags = [e[LAST] - e[bottom] for e in those if {LAST, bottom} <= e.keys()]
+  begun = collections.Counter(' + '.join(first(event)) for event in those)
+  return [
+      name, str(len(runs)), f'{statistics.mean(knn):.1f}{spread}',
+      str(sum(len(one.dips) for one in found)),
+      str(sum(one.fall is not None for one in found)),
+      str(sum(len(events.together(one.spikes)) for one in found)),
+      str(len(those)),
+      str(sum(bottom in first(event) for event in those)),
+      f'{np.mean(by_chance):.1f}, at most {np.quantile(by_chance, 0.95):.0f}'
+      if by_chance else '',
+      ', '.join(f'{layers} {n}' for layers, n in begun.most_common(3)),
+      f'{statistics.median(lags):g}' if lags else '',
+  ]
+
+
+def main(*folders: str) -> None:
+  """Prints the table of all runs in some folders."""
+  runs = [
+      read(path) for folder in folders
+      for path in sorted(pathlib.Path(folder).glob('*.csv.xz'))
+  ]
+  print(f'| {" | ".join(HEAD)} |\n|{"---|" * len(HEAD)}')
+  for name, those in settings(runs):
+    print(f'| {" | ".join(line(name, those))} |')
+
+
+if __name__ == '__main__':
+  main(*sys.argv[1:])
