@@ -340,7 +340,8 @@ def test_a_linear_classifier_travels_along(tmp_path):
   )
   convert.convert(str(tmp_path / 'run'), str(tmp_path / 'b.safetensors'))
   one, two = (
-      weight_files.read(tmp_path / f'{name}.safetensors') for name in 'ab'
+      weight_files.read(tmp_path / f'{name}.safetensors', '--from')
+      for name in 'ab'
   )
   assert_same(one.tensors, two.tensors)
 

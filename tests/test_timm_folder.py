@@ -168,3 +168,29 @@ def test_a_classifier_goes_along_with_its_names(tmp_path):
   assert found['label_names'] == ['cat', 'dog', 'newt']
   tensors = safetensors.numpy.load_file(tmp_path / 'f' / 'model.safetensors')
   assert tensors['head.weight'].shape == (3, 16)
+
+
+def test_a_folder_goes_into_another(tmp_path):
+  _, folder = export(tmp_path)
+  code, _, err = tiny.call(
+      'convert', f'--from=timm:{folder}', f'--to=timm:{tmp_path / "again"}'
+  )
+  assert code == 0, err
+  one, other = (
+      safetensors.numpy.load_file(path / 'model.safetensors')
+      for path in (folder, tmp_path / 'again')
+  )
+  assert one.keys() == other.keys()
+  assert all(np.array_equal(one[name], other[name]) for name in one)
+
+
+def test_damaged_weights_are_named_as_they_were_asked_for(tmp_path):
+  _, folder = export(tmp_path)
+  (folder / 'model.safetensors').write_bytes(b'no weights')
+  code, _, err = tiny.call(
+      'train', f'--workdir={tmp_path / "new"}',
+      *tiny.flags(**{'init.checkpoint': f'timm:{folder}'}),
+  )
+  assert code == 2
+  assert f'error: init.checkpoint=timm:{folder} cannot be read as safe' in err
+  assert not (tmp_path / 'new').exists()

@@ -246,7 +246,7 @@ def test_the_releases_linear_probe_and_deit_files_are_read(tmp_path):
   test_convert.backbone_file(tmp_path / 'a.safetensors', with_head)
   state = {
       n: torch.tensor(x) for n, x in test_convert.weight_files.read(
-          tmp_path / 'a.safetensors'
+          tmp_path / 'a.safetensors', '--from'
       ).tensors.items()
   }
   probe = {
@@ -313,7 +313,9 @@ def test_odd_files_are_refused(tmp_path, content, words):
 
 def test_prefixes_of_wrappers_and_parameters_are_understood(tmp_path):
   test_convert.backbone_file(tmp_path / 'a.safetensors', lambda t: None)
-  tensors = test_convert.weight_files.read(tmp_path / 'a.safetensors').tensors
+  tensors = test_convert.weight_files.read(
+      tmp_path / 'a.safetensors', '--from'
+  ).tensors
   torch.save(
       {f'module._orig_mod.{n}': torch.nn.Parameter(torch.tensor(x))
        for n, x in tensors.items()},
@@ -327,7 +329,9 @@ def test_prefixes_of_wrappers_and_parameters_are_understood(tmp_path):
 
 def test_a_file_with_a_teacher_and_a_student_gives_either(tmp_path):
   test_convert.backbone_file(tmp_path / 'a.safetensors', lambda t: None)
-  tensors = test_convert.weight_files.read(tmp_path / 'a.safetensors').tensors
+  tensors = test_convert.weight_files.read(
+      tmp_path / 'a.safetensors', '--from'
+  ).tensors
   content = {
       owner: {
           f'{prefix}backbone.{n}': factor * torch.tensor(x)

@@ -1,9 +1,9 @@
 """Converts weights between files and checkpoints."""
 
 import collections
+from collections.abc import Iterable
 from typing import Any
 
-from etils import epath
 from ml_collections import ConfigDict
 import numpy as np
 
@@ -52,33 +52,35 @@ def convert(
     raise unknown('--encoder', encoder, ENCODERS)
   if config is not None:
     checks.validate(config)
-  if target.startswith(timm_folder.PREFIX):
-    return _export_folder(source, target, encoder, config, num_heads, ignore)
-  to = absolute(target, '--to')
-  one = to.name.endswith(files.SUFFIXES) and (
+  timm = target.startswith(timm_folder.PREFIX)
+  to = absolute(target.removeprefix(timm_folder.PREFIX), '--to')
+  one = timm or to.name.endswith(files.SUFFIXES) and (
       not to.name.endswith(torch_checkpoints.FULL)
   )
   if encoder != 'query' and not one:
     raise UserError(
         f'--encoder={encoder}, but --to={target} gets both encoders. Use '
-        '.pth or .safetensors as --to.'
+        '.pth, .safetensors or timm:FOLDER as --to.'
     )
   if to.exists():
     raise UserError(f'--to={target} exists. Use a new path.')
-  if source.startswith(timm_folder.PREFIX):
-    weights, left_out = timm_folder.read(
-        source, '--from', config, num_heads, ignore
+  ours = _is_ours(source)
+  to_file = target.endswith(files.SUFFIXES)
+  if ours and not (timm or to_file):
+    raise UserError(
+        f'--to={target} is no kind of file that is known, and --from={source} '
+        f'is a folder. Use, as --to, timm:FOLDER or a file that ends with '
+        f'{", ".join(files.SUFFIXES)}.'
     )
-  elif run_path(source, '--from').is_dir():
-    return _export(source, to, encoder, config is not None or num_heads
-                   or ignore)
-  else:
-    weights, left_out = torch_checkpoints.read(
-        absolute(source, '--from'), f'--from={source}', config, num_heads,
-        ignore,
-    )
+  weights, left_out = _read(source, config, num_heads, ignore)
   require_finite(f'--from={source}', weights)
-  if target.endswith(files.SUFFIXES):
+  if timm:
+    run, names = _run_of(source) if ours else ('', ())
+    written = timm_folder.write(
+        to, weights, encoder, run, _class_names(weights, encoder, names)
+    )
+    return _report(source, target, weights, written, left_out)
+  if to_file:
     written = torch_checkpoints.write(to, weights, encoder)
     return _report(source, target, weights, written, left_out)
   written, complete = our_checkpoints.write(target, weights)
@@ -91,35 +93,46 @@ def convert(
   return result | {'can_continue': complete}
 
 
-def _export_folder(
-    source: str, target: str, encoder: str, config: ConfigDict | None,
-    num_heads: int, ignore: tuple[str, ...],
-) -> dict[str, Any]:
-  """Writes a folder for timm, of a run of ours or of a file."""
-  to = absolute(target.removeprefix(timm_folder.PREFIX), '--to')
-  if to.exists():
-    raise UserError(f'--to={target} exists. Use a new path.')
-  left_out, names, run = {}, (), ''
-  if run_path(source, '--from').is_dir():
+def _is_ours(source: str) -> bool:
+  """Returns whether --from names a folder of ours."""
+  return not source.startswith(timm_folder.PREFIX) and (
+      run_path(source, '--from').is_dir()
+  )
+
+
+def _read(
+    source: str, config: ConfigDict | None, num_heads: int,
+    ignore: tuple[str, ...],
+) -> tuple[Weights, dict[str, str]]:
+  """Reads a folder of ours, one of timm, or a file.
+
+  Returns:
+    The weights, and the names of what was left out with the reasons.
+  """
+  if source.startswith(timm_folder.PREFIX):
+    return timm_folder.read(source, '--from', config, num_heads, ignore)
+  if _is_ours(source):
     _refuse_unused(source, config is not None or num_heads or ignore)
-    weights = our_checkpoints.read(source)
-    _, folder = network.locate(source)
-    run = str(folder.parent.parent)
-    names = network.class_names(folder)
-  else:
-    weights, left_out = torch_checkpoints.read(
-        absolute(source, '--from'), f'--from={source}', config, num_heads,
-        ignore,
-    )
+    return our_checkpoints.read(source), {}
+  return torch_checkpoints.read(
+      absolute(source, '--from'), f'--from={source}', config, num_heads, ignore
+  )
+
+
+def _run_of(source: str) -> tuple[str, Any]:
+  """Returns the workdir of a folder of ours, and the names of its classes."""
+  _, folder = network.locate(source)
+  return str(folder.parent.parent), network.class_names(folder)
+
+
+def _class_names(
+    weights: Weights, encoder: str, names: Any
+) -> Iterable[str]:
+  """Returns a name for each output of the classifier, if one is written."""
   classes = ('params', 'classifier', 'bias')
-  if encoder == 'query' and classes in weights.flat:
-    count = len(weights.flat[classes])
-    names = names or tuple(map(str, range(count)))
-  else:
-    names = ()
-  require_finite(f'--from={source}', weights)
-  written = timm_folder.write(to, weights, encoder, run, names)
-  return _report(source, target, weights, written, left_out)
+  if encoder != 'query' or classes not in weights.flat:
+    return ()
+  return names or tuple(map(str, range(len(weights.flat[classes]))))
 
 
 def _refuse_unused(source: str, unused: Any) -> None:
@@ -128,22 +141,6 @@ def _refuse_unused(source: str, unused: Any) -> None:
         f'--from={source} is a checkpoint of ours, which tells its '
         'architecture. Leave out --config, --num_heads and --ignore.'
     )
-
-
-def _export(
-    source: str, target: epath.Path, encoder: str, unused: Any
-) -> dict[str, Any]:
-  _refuse_unused(source, unused)
-  if not target.name.endswith(files.SUFFIXES):
-    raise UserError(
-        f'--to={target} is no kind of file that is known, and --from={source} '
-        f'is a folder. Use, as --to, a file that ends with '
-        f'{", ".join(files.SUFFIXES)}.'
-    )
-  weights = our_checkpoints.read(source)
-  require_finite(f'--from={source}', weights)
-  written = torch_checkpoints.write(target, weights, encoder)
-  return _report(source, str(target), weights, written, {})
 
 
 def _report(

@@ -51,11 +51,14 @@ class File:
   rounding: float
 
 
-def read(path: epath.Path, ignore: tuple[str, ...] = ()) -> File:
+def read(
+    path: epath.Path, source: str, ignore: tuple[str, ...] = ()
+) -> File:
   """Reads a file of weights.
 
   Args:
     path: of the file.
+    source: what messages call it, such as '--from=FILE'.
     ignore: further state_dicts in it that are not wanted.
 
   Raises:
@@ -63,19 +66,19 @@ def read(path: epath.Path, ignore: tuple[str, ...] = ()) -> File:
   """
   if not path.is_file():
     raise UserError(
-        f'--from={path} does not exist. Use a file of weights, or the '
+        f'{source} does not exist. Use a file of weights, or the '
         'workdir of a run.'
     )
   try:
     if path.name.endswith(SAFETENSORS):
-      return _read_safetensors(path)
-    return _read_torch(path, ignore)
+      return _read_safetensors(path, source)
+    return _read_torch(path, source, ignore)
   except UserError:
     raise
   except pickle.UnpicklingError as e:
     found = re.search(r'(?:Unsupported|GLOBAL) \S.*?(?=\. |\n|$)', str(e))
     raise UserError(
-        f'--from={path} is refused: it is damaged, or holds more than tensors '
+        f'{source} is refused: it is damaged, or holds more than tensors '
         f'and plain values, which could run code '
         f'({found[0] if found else "not a checkpoint"}). Use a file that '
         'torch.load(..., weights_only=True) reads.'
@@ -86,23 +89,23 @@ def read(path: epath.Path, ignore: tuple[str, ...] = ()) -> File:
         'safetensors' if path.name.endswith(SAFETENSORS) else 'a PyTorch file'
     )
     raise UserError(
-        f'--from={path} cannot be read as {kind} ({type(e).__name__}: {text}). '
+        f'{source} cannot be read as {kind} ({type(e).__name__}: {text}). '
         f'Use an undamaged file of weights.'
     ) from e
 
 
-def _read_safetensors(path: epath.Path) -> File:
+def _read_safetensors(path: epath.Path, source: str) -> File:
   found = safetensors_numpy.load_file(path)
   with safetensors.safe_open(path, 'numpy') as file:
     metadata = file.metadata() or {}
-  names = _unwrapped(path, found)
+  names = _unwrapped(source, found)
   tensors = {names[name]: _widened(x) for name, x in found.items()}
   description = metadata[DESCRIPTION] if DESCRIPTION in metadata else ''
   rounding = max(map(_rounding, found.values()), default=0.0)
   return File(tensors, {}, (), description, rounding)
 
 
-def _unwrapped(path: epath.Path, names: Iterable[str]) -> dict[str, str]:
+def _unwrapped(source: str, names: Iterable[str]) -> dict[str, str]:
   """Returns the names of a state_dict without prefixes of wrappers.
 
   Raises:
@@ -113,7 +116,7 @@ def _unwrapped(path: epath.Path, names: Iterable[str]) -> dict[str, str]:
   for name, short in found.items():
     if short in both:
       raise UserError(
-          f'--from={path} holds {short} twice, as {both[short]} and {name}. '
+          f'{source} holds {short} twice, as {both[short]} and {name}. '
           'Use a file with one network.'
       )
     both[short] = name
@@ -129,9 +132,11 @@ def _rounding(x: np.ndarray) -> float:
   return HALVES[x.dtype.name] if x.dtype.name in HALVES else 0.0
 
 
-def _read_torch(path: epath.Path, ignore: tuple[str, ...]) -> File:
+def _read_torch(
+    path: epath.Path, source: str, ignore: tuple[str, ...]
+) -> File:
   torch = import_torch()
-  _check_archive(path)
+  _check_archive(path, source)
   # Tensors and plain containers only; nothing in the file is executed.
   # DeiT's training saves its arguments as well, a harmless namespace.
   with warnings.catch_warnings(), torch.serialization.safe_globals(
@@ -141,7 +146,7 @@ def _read_torch(path: epath.Path, ignore: tuple[str, ...]) -> File:
     content = torch.load(path, map_location='cpu', weights_only=True)
   if not isinstance(content, dict):
     raise UserError(
-        f'--from={path} holds a {type(content).__name__}. Use a dict '
+        f'{source} holds a {type(content).__name__}. Use a dict '
         'with a state_dict.'
     )
   states = {
@@ -158,7 +163,7 @@ def _read_torch(path: epath.Path, ignore: tuple[str, ...]) -> File:
     keep = chosen or wanted[-1]
     drop = ','.join(name for name in wanted if name != keep)
     raise UserError(
-        f'--from={path} holds weights under {", ".join(map(repr, states))}. '
+        f'{source} holds weights under {", ".join(map(repr, states))}. '
         f'Name those to leave out: --ignore={drop} takes {keep!r}.'
     )
   state = content if chosen is None else states[chosen]
@@ -167,10 +172,10 @@ def _read_torch(path: epath.Path, ignore: tuple[str, ...]) -> File:
   for name, x in raw.items():
     if x.numel() * x.element_size() > size:
       raise UserError(
-          f'--from={path} is refused: {name} has {x.numel():,} values, more '
+          f'{source} is refused: {name} has {x.numel():,} values, more '
           'than the file holds.'
       )
-  names = _unwrapped(path, raw)
+  names = _unwrapped(source, raw)
   tensors = {names[name]: _array(x) for name, x in raw.items()}
   extra = () if chosen is None else tuple(map(str, content))
   described = DESCRIPTION in content
@@ -182,7 +187,7 @@ def _read_torch(path: epath.Path, ignore: tuple[str, ...]) -> File:
   )
 
 
-def _check_archive(path: epath.Path) -> None:
+def _check_archive(path: epath.Path, source: str) -> None:
   """Refuses a PyTorch file that would grow as it is read; theirs do not."""
   if not zipfile.is_zipfile(path):
     return
@@ -192,7 +197,7 @@ def _check_archive(path: epath.Path) -> None:
   total = sum(m.file_size for m in members)
   if not stored or total > path.stat().length:
     raise UserError(
-        f'--from={path} is refused: it is compressed, or claims to hold more '
+        f'{source} is refused: it is compressed, or claims to hold more '
         f'than its {path.stat().length:,} bytes. Use a file as torch.save '
         'writes it.'
     )

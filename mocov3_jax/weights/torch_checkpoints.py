@@ -50,7 +50,7 @@ def read(
   Raises:
     UserError: if it cannot be read, or does not fit the architecture.
   """
-  file = files.read(path, ignore)
+  file = files.read(path, source, ignore)
   dropped = _dropped(source, file, ignore)
   full = any(name.startswith('base_encoder.') for name in file.tensors)
   assumed = ()
