@@ -1,1 +1,1 @@
-"""Measurements of the input pipeline and the training step."""
+"""Benchmarks of the input pipeline and the training step."""

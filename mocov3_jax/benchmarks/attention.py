@@ -1,4 +1,4 @@
-"""`benchmark attention`: each implementation on the device at hand."""
+"""`benchmark attention`: times each implementation on this device."""
 
 import functools
 import math
@@ -24,13 +24,15 @@ def benchmark_attention(
   """Times attention in one block, forward and backward, on one device.
 
   Args:
-    config: its model, image size and batch, of which each image is two crops.
+    config: gives the model, the image size and the batch size. Each image of
+      the batch counts as two crops.
     rounds: turns of each implementation.
-    steps: calls in a turn.
+    steps: calls per turn.
 
   Returns:
-    For each implementation that this device has, milliseconds a call: 'ms';
-    or 'error'. And 'chosen', what `model.attention=auto` takes.
+    For each implementation that this device has, {'ms': milliseconds per call}
+    or {'error': message}. 'chosen' is the implementation that the config's
+    `model.attention` selects. Also device, model, dtype and batch size.
 
   Raises:
     UserError: for a network without attention.
@@ -44,14 +46,14 @@ def benchmark_attention(
   device = jax.devices()[0]
   contenders, result = {}, {}
   for name, platforms in PLATFORMS.items():
-    # Interpreted kernels tell nothing of their time.
+    # On a CPU, Pallas kernels are interpreted, so their time means nothing.
     if device.platform in platforms and (name, device.platform) != (
         'pallas', 'cpu'
     ):
       call = functools.partial(_calls, *_compiled(name, config, backbone))
       try:
         call(1)
-      except Exception as e:  # Compilers have many kinds.
+      except Exception as e:  # Compilers raise many kinds.
         result[name] = {'error': (str(e).splitlines() or [''])[0][:200]}
       else:
         contenders[name] = functools.partial(call, steps)
@@ -72,7 +74,7 @@ def benchmark_attention(
 
 
 def _compiled(name: str, config: ConfigDict, backbone: ViT) -> tuple[Any, ...]:
-  """Returns a jitted function and its arguments."""
+  """Returns a jitted gradient function of attention and its arguments."""
   dim, dtype = backbone.dim, backbone.dtype
   real = backbone.tokens(config.data.image_size)
   rows = Execution(name).padded(real)

@@ -1,4 +1,4 @@
-"""Measures the input pipeline and the augmentation."""
+"""Benchmarks the input pipeline and the augmentation."""
 
 from collections.abc import Iterator
 import contextlib
@@ -26,19 +26,20 @@ from mocov3_jax.parallel import chips, sharding
 from mocov3_jax.sources import Source, Unreadable
 from mocov3_jax.training import flops, pretrain
 
-# Functions of OpenCV that let go of the interpreter's lock, as reading uses
-# them; and how many images tell what is left.
+# OpenCV functions of the reading code that release the interpreter's lock, and
+# the number of images on which the time that holds the lock is measured.
 LOCK_FREE = 'imdecode', 'resize', 'sepFilter2D', 'warpAffine', 'cvtColor'
 LOCKED_IMAGES = 200
-# Calls of the augmentation at each turn.
+# Calls of the augmentation per turn.
 REPEATS = 10
 
 
 def encoded_source(config: ConfigDict) -> Source:
-  """Opens the images to train on; refuses those that only get copied.
+  """Opens the training images; refuses images that the host does not crop.
 
   Raises:
-    UserError: for bad input, or images of one size or not of RGB.
+    UserError: for bad input, for images that all have one size, or for images
+      that are not RGB.
   """
   checks.validate(config, jax.device_count())
   source = pretrain.load_splits(config).train
@@ -60,17 +61,18 @@ def encoded_source(config: ConfigDict) -> Source:
 def benchmark_input(
     config: ConfigDict, images: int, rounds: int
 ) -> dict[str, Any]:
-  """Reads batches as training does, and images by the original's chain.
+  """Times reading as in training beside the original's Pillow chain.
 
   Args:
     config: as `default_config()`, after overrides.
-    images: to read at each turn, rounded up to whole batches.
-    rounds: turns.
+    images: images to read per turn, rounded up to whole batches.
+    rounds: number of turns.
 
   Returns:
-    Images per second by number of threads and of processes, and of the Pillow
-    chain by number of processes; for one and for all cores, the ratio of both;
-    what the interpreter's lock allows; and what chips need at their peak.
+    Images per second by number of threads and of processes, and those of the
+    Pillow chain by number of processes; the ratio of the two, on one core and
+    on all cores; the images per second that the interpreter's lock allows; and
+    those that chips need at their peak.
 
   Raises:
     UserError: for bad input, or a source that is not of encoded photographs.
@@ -135,7 +137,7 @@ def benchmark_input(
 
 
 class _InMemory:
-  """Some images of a source, read before they are asked for."""
+  """The readable ones of some images of a source, held in memory."""
 
   shape = None
 
@@ -157,16 +159,17 @@ class _InMemory:
 def lock_seconds(
     config: ConfigDict, source: Source, numbers: list[int]
 ) -> float:
-  """Returns the seconds that an image holds the interpreter's lock.
+  """Returns the seconds per image that hold the interpreter's lock.
 
-  That is the time of one thread without what lets go of the lock: OpenCV's
-  functions, which are timed one by one, and reading files, which are in memory.
-  What is left, others cannot do meanwhile. The median of three passes.
+  While the lock is held, other threads have to wait. This is the time of one
+  thread without what releases the lock: OpenCV's functions, whose time is
+  subtracted, and reading files, since the images are in memory. It is the
+  median of three passes.
 
   Args:
     config: as `default_config()`.
-    source: of the images.
-    numbers: of the images.
+    source: the source of the images.
+    numbers: the indices of the images.
   """
   images = _InMemory(source, numbers)
   reader = dataclasses.replace(
@@ -204,7 +207,7 @@ def lock_seconds(
 
 
 def needed(config: ConfigDict) -> dict[str, float]:
-  """Returns the images a second that each chip takes at its peak."""
+  """Returns the images per second that each chip needs at its peak FLOP/s."""
   plan = config_lib.plan(config, 10**6)
   method = build_method(config, plan)
   cost = flops.step_flops(
@@ -221,7 +224,7 @@ def benchmark_augment(config: ConfigDict, rounds: int) -> dict[str, Any]:
     rounds: turns of each.
 
   Returns:
-    FLOPs and seconds of both, and the share of the augmentation in them.
+    FLOPs and seconds of both, and the augmentation's shares of the step's.
 
   Raises:
     UserError: for a bad config.
@@ -247,7 +250,7 @@ def benchmark_augment(config: ConfigDict, rounds: int) -> dict[str, Any]:
     return config.batch_size
 
   def run_augment():
-    # Repeated, since after a step the first call finds its memory given back.
+    # Repeated, since after a step the first call has to allocate its memory.
     for _ in range(REPEATS):
       jax.block_until_ready(augment(batch.images, key))
     return REPEATS * config.batch_size

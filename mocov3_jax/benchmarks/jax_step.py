@@ -1,4 +1,4 @@
-"""The training step of a config on random images, for `benchmark step`."""
+"""Runs the training step of a config on random images (`benchmark step`)."""
 
 import contextlib
 import statistics
@@ -18,21 +18,22 @@ from mocov3_jax.method.build import image_shape
 from mocov3_jax.parallel import chips, sharding
 from mocov3_jax.training import flops, pretrain
 
-# Side of the matrices of the ceiling: large enough to fill the device.
+# Side of the matrices whose product measures the device's attainable FLOP/s, by
+# platform. They are large enough to keep the device busy.
 CEILING = {'cpu': 2048}
 CEILING_ELSEWHERE = 8192
 
 
 class JaxStep:
-  """What `train` runs at each step: augmentation, update and metrics."""
+  """The step that `train` runs: augmentation, update and metrics."""
 
   def __init__(self, config: ConfigDict, alone: bool):
     """Initialises the state.
 
     Args:
-      config: of the run.
-      alone: on the first device, instead of all; on a CPU on all its devices,
-        since they share its cores.
+      config: the config of the run.
+      alone: whether to use only the first device instead of all. On a CPU, all
+        devices are used in any case, since they share its cores.
 
     Raises:
       UserError: for a bad config.
@@ -40,7 +41,7 @@ class JaxStep:
     one = alone and not share_cores()
     devices = jax.devices()[:1] if one else jax.devices()
     checks.validate(config, len(devices))
-    # The compiler is to be timed, not a cache of what it made before.
+    # Compilation is timed, so it must not come from a cache.
     jax.config.update('jax_enable_compilation_cache', False)
     self._config = config
     self._mesh = sharding.make_mesh(devices, config.fsdp_devices)
@@ -59,20 +60,26 @@ class JaxStep:
     self._state, self._values = self._step(self._state, self._batch)
 
   def wait(self) -> None:
-    """Waits until the devices have done what they were given."""
+    """Waits until the devices have finished all steps."""
     jax.block_until_ready((self._state, self._values))
 
   def memory(self) -> int | None:
-    """Returns the most bytes ever used on a device; None if not counted."""
+    """Returns the peak memory of a device in bytes; None if not counted."""
     stats = jax.devices()[0].memory_stats()
     return stats['peak_bytes_in_use'] if stats else None
 
   def profiled(self, folder: str) -> contextlib.AbstractContextManager[Any]:
-    """Profiles what runs inside."""
+    """Returns a context that writes a profile of what runs in it."""
     return jax.profiler.trace(folder)
 
   def about(self) -> dict[str, Any]:
-    """Returns device, FLOPs of a step, and peak and ceiling of all devices."""
+    """Describes the devices and the cost of a step.
+
+    Returns:
+      The device and the number of devices; the FLOPs of a step; and for all
+      devices together, the published peak in FLOP/s (None if not known) and
+      the ceiling, which a product of large matrices reaches.
+    """
     kind, count = jax.devices()[0].device_kind, self._mesh.size
     peak = chips.peak_flops(kind)
     return {
@@ -93,7 +100,7 @@ def share_cores() -> bool:
 
 
 def matmul_flops(dtype: jnp.dtype) -> float:
-  """Operations per second of one device in a product of large matrices."""
+  """Measures the FLOP/s of one device in a product of large matrices."""
   platform = jax.default_backend()
   side = CEILING[platform] if platform in CEILING else CEILING_ELSEWHERE
   a = jax.random.normal(jax.random.key(0), (side, side), dtype)
@@ -103,5 +110,5 @@ def matmul_flops(dtype: jnp.dtype) -> float:
     start = time.perf_counter()
     jax.block_until_ready(product(a, a))
     seconds.append(time.perf_counter() - start)
-  # The first one compiles.
+  # The first call compiles.
   return 2 * side**3 / statistics.median(seconds[1:])

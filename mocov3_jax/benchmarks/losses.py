@@ -1,4 +1,4 @@
-"""`benchmark losses`: the first losses of a run, here and on a CPU."""
+"""`benchmark losses`: compares a run's first losses on device and CPU."""
 
 import functools
 from typing import Any
@@ -21,12 +21,12 @@ def benchmark_losses(config: ConfigDict, steps: int) -> dict[str, Any]:
   """Takes the first steps of a run on this machine's device and on its CPU.
 
   Args:
-    config: of the run, such as configs/digits.py.
-    steps: how many.
+    config: the config of the run, such as configs/digits.py.
+    steps: the number of steps.
 
   Returns:
-    'here' and 'cpu', a loss a step; the largest relative difference of the
-    two, 'difference'; and 'device'.
+    A dict of 'here' and 'cpu', lists of one loss per step; 'difference', the
+    largest relative difference between them; and 'device', its kind.
 
   Raises:
     UserError: for a bad config, or losses that are not finite.

@@ -1,6 +1,6 @@
-"""The original's input pipeline: everything on the host, by Pillow.
+"""The original's input pipeline: everything on the host, with Pillow.
 
-The yardstick of `benchmark input`. Nothing else uses it.
+It is the baseline of `benchmark input`; nothing else uses it.
 """
 
 from collections.abc import Callable, Iterator
@@ -22,7 +22,10 @@ from mocov3_jax.sources import Source, Unreadable
 def processes(
     count: int, source: Source, config: ConfigDict
 ) -> Iterator[Callable[[list[int]], int]]:
-  """Yields f(indices) -> images made, by so many processes that stay."""
+  """Yields f(indices) -> number of images, which works in `count` processes.
+
+  The processes live until the end of the context.
+  """
   with concurrent.futures.ProcessPoolExecutor(
       count, multiprocessing.get_context('spawn'),
       initializer=_remember, initargs=(source, config),
@@ -36,7 +39,7 @@ def processes(
 
 
 def _remember(source: Source, config: ConfigDict) -> None:
-  # What a worker process works on is sent to it once, not with every task.
+  # Source and config are sent to a worker process once, not with every task.
   _make.source, _make.config = source, config
 
 
@@ -52,8 +55,9 @@ def two_views(data: bytes, config: ConfigDict, size: int) -> np.ndarray:
   """Returns both views of an image, float32 [2, 3, size, size], normalised.
 
   Args:
-    data: encoded image.
-    config: of the run: its `augment` tables, and `data` for mean and std.
+    data: the encoded image.
+    config: the config of the run. `augment` describes the views, and `data` has
+      mean and std.
     size: side of the views, pixels.
   """
   image = Image.open(io.BytesIO(data)).convert('RGB')

@@ -1,4 +1,4 @@
-"""`benchmark step`: our training step beside the same one in PyTorch."""
+"""`benchmark step`: times our training step against the same in PyTorch."""
 
 from collections.abc import Callable
 import contextlib
@@ -13,7 +13,8 @@ from mocov3_jax.benchmarks import step_process
 from mocov3_jax.benchmarks.timing import take_turns
 
 AGAINST = ('compiled', 'eager', 'none')
-# What a suite changes of the config given. The batch is a first try.
+# What the suite changes in the given config, by network. The batch size is a
+# first try.
 SUITE = {
     'vit_s': {'model.name': 'vit_s', 'batch_size': 1024},
     'vit_b': {'model.name': 'vit_b', 'batch_size': 512},
@@ -30,24 +31,25 @@ def benchmark_step(
     config: ConfigDict, against: str, rounds: int, steps: int,
     profile: str | None = None,
 ) -> dict[str, Any]:
-  """Times the training step of a config, and the same in PyTorch.
+  """Times the training step of a config, and the same step in PyTorch.
 
-  Ours contains the augmentation and the metrics of each step; PyTorch's gets
-  finished views and has neither. Beside it, both have one device, on a CPU all
-  its cores; alone, ours has all devices.
+  Our step contains the augmentation and the metrics of each step. PyTorch's
+  step gets finished views and has neither. If both are timed, each has one
+  device, or all cores of a CPU. If ours is timed alone, it has all devices.
 
   Args:
     config: as `default_config()`, after overrides; its source is not read.
     against: one of `AGAINST`.
     rounds: turns of each.
-    steps: in a turn.
+    steps: steps per turn.
     profile: folder for a profile of our step, or None.
 
   Returns:
-    For each: images per second (median over the turns), seconds of the first
-    step, peak memory in bytes (of the device; on a CPU, of the process while
-    it takes steps), and the FLOPs of the model as a share of the published
-    peak and of a large matrix product. And the ratio of the rates.
+    For each of the two: images per second (median over the turns), seconds of
+    the first step, peak memory in bytes (of the device; on a CPU, of the
+    process while it takes steps), and the model's FLOP/s as a share of the
+    published peak and of what a large matrix product reaches. Also the ratio of
+    the two rates, ours over PyTorch's.
 
   Raises:
     UserError: for bad input, or without PyTorch.
@@ -90,11 +92,11 @@ def _steps(config: ConfigDict, against: str) -> dict[str, Callable[[], Any]]:
             step_process.jax_step, config, 0.9, alone=False
         )
     }
-  return {  # PyTorch's first: without it, nothing is measured in vain.
+  return {  # PyTorch comes first, to fail early if it is not installed.
       'torch': functools.partial(
           step_process.torch_step, config, against == 'compiled'
       ),
-      # PyTorch's step has one device.
+      # PyTorch's step uses one device, so ours does too.
       'jax': functools.partial(step_process.jax_step, config, 0.45, alone=True),
   }
 
@@ -124,7 +126,7 @@ def _timed(
 
 
 def show_step(result: dict[str, Any]) -> None:
-  """Prints the result of `benchmark_step` for people."""
+  """Prints the result of `benchmark_step` for humans."""
   lines = [
       f'{result["model"]}, {result["dtype"]}, batch {result["batch_size"]}, on '
       f'{result["devices"]} x {result["device"]}; a matrix product reaches '
@@ -164,7 +166,7 @@ def benchmark_suite(
       except step_process.OutOfMemory as e:
         console.say(f'{name}: batch {changed.batch_size} does not fit ({e})')
         if changed.batch_size < 2:
-          results[name] = None  # Not at all; the others may.
+          results[name] = None  # It does not fit at all; others may.
         changed.batch_size //= 2
   return results
 

@@ -1,8 +1,8 @@
-"""Training steps in processes of their own, for `benchmark step`.
+"""Runs training steps in processes of their own, for `benchmark step`.
 
-Each framework gets a process: neither shares the other's memory, threads or
-settings. The parent sends functions of the step, the child answers with what
-they return.
+Each framework gets its own process, so that they do not share memory, threads
+or settings. The parent sends functions, which the child applies to the step; it
+sends back what they return.
 """
 
 from collections.abc import Callable, Iterator
@@ -28,10 +28,11 @@ class OutOfMemory(Exception):
 
 @contextlib.contextmanager
 def stepper(build: Callable[[], Any]) -> Iterator[Ask]:
-  """Yields ask(f, *arguments) -> f(step, *arguments), done by a process.
+  """Yields ask(f, *arguments) -> f(step, *arguments), run in a new process.
 
   Args:
-    build: makes the step there: `jax_step` or `torch_step`, as a partial.
+    build: makes the step in that process, such as a partial of `jax_step` or
+      `torch_step`.
 
   Raises:
     UserError: from `ask`, if the process refuses the config.
@@ -49,7 +50,7 @@ def stepper(build: Callable[[], Any]) -> Iterator[Ask]:
       failure, value = ours.recv()
     except (EOFError, ConnectionError):
       process.join()
-      # Where memory is short, the system kills the largest process.
+      # If memory is short, Linux kills the largest process.
       killed = process.exitcode == -9
       failure = OutOfMemory if killed else RuntimeError
       value = f'the process of {build} ended with code {process.exitcode}'
@@ -60,7 +61,7 @@ def stepper(build: Callable[[], Any]) -> Iterator[Ask]:
   try:
     yield ask
   finally:
-    ours.close()  # The child ends with its input.
+    ours.close()  # The child exits when its connection is closed.
     process.join(timeout=30)
     process.kill()
     process.join()
@@ -83,8 +84,14 @@ def _serve(connection, build: Callable[[], Any]) -> None:
 
 
 def jax_step(config: ConfigDict, memory_share: float, alone: bool) -> Any:
-  """Builds a `JaxStep`; it may have that share of a GPU's memory."""
-  # Read when the device is first used.
+  """Builds a `JaxStep` that may use a share of a GPU's memory.
+
+  Args:
+    config: the config of the run.
+    memory_share: the share of the memory, from 0 to 1.
+    alone: whether to use one device; see `JaxStep`.
+  """
+  # JAX reads this when a device is first used.
   os.environ['XLA_PYTHON_CLIENT_MEM_FRACTION'] = str(memory_share)
 
   return JaxStep(config, alone)
@@ -108,31 +115,34 @@ def torch_step(config: ConfigDict, compiled: bool) -> Any:
 
 
 def whole(result: Any) -> Any:
-  """Returns what was built, as it is."""
+  """Returns what `build` made, unchanged."""
   return result
 
 
 def warm_up(step: Any) -> float:
-  """Takes the first steps; returns the seconds of the first, compiling."""
+  """Takes three steps; returns the seconds of the first, which compiles."""
   start = time.perf_counter()
   advance(step, 1)
   seconds = time.perf_counter() - start
   advance(step, 2)
-  # Of the process from here on, not of what compiling needed.
+  # Resets the peak memory of the process, to leave out compilation.
   with contextlib.suppress(OSError):
     pathlib.Path('/proc/self/clear_refs').write_text('5')
   return seconds
 
 
 def advance(step: Any, count: int) -> None:
-  """Takes steps, and waits for the last of them."""
+  """Takes `count` steps, and waits for the last of them."""
   for _ in range(count):
     step()
   step.wait()
 
 
 def peak_memory(step: Any) -> int | None:
-  """Returns the most bytes used, on the device or by the process on a CPU."""
+  """Returns the peak memory in bytes, of the device or, on a CPU, the process.
+
+  Returns None if neither is counted.
+  """
   on_device = step.memory()
   if on_device is not None:
     return on_device
@@ -143,11 +153,11 @@ def peak_memory(step: Any) -> int | None:
 
 
 def profile(step: Any, folder: str, count: int) -> None:
-  """Writes a profile of so many steps into a folder, for TensorBoard."""
+  """Writes a profile of `count` steps into a folder, for TensorBoard."""
   with step.profiled(folder):
     advance(step, count)
 
 
 def about(step: Any) -> dict[str, Any]:
-  """Returns what `JaxStep.about` says of device and network."""
+  """Returns `JaxStep.about`, on the devices and the cost of a step."""
   return step.about()

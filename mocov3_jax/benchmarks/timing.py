@@ -1,4 +1,4 @@
-"""Timing side by side."""
+"""Times several functions side by side."""
 
 from collections.abc import Callable
 import statistics

@@ -1,8 +1,9 @@
-"""The same training step in PyTorch: the yardstick of `benchmark step`.
+"""The same training step in PyTorch, as the baseline of `benchmark step`.
 
-Written for speed as one would today: backbones of timm with fused attention,
-both views through a ViT's trunk in one call, bfloat16 autocast, torch.compile,
-fused optimizer, foreach EMA. Nothing else imports it.
+It is written for speed, as current PyTorch code would be: timm backbones with
+fused attention, both views through a ViT's trunk in one call, bfloat16
+autocast, torch.compile, a fused optimizer (AdamW) and a foreach EMA. Nothing
+else imports it.
 """
 
 import contextlib
@@ -22,9 +23,9 @@ def head(sizes: list[int], out_affine: bool | None) -> nn.Sequential:
   """Returns linear layers with BatchNorm and ReLU between them.
 
   Args:
-    sizes: width of the input and of each layer's output.
-    out_affine: BatchNorm after the last layer, with or without scale and
-      offset; None = no BatchNorm there.
+    sizes: the width of the input, then of each layer's output.
+    out_affine: whether the BatchNorm after the last layer has scale and offset;
+      None = no BatchNorm there.
   """
   layers = []
   for i, (inputs, outputs) in enumerate(zip(sizes, sizes[1:], strict=False)):
@@ -63,8 +64,8 @@ class Encoder(nn.Module):
     self.projector = head(sizes, out_affine=False)
 
   def forward(self, views: torch.Tensor) -> list[torch.Tensor]:
-    """Maps views [2, B, C, H, W] to the projections of each, [B, out_dim]."""
-    if self.is_vit:  # LayerNorm does not mix images; BatchNorm would.
+    """Maps views [2, B, C, H, W] to two projections, each [B, out_dim]."""
+    if self.is_vit:  # LayerNorm does not mix images; a ResNet's BatchNorm does.
       features = self.trunk(views.flatten(0, 1)).chunk(2)
     else:
       features = [self.trunk(view) for view in views]
@@ -81,17 +82,17 @@ def contrast(
 
 
 class TorchStep:
-  """State and step of a training on random views, on one device.
+  """The state and the step of training on random views, on one device.
 
   Raises:
-    UserError: for networks that this yardstick does not have.
+    UserError: for a config that this baseline does not implement.
   """
 
   def __init__(self, config: ConfigDict, compiled: bool):
     """Builds the networks.
 
     Args:
-      config: of the run.
+      config: the config of the run.
       compiled: whether to use torch.compile.
     """
     self._check(config)
@@ -164,7 +165,7 @@ class TorchStep:
     )
 
   def __call__(self) -> None:
-    """Takes a step on views that are there already."""
+    """Takes a step on the random views that are on the device already."""
     self.update(self._views)
 
   def update(self, views: torch.Tensor) -> torch.Tensor:
@@ -181,12 +182,12 @@ class TorchStep:
     return loss.detach()
 
   def wait(self) -> None:
-    """Waits until the device has done what it was given."""
+    """Waits until the device has finished all steps."""
     if self.device.type == 'cuda':
       torch.cuda.synchronize()
 
   def memory(self) -> int | None:
-    """Returns the most bytes of tensors on the device; None on a CPU."""
+    """Returns the peak memory of tensors in bytes; None on a CPU."""
     if self.device.type == 'cuda':
       return torch.cuda.max_memory_allocated()
     return None

@@ -1,1 +1,1 @@
-"""Pictures of views, attention, neighbours and features."""
+"""Draws pictures of views, attention, neighbours and features."""

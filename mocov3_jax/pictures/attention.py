@@ -1,7 +1,7 @@
-"""Where the class token of a ViT looks: the attention of its last block.
+"""Computes the attention of a ViT's class token in its last block.
 
-What is shown is the picture of Caron et al. 2021 (arXiv 2104.14294, fig. 1),
-for networks trained by MoCo v3.
+It is for pictures such as those of Caron et al. 2021 (arXiv 2104.14294, fig.
+1), but of networks trained by MoCo v3.
 """
 
 import math
@@ -42,19 +42,19 @@ def require_class_token(model: ConfigDict) -> None:
 def class_attention(
     vit: ViT, params: PyTree, batch_stats: PyTree, images: jax.Array
 ) -> jax.Array:
-  """Returns the weights with which the last block's class token attends.
+  """Returns the attention weights of the class token in the last block.
 
   Args:
-    vit: with the readout 'cls'.
-    params, batch_stats: of it alone.
+    vit: a ViT with the readout 'cls'.
+    params, batch_stats: the variables of `vit` alone.
     images: [B, H, W, C], normalised.
 
   Returns:
-    float32 [B, heads, 1 + patches], the class token first, then the patches
-    row by row; each sums to 1.
+    float32 [B, heads, 1 + patches]: the weight of the class token itself, then
+    those of the patches row by row. They sum to 1 along the last axis.
   """
-  # Nothing can be captured inside a loop or a rematerialised block. Without
-  # them the network computes the same from the same parameters.
+  # Intermediates cannot be captured inside a scan or a rematerialised block.
+  # Without these, the network computes the same from the same parameters.
   plain = vit.clone(remat=False, scan=False)
   place = (vit.blocks[-1], 'norm1')
   _, captured = plain.apply(

@@ -1,4 +1,4 @@
-"""Attention, neighbours and embedding as pictures."""
+"""Draws attention, nearest neighbours and embeddings as pictures."""
 
 from typing import Any
 
@@ -10,18 +10,19 @@ from mocov3_jax.evals import knn
 from mocov3_jax.pictures import attention as attention_lib
 from mocov3_jax.pictures import projection, sheets, showing
 
-# Rows of a sheet, and neighbours in a row, that can still be looked at.
+# The most rows of a sheet, and neighbours in a row, that stay legible.
 MOST_ROWS, MOST_NEIGHBOURS = 64, 20
 
 
 def attention(options: showing.Options) -> dict[str, Any]:
   """Draws the attention of the class token to the patches.
 
-  Of images evenly spaced over the test split, or, without labels, over all.
+  The images are evenly spaced over the test split or, without labels, over all
+  images.
 
   Returns:
-    What was drawn, flat; `class_token` is the mean weight that the class token
-    gives to itself.
+    A flat dict about what was drawn. `class_token` is the mean weight that the
+    class token gives to itself.
 
   Raises:
     UserError: for bad input; nothing is written then.
@@ -56,15 +57,16 @@ def neighbours(options: showing.Options, k: int) -> dict[str, Any]:
   """Draws images and their nearest neighbours by backbone features.
 
   Args:
-    options: of all pictures.
-    k: neighbours of each.
+    options: the options that all pictures share.
+    k: the number of neighbours of each image.
 
   Returns:
-    What was drawn, flat; with labels also `hits`, the share of the neighbours
-    drawn that have their query's label, and `chance`, that of the whole bank.
+    A flat dict about what was drawn. With labels, it has `hits`, the share of
+    the drawn neighbours that have their query's label, and `chance`, the same
+    share over the whole bank.
 
   Raises:
-    UserError: as `attention`.
+    UserError: as for `attention`.
   """
   count = options.check(8, 1, MOST_ROWS)
   if not 1 <= k <= MOST_NEIGHBOURS:
@@ -81,7 +83,7 @@ def neighbours(options: showing.Options, k: int) -> dict[str, Any]:
     asked, ask = shown.extract(queries)
     own = None
   else:
-    # Of those that could be read, so that none is missing.
+    # Chosen from the images that could be read, so that no query is missing.
     own = np.arange(len(places)) if len(places) <= count else (
         np.arange(count) * len(places) // count
     )
@@ -136,23 +138,25 @@ def _draw_neighbours(
 
 
 def embedding(options: showing.Options, method: str) -> dict[str, Any]:
-  """Draws the features of images, evenly spaced over all, in the plane.
+  """Draws the features of images as points in the plane.
+
+  The images are evenly spaced over the training and the test split.
 
   Args:
-    options: of all pictures.
-    method: one of `near.METHODS`.
+    options: the options that all pictures share.
+    method: one of `projection.METHODS`.
 
   Returns:
-    What was drawn, flat, with the numbers of `near.plane`.
+    A flat dict about what was drawn, with the numbers of `projection.plane`.
 
   Raises:
-    UserError: as `attention`, or if umap-learn is needed and not installed.
+    UserError: as for `attention`, or if umap-learn is needed but not installed.
   """
   if method not in projection.METHODS:
     raise unknown('--method', method, projection.METHODS)
   count = options.check(2000, projection.FEWEST)
   if method == 'umap':
-    projection.import_umap()  # Before any work is done.
+    projection.import_umap()  # Fails before any work is done.
   shown = showing.open_shown(options)
   train, test = shown.splits.train, shown.splits.test
   total = len(train) + (len(test) if test is not None else 0)

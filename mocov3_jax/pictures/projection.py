@@ -1,4 +1,4 @@
-"""Maps of features: which lie near which, as points of the plane."""
+"""Projects features into the plane, to show which of them are close."""
 
 import contextlib
 import io
@@ -10,9 +10,9 @@ import numpy as np
 from mocov3_jax.base.errors import UserError
 from mocov3_jax.models.layers import unit
 
-# The ways into the plane, as a picture calls them.
+# The projection methods, and their names in a picture.
 METHODS = {'pca': 'PCA', 'tsne': 't-SNE', 'umap': 'UMAP'}
-# As few points as all of them can place.
+# The fewest points that all methods can place.
 FEWEST = 4
 SEED = 0
 
@@ -20,21 +20,23 @@ SEED = 0
 def plane(
     features: np.ndarray, method: str
 ) -> tuple[np.ndarray, tuple[str, str], dict[str, float]]:
-  """Places features in the plane; the same ones always alike.
+  """Projects features into the plane, deterministically.
 
   Args:
-    features: float32 [N, D], FEWEST or more; scaled to unit length here.
+    features: float32 [N, D], with N at least FEWEST; scaled to unit length
+      here.
     method: one of METHODS.
 
   Returns:
-    Points float [N, 2]; the names of the axes; numbers that tell how well they
-    fit: with PCA 'explained_variance', the share of the variance in the plane,
-    with t-SNE 'kl_divergence', what is left of it.
+    Points float [N, 2]; the names of the axes; and numbers that tell how well
+    the points fit the features. With PCA, that is 'explained_variance', the
+    share of the variance in the plane. With t-SNE, it is 'kl_divergence', the
+    KL divergence that remains. With UMAP, there are none.
 
   Raises:
     UserError: for UMAP without the package umap-learn.
   """
-  # Here, since it would double the time that the command takes to start.
+  # Imported here, since it would double the start-up time of the command.
   from sklearn.decomposition import PCA
   from sklearn.manifold import TSNE
 
@@ -51,13 +53,14 @@ def plane(
     return points, (first, second), {'explained_variance': sum(shares)}
   axes = (f'{METHODS[method]} 1', f'{METHODS[method]} 2')
   if method == 'tsne':
-    # 30 is scikit-learn's default; few points have no so many neighbours.
+    # 30 is scikit-learn's default. A few points do not have that many
+    # neighbours.
     perplexity = min(30, (len(features) - 1) / 3)
     tsne = TSNE(2, perplexity=perplexity, init='pca', random_state=SEED)
     points = tsne.fit_transform(features)
     return points, axes, {'kl_divergence': float(tsne.kl_divergence_)}
-  # 15 is umap's default. With a seed it computes in one thread, and warns
-  # unless it is told so. Its spectral start needs more than a few points.
+  # 15 is umap's default. With a seed, it runs in one thread, and warns unless
+  # n_jobs is 1. Its spectral initialisation needs more than a few points.
   umap = import_umap().UMAP(
       n_neighbors=min(15, len(features) - 1), random_state=SEED, n_jobs=1,
       init='spectral' if len(features) > 15 else 'random',
@@ -66,8 +69,8 @@ def plane(
 
 
 def _count_cores() -> None:
-  # joblib asks a program, and complains at length where there is none; but only
-  # the first time.
+  # To count cores, joblib runs an external program. Where there is none, its
+  # first call prints long warnings; they are hidden here.
   import joblib
 
   with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):

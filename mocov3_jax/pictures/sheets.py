@@ -1,7 +1,7 @@
-"""Sheets of pictures, drawn by matplotlib without its global state.
+"""Draws sheets of pictures with matplotlib, without its global state.
 
-Everything is placed in pixels, from the top left, so that pictures keep their
-size and no text runs into another one.
+Everything is placed in pixels from the top left, so that pictures keep their
+size and texts do not overlap.
 """
 
 from collections.abc import Sequence
@@ -18,24 +18,25 @@ from PIL import Image
 
 from mocov3_jax.base import files
 
-# Side of a picture, gap between two, height of a line of text, edge: pixels.
+# Side of a picture, gap between pictures, height of a line of text, and margin
+# of the sheet, pixels.
 SIDE, GAP, LINE, EDGE = 120, 10, 18, 14
 DPI = 100
-# Perceptually uniform; and how much of it lies over the picture.
+# A perceptually uniform colour map, and its opacity over the picture.
 MAP, OPACITY = 'inferno', 0.65
 SAME, OTHER, PLAIN, TEXT = '#1a9850', '#d73027', '#bbbbbb', '#222222'
 UNLABELLED = '#999999'
-# More classes than this have no legend.
+# With more classes than this, there is no legend.
 LEGEND = 20
-# Characters of a name that are shown.
+# The most characters of a name that are shown.
 SHOWN = 16
 
 
 class Sheet:
-  """A white page, on which places are pixels from the top left."""
+  """A white page, on which positions are in pixels from the top left."""
 
   def __init__(self, width: float, height: float):
-    """Makes an empty one of so many pixels."""
+    """Makes an empty sheet of this size in pixels."""
     self.width, self.height = round(width), round(height)
     self.figure = Figure((self.width / DPI, self.height / DPI), dpi=DPI)
     FigureCanvasAgg(self.figure)
@@ -43,7 +44,7 @@ class Sheet:
   def axes(
       self, left: float, top: float, width: float, height: float
   ) -> Axes:
-    """Returns axes in a rectangle."""
+    """Returns new axes that fill a rectangle."""
     return self.figure.add_axes((
         left / self.width, 1 - (top + height) / self.height,
         width / self.width, height / self.height,
@@ -53,7 +54,7 @@ class Sheet:
       self, left: float, top: float, text: str, size: float = 8,
       align: str = 'left', color: str = TEXT,
   ) -> None:
-    """Draws one line, its upper edge at `top`; taken literally."""
+    """Draws one line of literal text, with its upper edge at `top`."""
     self.figure.text(
         left / self.width, 1 - top / self.height, text, fontsize=size,
         ha=align, va='top', color=color, parse_math=False,
@@ -66,7 +67,7 @@ class Sheet:
     """Draws an image uint8 [H, W, 1 or 3], fitted into a square of `side`.
 
     Returns:
-      The axes, in pixels of the image, to draw more on it.
+      The axes, in pixels of the image, for drawing on top of it.
     """
     axes = self.axes(left, top, side, side)
     how = 'nearest' if _is_small(image) else 'antialiased'
@@ -82,9 +83,9 @@ class Sheet:
     """Writes the page as a PNG, whole or not at all.
 
     Args:
-      path: of the PNG.
-      field: the flag that named it.
-      parents: whether to make the folders that it lies in.
+      path: the path of the PNG.
+      field: the flag that gave the path.
+      parents: whether to make its parent folders.
 
     Raises:
       UserError: if it cannot be written.
@@ -93,13 +94,13 @@ class Sheet:
         files.open_whole(path, field, parents) as file,
         warnings.catch_warnings(),
     ):
-      # Boxes stand for the letters of a script that the font lacks.
+      # Letters that the font lacks are drawn as boxes.
       warnings.filterwarnings('ignore', 'Glyph')
       self.figure.savefig(file, format='png', dpi=DPI)
 
 
 def rgb(image: np.ndarray) -> np.ndarray:
-  """Returns an image uint8 [H, W, C] in three channels; gray unless C is 3."""
+  """Converts an image uint8 [H, W, C] to RGB; to gray unless C is 3."""
   if image.shape[-1] == 3:
     return image
   gray = np.round(np.mean(image, axis=-1, keepdims=True)).astype(np.uint8)
@@ -114,7 +115,7 @@ def printable(name: str) -> str:
 
 
 def overlay(image: np.ndarray, weights: np.ndarray) -> np.ndarray:
-  """Draws a map in colours over the image in gray.
+  """Draws a map in colours over an image in gray.
 
   Args:
     image: uint8 [H, W, C].
@@ -136,12 +137,12 @@ def overlay(image: np.ndarray, weights: np.ndarray) -> np.ndarray:
 def attention_sheet(
     images: Sequence[np.ndarray], maps: np.ndarray, lines: Sequence[str]
 ) -> Sheet:
-  """Draws a row for each image: it, a map for each head, and their mean.
+  """Draws a row per image: the image, a map per head, and their mean.
 
   Args:
-    images: uint8 [H, W, C], what the network saw.
-    maps: float [images, heads, rows, columns], weights of the patches.
-    lines: of the title.
+    images: uint8 [H, W, C], as the network saw them.
+    maps: float [images, heads, rows, columns], the weights of the patches.
+    lines: the lines of the title.
   """
   maps = np.concatenate([maps, maps.mean(1, keepdims=True)], axis=1)
   columns = ['image', *(f'head {i}' for i in range(1, maps.shape[1])), 'mean']
@@ -170,14 +171,16 @@ def neighbour_sheet(
     below: Sequence[Sequence[Sequence[str]]], same: np.ndarray | None,
     lines: Sequence[str],
 ) -> Sheet:
-  """Draws a row for each query: it, and its neighbours, the nearest first.
+  """Draws a row per query: the query, then its neighbours, nearest first.
 
   Args:
     queries: Q images uint8 [H, W, C].
-    neighbours: of each, k images.
-    below: of each, the lines under the query and under its neighbours, 1 + k.
-    same: bool [Q, k], whose frames are green, not red; None = no frames.
-    lines: of the title.
+    neighbours: for each query, k images.
+    below: for each query, the lines of text under it and under each of its
+      neighbours, 1 + k entries.
+    same: bool [Q, k], whether a neighbour's frame is green rather than red;
+      None = no coloured frames.
+    lines: the lines of the title.
   """
   k = len(neighbours[0])
   columns = ['query', *(str(i) for i in range(1, k + 1))]
@@ -210,15 +213,15 @@ def scatter_sheet(
     points: np.ndarray, labels: np.ndarray, names: dict[int, str],
     axis_names: tuple[str, str], lines: Sequence[str],
 ) -> Sheet:
-  """Points in the plane, coloured by label.
+  """Draws points in the plane, coloured by label.
 
   Args:
     points: float [N, 2].
-    labels: int [N], -1 where there is none.
-    names: of the labels, in the order of the legend; there is one up to
-      LEGEND of them.
-    axis_names: of both axes.
-    lines: of the title.
+    labels: int [N]; -1 for a point without a label.
+    names: the names of the labels, in the order of the legend. There is no
+      legend for more than LEGEND labels.
+    axis_names: the names of both axes.
+    lines: the lines of the title.
   """
   legend = 0 < len(names) <= LEGEND
   top, plot, right = EDGE + LINE * len(lines) + GAP, 560, EDGE
@@ -240,7 +243,7 @@ def scatter_sheet(
   axes.scatter(
       *points[without].T, s=size, color=UNLABELLED, linewidths=0, alpha=0.8
   )
-  # In one call and a random order, so that no class lies above the others.
+  # Drawn in one call and in random order, so that no class covers the others.
   order = np.random.default_rng(0).permutation(np.flatnonzero(~without))
   colors = class_colors(max(names, default=0) + 1)
   axes.scatter(
@@ -259,7 +262,7 @@ def scatter_sheet(
 
 
 def class_colors(count: int) -> np.ndarray:
-  """Colours of classes 0 to count - 1, float [count, 4]."""
+  """Returns the colours of classes 0 to count - 1, float [count, 4]."""
   if count <= LEGEND:
     name = 'tab10' if count <= 10 else 'tab20'
     return matplotlib.colormaps[name](np.arange(count))
@@ -267,7 +270,7 @@ def class_colors(count: int) -> np.ndarray:
 
 
 def _is_small(image: np.ndarray) -> bool:
-  # Its pixels are then shown as squares.
+  # The pixels of a small image are shown as squares.
   return max(image.shape[:2]) < SIDE // 2
 
 
@@ -280,8 +283,8 @@ def _centre(column: int) -> float:
 
 
 def _text_width(lines: Sequence[str]) -> int:
-  # Of the title. At 100 dpi letters of 11 points are about 8 pixels wide, of
-  # 9 points about 7.
+  # The width of the title. At 100 dpi, letters of 11 points are about 8 pixels
+  # wide, and letters of 9 points about 7.
   return 2 * EDGE + 8 * max(map(len, lines))
 
 

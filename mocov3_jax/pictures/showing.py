@@ -1,4 +1,4 @@
-"""A network and images of which something is shown: opened, read, named."""
+"""Opens the network and the images that a picture shows, and reads them."""
 
 from collections.abc import Callable, Iterator
 import dataclasses
@@ -32,18 +32,18 @@ PyTree = Any
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-  """What is to be shown.
+  """The options that all pictures of a checkpoint share.
 
   Attributes:
     checkpoint: a workdir or one checkpoints/<step>.
-    out: the PNG; must not exist. '' = none is drawn.
+    out: the path of the PNG, which must not exist; '' = none is drawn.
     source: as `config.data.source`; '' = what the run was trained on.
-    labels: as `config.data.labels`; '' = those of the run, or 'auto' of
+    labels: as `config.data.labels`; '' = those of the run, or 'auto' for
       another source.
     encoder: 'query', 'momentum' or 'random'.
-    images: how many; None = the default of the picture.
+    images: the number of images; None = the default of the picture.
     batch_size: images per forward pass over all devices.
-    threads: that read and decode images; 0 = one a core.
+    threads: threads that read and decode images; 0 = one per core.
   """
 
   checkpoint: str
@@ -56,14 +56,15 @@ class Options:
   threads: int = 0
 
   def check(self, default: int, fewest: int, most: int | None = None) -> int:
-    """Returns how many images to show.
+    """Checks the options, and returns how many images to show.
 
     Args:
-      default: if nothing was said.
-      fewest, most: that are allowed; None = no limit.
+      default: the number of images if the options give none.
+      fewest, most: the range that is allowed; most None = no limit.
 
     Raises:
-      UserError: for whatever can be found wrong without opening anything.
+      UserError: for any error that can be found without opening the checkpoint
+        or the images.
     """
     check_flags(self.encoder, self.batch_size, self.threads)
     count = default if self.images is None else self.images
@@ -83,12 +84,13 @@ class Options:
 
 @dataclasses.dataclass(frozen=True)
 class Shown:
-  """A network and images of which something is shown.
+  """The network and the images that a picture shows.
 
   Attributes:
-    options: that asked for it.
+    options: the options of the picture.
     opened: the checkpoint and the images.
-    params, batch_stats: of the backbone, as `Network` has them.
+    params, batch_stats: the variables of the backbone, under the key 'backbone'
+      as in `Network`.
   """
 
   options: Options
@@ -103,19 +105,19 @@ class Shown:
 
   @property
   def splits(self) -> sources.Splits:
-    """The images."""
+    """The splits of the images."""
     return self.opened.splits
 
   @property
   def source_name(self) -> str:
-    """What a picture calls the images; a folder has its own name."""
+    """The name of the source in a picture; for a folder, the folder's name."""
     if not self.opened.spec.startswith('folder:'):
       return sheets.printable(self.opened.spec)
     path = files.absolute(self.opened.spec.partition(':')[2])
     return sheets.printable(path.name)
 
   def title(self, what: str) -> str:
-    """Returns the first line of a picture."""
+    """Returns the first line of the title: `what` is shown of which network."""
     name = self.run.config.model.name
     if self.options.encoder == RANDOM:
       return f'{what}: {name}, random'
@@ -125,7 +127,7 @@ class Shown:
     )
 
   def save(self, sheet: sheets.Sheet, **result: Any) -> dict[str, Any]:
-    """Writes the picture; returns what is to be said of it.
+    """Writes the picture, and returns a flat dict about it and its network.
 
     Raises:
       UserError: if it cannot be written.
@@ -138,16 +140,16 @@ class Shown:
     }
 
   def extract(self, source: Source) -> tuple[np.ndarray, np.ndarray]:
-    """Returns features and the places of what could be read.
+    """Returns the features and the indices of the images that could be read.
 
     Raises:
-      UserError: if nothing could.
+      UserError: if no image could be read.
     """
     return self._extract(self.params, self.batch_stats, source)
 
   @functools.cached_property
   def _extract(self) -> features.Extract:
-    # One for all sources, so that it is compiled once.
+    # All sources share one extractor, so that it is compiled only once.
     return self.opened.extractor(
         self.options.batch_size, log=self._log
     )
@@ -157,14 +159,14 @@ class Shown:
     return features.ReadingLog()
 
   def attend(self, source: Source) -> tuple[np.ndarray, np.ndarray]:
-    """Returns the attention of the class token, as `class_attention`.
+    """Computes the attention of the class token; see `class_attention`.
 
     Returns:
-      float32 [n, heads, 1 + patches] and int64 [n], the places of the images
-      that could be read.
+      float32 [n, heads, 1 + patches], and the indices of the images that could
+      be read, int64 [n].
 
     Raises:
-      UserError: if none could.
+      UserError: if no image could be read, or the attention is not finite.
     """
     mesh = self.opened.mesh
 
@@ -191,7 +193,7 @@ class Shown:
     return maps, readable
 
   def _batches(self, source: Source) -> Iterator[pipeline.Batch]:
-    # No larger than there are images, but whole on every device.
+    # At most as many as there are images, rounded up to fill all devices.
     devices = self.opened.mesh.size
     size = min(self.options.batch_size, -(-len(source) // devices) * devices)
     for batch in pipeline.eval_batches(
@@ -204,8 +206,9 @@ class Shown:
   def read(self, source: Source, indices: np.ndarray) -> list[np.ndarray]:
     """Returns images as a picture shows them, uint8 [H, W, C].
 
-    What the network saw of them, but with as many pixels as there is room for:
-    the central crop, or the whole image if all have one size.
+    They show what the network saw: the central crop, or the whole image if all
+    have one size. A crop is read at the resolution of the picture rather than
+    that of the network.
     """
     subset = sources.Subset(source, indices)
     everywhere = np.arange(len(subset))
@@ -221,11 +224,11 @@ def open_shown(
   """Opens the images and restores the network.
 
   Args:
-    options: what is to be shown.
-    require: checks `config.model` of the run before it is restored.
+    options: the options of the picture.
+    require: checks `config.model` of the run before the network is restored.
 
   Raises:
-    UserError: if that cannot be done, or they do not fit together.
+    UserError: if either cannot be opened, or they do not fit together.
   """
   opened = open_checkpoint(
       options.checkpoint, options.source, options.labels, options.threads

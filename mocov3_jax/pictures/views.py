@@ -1,4 +1,4 @@
-"""The views of the first step of a run, on one sheet."""
+"""Draws the views of the first step of a run on one sheet."""
 
 from collections.abc import Sequence
 import functools
@@ -18,34 +18,34 @@ from mocov3_jax.method.build import run_keys
 from mocov3_jax.pictures.sheets import Sheet
 from mocov3_jax.training import pretrain
 
-# Side of a picture, width of the text, gaps, height of the header and of a
-# line, pixels.
+# Side of a picture, width of the text, gap, height of the header, and height of
+# a line, pixels.
 SIDE, TEXT, GAP, HEADER, LINE = 160, 190, 8, 20, 17
 ROWS = 8
 COLORS = ('red', 'deepskyblue')
-# By the order in which image_ops numbers the adjustments.
+# In the order in which image_ops numbers the adjustments.
 ADJUSTMENTS = ('brightness', 'contrast', 'saturation', 'hue')
 
 
 def preview(
     config: ConfigDict, out: str, count: int | None = None
 ) -> dict[str, Any]:
-  """Writes the sheet of the first `count` examples of a run.
+  """Writes a sheet of the first `count` examples of a run.
 
   Args:
     config: as `default_config()`, after overrides.
     out: path of the PNG.
-    count: rows; None = ROWS, or as many as there are.
+    count: number of rows; None = ROWS, or fewer if the batch has fewer.
 
   Returns:
-    The path and the number of rows.
+    A dict of the path and the number of rows.
 
   Raises:
     UserError: for bad input, or if `out` cannot be written.
   """
   checks.validate(config)
   source = pretrain.load_splits(config).train
-  # Too few images for a step can be looked at all the same.
+  # A source with fewer images than a batch can be previewed as well.
   config = config.copy_and_resolve_references()
   config.batch_size = min(config.batch_size, len(source))
   count = min(ROWS, config.batch_size) if count is None else count
@@ -87,7 +87,7 @@ def _original(reader, batch, place, image, drawn):
   source = reader.source
   if source.shape:
     return image, [[float(v) for v in d.box] for d in drawn]
-  if batch.unreadable[place] >= 0:  # Its replacement is seen by its views.
+  if batch.unreadable[place] >= 0:  # The views show another image instead.
     return None, [None, None]
   encoded = channels.opened(
       source.read(int(reader.indices(0)[place])), source.channels
@@ -134,7 +134,7 @@ def _draw_views(sheet, top, made, drawn, boxes, config):
 def describe(
     drawn: augment.AugmentParams, box: Sequence[float] | None, view: ConfigDict
 ) -> list[str]:
-  """Says in words what was drawn for one view, a line an operation."""
+  """Describes what was drawn at random for one view, a line per operation."""
   lines = []
   if box is not None:
     y, x, h, w = box

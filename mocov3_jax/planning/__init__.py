@@ -1,1 +1,1 @@
-"""What a run would cost on TPUs that are not there."""
+"""Plans what a run would cost on accelerators that this machine lacks."""

@@ -1,13 +1,15 @@
-"""Where the time of a compiled TPU step goes, operation by operation.
+"""Bounds the time of a compiled TPU step, operation by operation.
 
-For each operation there are up to three lower bounds of its time: its
-operations at the chip's peak, what it moves between HBM and the core at the
-bandwidth, and the bundles of its program at the clock. The largest of them
-bounds the operation, and the sum over the operations bounds the step, since a
-core does one operation at a time. It is a bound of this program, and not a
-measurement: waits for memory and for the matrix unit are not in it. Where the
-printed program is not understood, it may be too high: a branch whose condition
-is unknown counts as taken.
+For each HLO operation there are up to three lower bounds of its time: its FLOPs
+at the chip's peak, its traffic between HBM and the core at the bandwidth, and
+the bundles of its program at the clock rate. The largest of them bounds the
+operation. The sum over the operations bounds the step, since a core runs one
+operation at a time.
+
+This is a bound for this program, not a measurement: waits for memory and for
+the matrix unit are not included. Where the printed program is not understood,
+the bound may be too high, since code under an unknown condition counts as
+executed.
 """
 
 from collections.abc import Iterable, Mapping
@@ -19,28 +21,28 @@ from mocov3_jax.parallel.chips import Chip
 from mocov3_jax.planning import hlo
 from mocov3_jax.planning.bundles import Schedule
 
-# Codes of what takes no time of its own: names of values, and the two ends of
-# what runs beside the program.
+# Opcodes that take no time of their own: those that only name values, and the
+# ends of asynchronous operations.
 FREE = frozenset({
     'call', 'conditional', 'parameter', 'get-tuple-element', 'tuple',
     'bitcast', 'constant', 'after-all', 'partition-id', 'replica-id',
     'async-done', 'async-update', 'copy-done', 'send-done', 'recv-done',
 })
-# Calls that only name bytes otherwise; and results in the core's scalar memory.
+# Custom calls that only rename bytes, and the memory space of scalar results.
 FREE_CALLS = r'custom_call_target="(ConcatBitcast|SliceBitcast|AllocateBuffer)"'
 SCALAR = 'S(6)}'
 # A Pallas kernel.
 KERNEL = 'custom_call_target="tpu_custom_call"'
-# Collectives that run beside the program; `hlo.collectives` counts them.
+# Asynchronous collectives, which `hlo.collectives` counts.
 BESIDE = rf'({"|".join(hlo.KINDS)})-(start|done)'
-# What reads or writes a part of its first operand.
+# Opcodes that read or write only a part of their first operand.
 SLICES, UPDATE = ('slice', 'dynamic-slice', 'gather'), 'dynamic-update-slice'
 COPIES = frozenset({'async-start', 'copy-start'})
 RELAYOUTS = frozenset({'copy', 'reshape', 'transpose'})
-# Rows of the contraction that the matrix unit works on at a time.
+# Rows of the contracted axis that the matrix unit processes at a time.
 MXU = 128
 
-# What a scope of the traced program belongs to: the first pattern found.
+# Parts of the model by scope of the traced program; the first match counts.
 PARTS = (
     ('norms', r'/norm[12]?/'),
     ('qkv and proj', r'/attn/(qkv|proj)/'),
@@ -62,13 +64,13 @@ NETWORKS = (
 
 @dataclasses.dataclass
 class Time:
-  """Lower bounds of a time, milliseconds.
+  """Lower bounds of the time of some operations, milliseconds.
 
   Attributes:
-    flops_ms: its products at the chip's peak.
-    hbm_ms: its traffic at the bandwidth of the HBM.
-    schedule_ms: its bundles at the clock; 0 without a schedule.
-    bound_ms: the sum over operations of the largest of the three.
+    flops_ms: their matrix products at the chip's peak.
+    hbm_ms: their traffic at the bandwidth of the HBM.
+    schedule_ms: their bundles at the clock rate; 0 without a schedule.
+    bound_ms: the sum over the operations of the largest of the three bounds.
   """
 
   flops_ms: float = 0.0
@@ -77,7 +79,7 @@ class Time:
   bound_ms: float = 0.0
 
   def add(self, other: 'Time') -> None:
-    """Adds what another operation takes."""
+    """Adds the time of other operations."""
     self.flops_ms += other.flops_ms
     self.hbm_ms += other.hbm_ms
     self.schedule_ms += other.schedule_ms
@@ -89,15 +91,18 @@ class Breakdown:
   """Where the time of a step goes.
 
   Attributes:
-    step: of the whole.
-    parts: by part of the model, the longest first.
-    networks: by network and direction; what is of none is in none.
-    copies_ms: HBM traffic of asynchronous copies, which run beside the rest.
-    dynamic_loops: loops, and operations with one, that are counted once,
-      since the program computes how often they run; and conditions, whose
-      branches are not counted.
-    unscheduled: operations whose bundles are not known; they are bounded by
-      the other two.
+    step: the time of the whole step.
+    parts: the time by part of the model, the longest first.
+    networks: the time by network and direction; operations that belong to no
+      network are left out.
+    copies_ms: the time of the HBM traffic of asynchronous copies, which run in
+      parallel with the rest and are not in `step`.
+    dynamic_loops: the number of operations that are counted incompletely. These
+      are loops, and operations that contain one, whose trip count is unknown:
+      they count as one trip. They are also conditionals, whose branches are not
+      counted.
+    unscheduled: the number of operations whose bundles are unknown; they are
+      bounded by FLOPs and HBM traffic only.
   """
 
   step: Time
@@ -112,13 +117,13 @@ def breakdown(
     text: str, chip: Chip, schedule: Schedule | None = None,
     grids: Mapping[str, int] | None = None,
 ) -> Breakdown:
-  """Bounds the time of each operation of a program, and adds up.
+  """Bounds the time of each operation of a program, and adds the bounds up.
 
   Args:
-    text: of the program after the compiler's last step, with memory spaces.
-    chip: for which it was compiled.
-    schedule: its bundles, if they were printed.
-    grids: programs of each Pallas kernel, by the kernel's name.
+    text: HLO after the compiler's last pass, with memory spaces.
+    chip: the chip for which the program was compiled.
+    schedule: the program's bundles, if they were printed.
+    grids: the number of programs of each Pallas kernel, by the kernel's name.
   """
   computations = hlo.operations(text)
   step, copies, dynamic, unscheduled = Time(), 0, 0, 0
@@ -137,7 +142,7 @@ def breakdown(
     if re.search(FREE_CALLS, op.attributes):
       continue
     flops, padded = _flops(op.called, computations)
-    if KERNEL in op.attributes:  # As its author says; see `pl.CostEstimate`.
+    if KERNEL in op.attributes:  # The author's estimate, `pl.CostEstimate`.
       flops, padded = float(op.attribute(r'"flops":"(\d+)"') or 0), 0.0
     moved = _moved(op, shapes, computations)
     issued = None
@@ -175,7 +180,7 @@ def breakdown(
 def _sends(
     op: hlo.Operation, computations: Mapping[str, list[hlo.Operation]]
 ) -> bool:
-  """Returns whether what runs beside the program is a collective."""
+  """Returns whether an asynchronous operation is a collective."""
   return any(
       inner.code.startswith(hlo.KINDS)
       for inner in hlo.inside(op.called, computations)
@@ -186,10 +191,11 @@ def _running(
     computations: Mapping[str, list[hlo.Operation]], name: str = 'ENTRY',
     times: int = 1,
 ) -> Iterable[tuple[hlo.Operation, int, dict[str, str]]]:
-  """Yields what runs, and how often, with the shapes beside it.
+  """Yields the operations that run, their counts, and shapes.
 
-  Fusions are one operation; the bodies of loops run as often as the loop does,
-  and once if that is not known.
+  A fusion is one operation. The body of a loop counts as often as the loop
+  runs, or once if that is unknown. The shapes are those of all values in the
+  operation's computation, by name.
   """
   shapes = {op.name: op.shape for op in computations[name]}
   for op in computations[name]:
@@ -219,10 +225,11 @@ def _first(patterns: Iterable[tuple[str, str]], scope: str) -> str:
 def _scope(
     op: hlo.Operation, computations: Mapping[str, list[hlo.Operation]]
 ) -> str:
-  """Returns the scope of an operation: of a fused product, that of the product.
+  """Returns the scope of an operation in the traced program.
 
-  The compiler names a fusion after its result, and a weight's gradient may be
-  fused with the optimizer.
+  For a fusion with a matrix product, it is the scope of the product. The
+  compiler names a fusion after its result, and the product of a weight's
+  gradient may be fused with the optimizer.
   """
   for inner in hlo.inside(op.called, computations):
     if inner.code == 'convolution' and inner.scope:
@@ -243,7 +250,7 @@ def _moved(
     computations: Mapping[str, list[hlo.Operation]],
 ) -> int:
   """Returns the bytes that an operation reads from and writes to HBM."""
-  read = {}  # An operand that is given twice is read once.
+  read = {}  # An operand that is passed twice is read once.
   for i, name in enumerate(op.operands):
     whole = hlo.hbm_bytes(shapes[name]) if name in shapes else 0
     part = _part_read(op, i, computations)
@@ -255,7 +262,7 @@ def _part_read(
     op: hlo.Operation, operand: int,
     computations: Mapping[str, list[hlo.Operation]],
 ) -> int | None:
-  """Returns the bytes that are read of an operand; None if that is all."""
+  """Returns the bytes that are read of an operand; None for all of it."""
   if op.code in SLICES and operand == 0:
     return hlo.array_bytes(op.shape)
   if op.code == UPDATE and operand == 0:
@@ -272,10 +279,10 @@ def _part_used(
     name: str, ops: list[hlo.Operation],
     computations: Mapping[str, list[hlo.Operation]],
 ) -> int | None:
-  """Returns the bytes of a value that others read; None if that is all."""
+  """Returns the bytes of a value that its users read; None for all of it."""
   total = 0
   if any(op.is_root and op.name == name for op in ops):
-    return None  # It is handed on.
+    return None  # It is the result of the computation.
   for user in ops:
     for i, operand in enumerate(user.operands):
       if operand != name:
@@ -297,10 +304,10 @@ def _written(
   """Returns the bytes that an operation writes to HBM.
 
   Args:
-    op: what gives the result.
-    shape: of the result, with the layout that says where it is.
-    shapes: of the values beside it.
-    computations: of the program.
+    op: the operation that makes the result.
+    shape: the shape of the result, with the layout that gives its memory space.
+    shapes: the shapes of the values in the operation's computation, by name.
+    computations: all computations of the program.
   """
   whole = hlo.hbm_bytes(shape)
   if op.code == UPDATE:  # In place.
@@ -328,9 +335,10 @@ def _written(
 def _flops(
     computation: str, computations: Mapping[str, list[hlo.Operation]]
 ) -> tuple[float, float]:
-  """Returns the operations of a fusion's products; as they are, and padded.
+  """Returns the FLOPs of a fusion's matrix products, unpadded and padded.
 
-  Padded: the contraction to whole `MXU`, whichever operand the unit holds.
+  For the padded FLOPs, the contracted axis is rounded up to a multiple of
+  `MXU`, whichever operand the matrix unit holds.
   """
   flops = padded = 0.0
   ops = {op.name: op for op in hlo.inside(computation, computations)}
@@ -356,10 +364,10 @@ def _padding(size: float) -> float:
 
 
 def _taps(op, labels, left, out) -> float:
-  """Returns how many values of the window meet the input, in the mean.
+  """Returns how many positions of the window lie on input values, on average.
 
-  The compiler writes batches of products as convolutions, with a window as
-  wide as the batch that is mostly outside of the input.
+  The compiler writes batched matrix products as convolutions. Their window is
+  as wide as the batch, and lies mostly outside of the input.
   """
   window = re.search(r'window=\{([^}]*)\}', op.attributes)
   if not window:

@@ -1,12 +1,14 @@
-"""Reads the final program of a TPU's core: how many cycles it takes to issue.
+"""Counts the cycles that a TPU core needs to issue a compiled program.
 
-A TPU core issues one bundle of instructions (a VLIW) each cycle. The compiler
-can print the bundles of each operation of a program, with its loops and how
-often they run (`DUMP_FLAGS`). The bundles times how often each runs are cycles
-that the operation cannot do without; every wait, for memory and for the matrix
-unit, is missing. Branches that are not understood count as taken, which may be
-too many. The text format is not documented; what is understood of it is tested
-on programs of known cost (tests/test_breakdown.py).
+A TPU core issues one bundle of instructions (VLIW) per cycle. The compiler can
+print the bundles of each operation of a program, with its loops and their trip
+counts (`DUMP_FLAGS`). The sum of the bundles, each counted as often as it runs,
+is a lower bound of the operation's cycles: waits for memory and for the matrix
+unit are not included. Conditional code that is not understood counts as
+executed, so the count may be too high.
+
+The text format is not documented. What is understood of it is tested on
+programs of known cost (tests/test_breakdown.py).
 """
 
 from collections.abc import Sequence
@@ -14,12 +16,12 @@ import dataclasses
 import pathlib
 import re
 
-# What libtpu must be given, when it is loaded, to print its bundles.
+# The flags with which libtpu must be loaded to print its bundles.
 DUMP_FLAGS = (
     '--xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true '
     '--xla_jf_dump_llo_pass_label_regex=final_bundles|deduplication'
 )
-# '0x1f LB: > { a ;; b }': address, labels, depth of the loop, instructions.
+# '0x1f LB: > { a ;; b }': address, labels, loop depth, instructions.
 _BUNDLE = re.compile(
     r'^\s*(?:0x[0-9a-f]+|0)\s+([A-Z]{2}(?:,[A-Z]{2})*:)?\s*:? ?((?:>\s?)*)'
     r'\s*(\{.*)$'
@@ -29,7 +31,7 @@ _LOOP_EXIT = re.compile(
 )
 _BRANCH = re.compile(r'sbr\.rel \(!?%\w+\) target = \$region(\d+)')
 _DELAY = re.compile(r'vdelay[^,;]*?(\d+)')
-# Branches over fewer bundles than this are left as if always taken.
+# Conditional code of fewer bundles than this counts as always executed.
 SMALL_REGION = 30
 
 
@@ -48,9 +50,9 @@ class Issued:
   """What an operation's program issues.
 
   Attributes:
-    cycles: bundles, each as often as it runs, with explicit delays.
-    dynamic_loops: loops of which the text has no trip count; they are counted
-      once.
+    cycles: the bundles, each counted as often as it runs, and explicit delays.
+    dynamic_loops: the number of loops without a trip count in the text; they
+      count as one trip.
   """
 
   cycles: float
@@ -58,16 +60,17 @@ class Issued:
 
 
 class Schedule:
-  """The bundles of the operations of a program, as the compiler prints them."""
+  """The bundles of a program's operations, as printed by the compiler."""
 
   def __init__(self, folder: pathlib.Path):
-    """Lists what the compiler printed into `folder`."""
+    """Lists the files that the compiler printed into `folder`."""
     self._files, self._issued = {}, {}
     for path in folder.glob('*final_bundles.txt'):
       name = re.sub(r'^\d+-|-\d+-final_bundles\.txt$', '', path.name)
       if 'schedule-analysis' not in path.name:
         self._files[name] = path
-    # Operations alike are compiled once; each map names the one that was.
+    # Identical operations are compiled once. A map lists, under the name of the
+    # compiled one, those that are the same.
     self._same_as = {}
     for path in folder.glob('*deduplication-map.txt'):
       kept = None
@@ -79,7 +82,7 @@ class Schedule:
 
   @property
   def names(self) -> list[str]:
-    """Names of the operations that were printed."""
+    """The names of the operations that were printed."""
     return list(self._files)
 
   def issued(
@@ -88,10 +91,12 @@ class Schedule:
     """Returns what an operation issues; None if it was not printed.
 
     Args:
-      name: of the operation in the optimised HLO.
-      iteration_bounds: of a product's tiles: rows, columns, contraction.
-      grid: programs of a Pallas kernel; 0 = it is none. Asked where the text
-        does not say: a chip with two cores shares them.
+      name: the name of the operation in the optimised HLO.
+      iteration_bounds: the number of tiles of a matrix product along rows,
+        columns and the contracted axis.
+      grid: the number of programs of a Pallas kernel; 0 = not a Pallas kernel.
+        A trip count in the text takes precedence, since two cores of one chip
+        share the programs.
     """
     if name not in self._files:
       if name not in self._same_as:
@@ -116,7 +121,8 @@ def issued(
     for loop in _loops(bundles, depth):
       trips = _trips(loop, depth)
       if grid and depth == 1:
-        # A pipeline of three stages, each of which runs once a program.
+        # The loop is a pipeline of three stages. It has two trips more than
+        # programs, and each stage runs once per program.
         trips = trips - 2 if trips > 2 else grid
       if not trips:
         dynamic += 1
@@ -138,7 +144,7 @@ def _parse(text: str) -> list[_Bundle]:
     match = _BUNDLE.match(line)
     if match:
       labels, depth, body = match[1] or '', match[2].count('>'), match[3]
-      # An empty bundle is printed without its depth.
+      # An empty bundle is printed without its loop depth.
       if bundles and not labels and re.match(r'\{\s*\}', body):
         depth = bundles[-1].depth
       bundles.append(_Bundle(depth, labels, body))
@@ -148,7 +154,7 @@ def _parse(text: str) -> list[_Bundle]:
 
 
 def _loops(bundles: list[_Bundle], depth: int) -> list[list[_Bundle]]:
-  """Returns the runs of bundles that are a loop of this depth."""
+  """Returns the bundles of each loop of this depth, nested ones included."""
   loops, before = [], -1
   for i, bundle in enumerate(bundles):
     if bundle.depth < depth:
@@ -162,7 +168,7 @@ def _loops(bundles: list[_Bundle], depth: int) -> list[list[_Bundle]]:
 
 
 def _trips(loop: list[_Bundle], depth: int) -> int:
-  """Returns how often a loop runs; 0 if the text does not say."""
+  """Returns the trip count of a loop; 0 if the text does not have it."""
   for bundle in loop:
     found = _LOOP_EXIT.search(bundle.text)
     if found and bundle.depth == depth:
@@ -174,12 +180,13 @@ def _skip_regions(
     loop: list[_Bundle], depth: int, trips: int,
     iteration_bounds: Sequence[int],
 ) -> None:
-  """Counts what a loop branches over as often as it runs.
+  """Corrects the counts of bundles that some trips of a loop branch over.
 
-  A product over a * b * c tiles (`iteration_bounds`) is a software pipeline
-  of a * b * c + 2 trips (half of the tiles on each of two cores), of which the
-  first and the last skip the body. If the contraction is cut into c parts,
-  what follows the sum (a bias, the optimizer) runs in each c-th trip only.
+  A matrix product over a * b * c tiles (`iteration_bounds`) is a software
+  pipeline of a * b * c + 2 trips; on two cores, each core has half of the
+  tiles. The first and the last trip skip the body. If the contracted axis is
+  cut into c parts, what follows the sum (a bias, the optimizer) runs only in
+  every c-th trip.
   """
   at_depth = '\n'.join(b.text for b in loop if b.depth == depth)
   pipelined = trips > 2 and re.search(

@@ -1,4 +1,4 @@
-"""The TPU compiler: compiles a step, and prints what it made of it."""
+"""Compiles a step for TPUs or GPUs, and reads what the compiler prints."""
 
 from collections.abc import Iterator
 import contextlib
@@ -16,19 +16,19 @@ from mocov3_jax.base.errors import UserError
 from mocov3_jax.planning.bundles import DUMP_FLAGS, Schedule
 
 FLAGS = 'LIBTPU_INIT_ARGS'
-# The optimised program; and the same with memory spaces, as its code was made.
+# The optimised program, and the same after code generation, with memory spaces.
 OPTIMISED, CODE = 'after_optimizations', 'after_codegen'
 
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-  """What the compiler made of a step.
+  """A compiled step.
 
   Attributes:
     compiled: the program.
     optimised: its optimised HLO.
-    code: the same with memory spaces and asynchronous copies; '' of GPUs.
-    schedule: its bundles, where they were asked for.
+    code: the same with memory spaces and asynchronous copies; '' for GPUs.
+    schedule: its bundles; None unless they were asked for.
   """
 
   compiled: jax.stages.Compiled
@@ -38,25 +38,32 @@ class Program:
 
 
 class Compiler:
-  """Compiles for chips that are not there.
+  """Compiles for chips that this machine lacks.
 
-  Use it from before libtpu is loaded: it reads only then what to print.
+  Create it with `printing`, before libtpu is loaded: libtpu reads its print
+  flags only when it is loaded.
   """
 
   def __init__(self, bundles: pathlib.Path | None, dump: pathlib.Path | None):
-    """Use `printing`."""
+    """Use `printing` instead.
+
+    Args:
+      bundles: the folder into which libtpu prints bundles; None if it does not.
+      dump: the folder to keep printed texts in; None = they are not kept.
+    """
     self._bundles = bundles
     self._dump = dump
     self._count = 0
 
   def compile(self, lowered: jax.stages.Lowered) -> Program:
-    """Compiles, and reads what was printed.
+    """Compiles for TPUs, and reads the printed texts.
 
-    jaxlib's own `as_text` fails at some of v6e's asynchronous collectives,
-    which are newer than it.
+    The texts are read from files, since jaxlib's `as_text` fails on some of
+    v6e's asynchronous collectives, which are newer than jaxlib.
 
     Raises:
-      UserError: if there is no schedule, and it was asked for.
+      UserError: if libtpu printed no HLO, or no schedule where one was asked
+        for.
     """
     self._count += 1
     if self._bundles:
@@ -89,9 +96,9 @@ class Compiler:
     return Program(compiled, texts[OPTIMISED], texts[CODE], schedule)
 
   def compile_for_gpus(self, lowered: jax.stages.Lowered) -> Program:
-    """Compiles with XLA's GPU compiler, which cannot try kernels here."""
+    """Compiles with XLA's GPU compiler, which cannot autotune here."""
     self._count += 1
-    # Triton's products would have tiles that nobody has chosen.
+    # Without autotuning, Triton's matrix products would have arbitrary tiles.
     options = {'xla_gpu_enable_triton_gemm': False}
     compiled = lowered.compile(compiler_options=options)
     text = compiled.as_text()
@@ -102,7 +109,7 @@ class Compiler:
     return Program(compiled, text, '', None)
 
   def _keep(self, paths: Any) -> None:
-    """Copies what was printed to the folder of `--dump`, one a program."""
+    """Copies the printed texts into `--dump`, in one folder per program."""
     if not self._dump:
       return
     folder = self._dump / f'program_{self._count}'
@@ -113,12 +120,12 @@ class Compiler:
 
 @contextlib.contextmanager
 def printing(schedule: bool, dump: str = '') -> Iterator[Compiler]:
-  """Yields a compiler; inside, libtpu can be loaded.
+  """Yields a compiler; load libtpu only inside of this context.
 
   Args:
-    schedule: whether it prints its schedule: 0.1 GB for a ViT-B/16, and two
-      thirds more time.
-    dump: folder to keep in what it prints; '' = none.
+    schedule: whether the compiler prints its schedule. For a ViT-B/16, that is
+      0.1 GB, and compiling takes two thirds longer.
+    dump: folder in which to keep the printed texts; '' = they are not kept.
 
   Raises:
     UserError: if `dump` cannot be made, or is not empty.

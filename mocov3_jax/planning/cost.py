@@ -1,4 +1,4 @@
-"""What one step costs on a slice, from the program that the compiler made."""
+"""Determines what a step costs on a slice, from its compiled program."""
 
 import dataclasses
 import math
@@ -21,24 +21,24 @@ from mocov3_jax.training import flops, pretrain
 
 @dataclasses.dataclass(frozen=True)
 class Cost:
-  """Of a compiled step, per chip. None = could not be told.
+  """The cost of a compiled step, per chip. None = unknown.
 
   Attributes:
-    attention: its implementation.
-    fits: whether it fits the chip's memory.
+    attention: the implementation of attention.
+    fits: whether the step fits into the chip's memory.
     state: bytes of parameters, target, statistics and optimizer state.
     arguments: bytes of the state and the batch.
-    temporary: bytes beside them while the step runs.
-    total: bytes in all, the program included.
-    model_flops: that the model needs: each product once forward and twice
-      backward, no recomputation, no augmentation.
-    traced_flops: of all matrix products of the program as traced, with what
-      is computed twice, and without what is inside of a library's kernels.
-    compiled_flops: as the compiler counts them, everything included; None if
-      there are loops, whose bodies it counts once.
-    collectives: by kind.
-    breakdown: where the time of the step goes, on TPUs.
-    kernels: by library, on GPUs.
+    temporary: bytes besides the arguments while the step runs.
+    total: bytes in all, including the program.
+    model_flops: FLOPs that the model needs: each matrix product once forward
+      and twice backward, without recomputation and augmentation.
+    traced_flops: FLOPs of all matrix products of the traced program, including
+      recomputation, but not what is inside a library's kernels.
+    compiled_flops: all FLOPs as the compiler counts them; None if there are
+      loops, since the compiler counts their bodies once.
+    collectives: the collectives by kind.
+    breakdown: where the time of the step goes; TPUs only.
+    kernels: the number of kernels by library; GPUs only.
   """
 
   attention: str
@@ -58,7 +58,7 @@ class Cost:
 
 
 def abstract_batch(config: ConfigDict) -> Batch:
-  """Returns a batch of crops that the host made, without data."""
+  """Returns the shapes and dtypes of a batch of crops from the host."""
   return Batch(
       jax.ShapeDtypeStruct(
           (config.batch_size, 2, *image_shape(config.data)), jnp.uint8
@@ -71,13 +71,13 @@ def measure(
     config: ConfigDict, plan: config_lib.Plan, chips: topology.Slice,
     compiler: Compiler,
 ) -> Cost:
-  """Compiles the real step for a slice and reads what it costs.
+  """Compiles the real training step for a slice and reads its cost.
 
   Args:
-    config: of the run.
-    plan: of the run.
-    chips: to compile for.
-    compiler: to compile with.
+    config: the config of the run.
+    plan: the schedule of the run.
+    chips: the slice to compile for.
+    compiler: the compiler to use.
   """
   mesh = sharding.make_mesh(chips.devices, config.fsdp_devices)
   method, step = pretrain.build_step(config, plan, mesh)
@@ -134,9 +134,10 @@ def measure(
 
 
 def memory_needed(message: str) -> int | None:
-  """Bytes that the compiler wanted, of its error; None if it is another one.
+  """Reads from a compiler error how many bytes of memory the program needs.
 
-  It either has a total, or what the temporaries alone would need.
+  The error gives either the total, or the bytes of the temporaries alone.
+  Returns None for an error of another kind.
   """
   used = re.search(
       r'(?:Used |HLO temporaries \()([\d.]+)([KMG])\w*(?: of|\) exceeds)',
@@ -148,10 +149,11 @@ def memory_needed(message: str) -> int | None:
 
 
 def seconds(cost: Cost, chips: topology.Slice) -> dict[str, float]:
-  """Returns what a step takes at the least, by what limits it.
+  """Returns lower bounds of the seconds of a step, by what limits it.
 
-  Matrix products at the chip's peak, each collective as over a ring with all
-  links of a chip in use; and the bound of the program (`breakdown`).
+  'compute' is the FLOPs (compiled, else traced) at the chip's peak. 'program'
+  is the bound of `breakdown`, or 0 without one. 'interconnect' is the
+  collectives, as if each ran over a ring that uses all links of a chip.
   """
   chip, count = chips.chip, len(chips.devices)
   share = (count - 1) / count

@@ -1,9 +1,9 @@
-"""GPUs that are not there, for XLA's GPU compiler.
+"""Describes GPUs to XLA's GPU compiler; the GPUs themselves are not needed.
 
-XLA compiles for a GPU that it is only told of. It then knows memory and the
-kernels that it takes from each library, but nothing of time: which of several
-kernels is fastest is measured on the GPU, and its cost model is of no use for
-whole steps.
+XLA can compile for a GPU from a description of it. The result tells the memory
+that is needed and the kernels from each library, but not the time: XLA finds
+the fastest of several kernels by measuring on the GPU, and its cost model is of
+no use for whole steps.
 """
 
 import collections
@@ -16,7 +16,7 @@ from unittest import mock
 from mocov3_jax.parallel.chips import GIB
 from mocov3_jax.planning import hlo
 
-# That of the cuDNN that the kernels are taken from.
+# The version of cuDNN that kernels are taken from.
 CUDNN = 9, 10, 0
 
 
@@ -25,15 +25,16 @@ class Gpu:
   """Published figures of a GPU (NVIDIA's data sheets and CUDA's tables).
 
   Attributes:
-    name: as CUDA has it.
-    memory: of the device, bytes.
-    bandwidth: of the memory, bytes per second.
+    name: the device name in CUDA.
+    memory: device memory, bytes.
+    bandwidth: memory bandwidth, bytes per second.
     capability: major and minor compute capability.
-    cores: streaming multiprocessors.
-    fpus: float32 units of each.
-    shared: shared memory of each core, and what a block may have, bytes.
+    cores: the number of streaming multiprocessors.
+    fpus: float32 units per streaming multiprocessor.
+    shared: shared memory of a streaming multiprocessor, and the most that a
+      block may have of it, bytes.
     l2: level 2 cache, bytes.
-    clock: GHz.
+    clock: clock rate, GHz.
   """
 
   name: str
@@ -64,9 +65,9 @@ GPUS = {
 
 
 def target_config(gpu: Gpu) -> str:
-  """Returns the GPU as the compiler wants to know it (GpuTargetConfigProto)."""
+  """Describes the GPU to the compiler, as the text of GpuTargetConfigProto."""
   major, minor = gpu.capability
-  # Kernels of Hopper's own instructions.
+  # Allows kernels with Hopper's own instructions (sm_90a).
   feature = ' feature_extension: ACCELERATED_FEATURES' if major == 9 else ''
   cudnn = '.'.join(map(str, CUDNN))
   return f"""
@@ -96,10 +97,10 @@ device_description_str: "{gpu.name}"
 
 @contextlib.contextmanager
 def assumed_cudnn() -> Iterator[None]:
-  """Lets JAX trace cuDNN's attention where there is no cuDNN to ask.
+  """Lets JAX trace cuDNN's attention on a machine without cuDNN.
 
-  JAX asks the library for its version at tracing, and has no other way to be
-  told.
+  While tracing, JAX asks the library for its version, which cannot be set in
+  any other way.
   """
   version = CUDNN[0] * 10_000 + CUDNN[1] * 100 + CUDNN[2]
   with mock.patch(
@@ -110,14 +111,15 @@ def assumed_cudnn() -> Iterator[None]:
 
 
 def kernels(text: str) -> dict[str, int]:
-  """Counts the kernels of a compiled step, by the library they are from.
+  """Counts the kernels of a compiled step by the library they are from.
 
   Args:
-    text: its optimised HLO.
+    text: the optimised HLO of the step.
 
   Returns:
-    Kernels by 'cuBLAS', 'cuDNN', 'cuDNN attention', 'Triton', and 'XLA' for
-    what XLA makes itself; the most first.
+    The number of kernels by library, the largest first. The libraries are
+    'cuBLAS', 'cuDNN', 'cuDNN attention', 'Triton', and 'XLA' for kernels that
+    XLA generates itself.
   """
   found = collections.Counter()
   computations = hlo.operations(text)

@@ -1,11 +1,11 @@
-"""Reads a compiled program: its operations, and its collectives.
+"""Reads the operations and collectives of a compiled program.
 
-The text is that of optimised HLO. An operation is a line such as
+The program is the text of optimised HLO. An operation is a line such as
 
   %fusion.1 = bf16[8,128]{1,0:T(8,128)(2,1)S(1)} fusion(%a, %b), kind=kOutput,
     calls=%computation, metadata={op_name="jit(step)/..."}
 
-where S(1) in a layout says that the array is in VMEM, and not in HBM.
+where S(1) in a layout means that the array is in VMEM rather than in HBM.
 """
 
 import collections
@@ -34,15 +34,15 @@ CALLED = re.compile(
 
 @dataclasses.dataclass(frozen=True)
 class Operation:
-  """A line of a computation.
+  """An operation, from one line of a computation.
 
   Attributes:
-    name: unique in the program.
-    shape: of the result, as text, with layouts; perhaps a tuple.
-    code: such as 'fusion' or 'custom-call'.
+    name: its name, which is unique in the program.
+    shape: the shape of the result as text, with layouts; may be a tuple.
+    code: the opcode, such as 'fusion' or 'custom-call'.
     is_root: whether it is the result of its computation.
-    arguments: what is in the brackets: the operands, or the number of a
-      parameter.
+    arguments: the text in the parentheses: the operands, the number of a
+      parameter, or the value of a constant.
     attributes: the rest of the line.
   """
 
@@ -55,7 +55,7 @@ class Operation:
 
   @property
   def operands(self) -> tuple[str, ...]:
-    """Names of the operations whose results it is given."""
+    """The names of the operations whose results are its operands."""
     return tuple(re.findall(r'%([\w.-]+)', self.arguments))
 
   def attribute(self, pattern: str | re.Pattern[str]) -> str:
@@ -65,17 +65,17 @@ class Operation:
 
   @property
   def scope(self) -> str:
-    """Where it comes from: the scopes of the traced program."""
+    """The scopes of the traced program that it comes from, or ''."""
     return self.attribute('op_name="([^"]*)"')
 
   @property
   def called(self) -> str:
-    """Name of the computation of a fusion, or ''."""
+    """The name of the computation that it calls, as of a fusion, or ''."""
     return self.attribute(r'calls=%?([\w.-]+)')
 
 
 def operations(text: str) -> dict[str, list[Operation]]:
-  """Returns the operations of each computation; of the main one as 'ENTRY'."""
+  """Returns the operations by computation; the main one is 'ENTRY'."""
   return {
       name: [op for op in map(_operation, lines) if op]
       for name, lines in _computations(text).items()
@@ -85,12 +85,12 @@ def operations(text: str) -> dict[str, list[Operation]]:
 def trips(
     loop: Operation, computations: dict[str, list[Operation]]
 ) -> int:
-  """Returns how often a loop runs; 0 if that is not known."""
+  """Returns the trip count of a loop; 0 if it is not known."""
   known = loop.attribute(r'known_trip_count\D*(\d+)')
   if known:
     return int(known)
-  # Loops of lax.map and lax.scan count from 0 to a constant, and ask nothing
-  # else.
+  # The loops of lax.map and lax.scan count from 0 to a constant, and have no
+  # other condition.
   name = loop.attribute(r'condition=%?([\w.-]+)')
   if name not in computations:
     return 0
@@ -110,7 +110,7 @@ def trips(
 def inside(
     computation: str, computations: dict[str, list[Operation]]
 ) -> Iterator[Operation]:
-  """Yields the operations of a computation, and of those fused into it."""
+  """Yields the operations of a computation and of the ones it calls."""
   if computation in computations:
     for op in computations[computation]:
       yield op
@@ -122,7 +122,7 @@ def _operation(line: str) -> Operation | None:
   if not match:
     return None
   root, name, rest = match.groups()
-  # A shape is one word, or a tuple in brackets that may hold brackets.
+  # A shape is one word, or a tuple in parentheses, which may be nested.
   end = _closing(rest) + 1 if rest.startswith('(') else rest.index(' ')
   shape, rest = rest[:end], rest[end:].lstrip()
   code, _, rest = rest.partition('(')
@@ -133,7 +133,7 @@ def _operation(line: str) -> Operation | None:
 
 
 def _closing(text: str) -> int:
-  """Returns where the bracket closes with which `text` begins."""
+  """Returns the index that closes the parenthesis at the start of `text`."""
   depth = 0
   for i, letter in enumerate(text):
     depth += (letter == '(') - (letter == ')')
@@ -143,7 +143,7 @@ def _closing(text: str) -> int:
 
 
 def dimensions(shape: str) -> list[int]:
-  """Returns the lengths of the axes of an array, or of a tuple's first one."""
+  """Returns the dimensions of an array, or of the first array of a tuple."""
   return [int(n) for n in _ARRAY.search(shape)[2].split(',') if n]
 
 
@@ -165,7 +165,7 @@ def hbm_bytes(shape: str) -> int:
 
 def copied_bytes(op: Operation) -> int:
   """Returns the bytes of HBM traffic of an asynchronous copy or slice."""
-  # Source and destination, of which the smaller one is what moves.
+  # The first two arrays are source and destination; the smaller one is copied.
   arrays = _LAID_OUT.findall(op.shape)[:2]
   if len(arrays) < 2:
     return 0
@@ -176,11 +176,11 @@ def copied_bytes(op: Operation) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class Collectives:
-  """Of one kind, in one execution of a program.
+  """The collectives of one kind in one execution of a program.
 
   Attributes:
-    count: how many.
-    bytes: of their results on one device, all together.
+    count: how many run.
+    bytes: the total bytes of their results on one device.
   """
 
   count: int
@@ -191,7 +191,7 @@ def collectives(text: str) -> dict[str, Collectives]:
   """Counts the collectives of a compiled program, by kind.
 
   Args:
-    text: the optimised HLO, `compiled.as_text()`.
+    text: the optimised HLO, as of `compiled.as_text()`.
   """
   computations = _computations(text)
   times = _times(computations, text)
@@ -202,8 +202,8 @@ def collectives(text: str) -> dict[str, Collectives]:
       match = _COLLECTIVE.search(line)
       if not match or not times[name]:
         continue
-      # The TPU compiler repeats one that overlaps with other work in several
-      # fusions, where its operand is a parameter.
+      # The TPU compiler repeats a collective that overlaps with other work in
+      # several fusions, where its operand is a parameter. It counts once.
       channel = re.search(r'channel_id=(\d+)', line)
       if channel and re.search(rf'{match[2]}\S*\(%param', line):
         key = match[2], channel[1], array_bytes(match[1])
@@ -237,7 +237,13 @@ def _computations(text: str) -> dict[str, list[str]]:
 
 
 def _times(computations: dict[str, list[str]], text: str) -> dict[str, int]:
-  """Returns how often each computation runs; loops by their bounds."""
+  """Returns how often each computation runs.
+
+  A loop of unknown trip count counts as one trip.
+
+  Raises:
+    ValueError: if the text has no ENTRY computation.
+  """
   times = dict.fromkeys(computations, 0)
   parsed = operations(text)
 
@@ -258,7 +264,11 @@ def _times(computations: dict[str, list[str]], text: str) -> dict[str, int]:
 
 
 def has_loops(text: str) -> bool:
-  """Returns whether a part of the program runs more than once."""
+  """Returns whether the program has loops that may not run exactly once.
+
+  Raises:
+    ValueError: if the text has no ENTRY computation.
+  """
   computations = operations(text)
   if 'ENTRY' not in computations:
     raise ValueError('the text holds no program')

@@ -1,4 +1,4 @@
-"""Compiles a run for a slice, and for changes that make it fit."""
+"""Compiles a run for a slice, and finds changes that make it fit."""
 
 from collections.abc import Iterator, Sequence
 import dataclasses
@@ -26,27 +26,29 @@ def plan(
     mfu: float = 0.4, propose: bool = True, schedule: bool = False,
     dump: str = '', shares: Sequence[str] = (),
 ) -> dict[str, Any]:
-  """Compiles for a slice, and for changes of the config until one fits.
+  """Compiles a run for a slice, changing the config until it fits.
 
   Args:
     config: as `default_config()`, after overrides.
     topology: chip and shape, such as 'v5e:16x16'.
-    images: in the training set; 0 = as many as the source has.
-    price: of a chip for an hour, dollars; 0 = unknown.
-    mfu: share of the chips' peak that the model's operations are taken to
-      reach, for an estimate beside the lower bound.
-    propose: whether to try changes if it does not fit.
+    images: size of the training set; 0 = as many as the source has.
+    price: price of a chip for an hour, dollars; 0 = unknown.
+    mfu: model FLOP utilisation to assume, for an estimate besides the lower
+      bound: the share of the chips' peak that the model's FLOPs reach.
+    propose: whether to try changes of the config if it does not fit.
     schedule: whether to read the compiler's final schedule as well.
-    dump: new folder for the texts that the compiler printed; '' = none.
-    shares: images a chip to compare, in place of the batch of the config.
+    dump: new folder for the texts that the compiler prints; '' = none.
+    shares: numbers of images per chip to compare, instead of the config's
+      batch size.
 
   Returns:
-    The report, for JSON; of the config, or of the first change of it that
-    fits, which 'changes' names. With `shares`, that of the share with the
-    smallest bound an image; 'shares' has the bounds of all.
+    The report, ready for JSON. It is on the config itself or, if that does not
+    fit, on the first change that does, which 'changes' names. With `shares`, it
+    is on the number of images per chip with the smallest bound per image, and
+    'shares' has the bounds of all that fit.
 
   Raises:
-    UserError: for bad input, or without the compiler.
+    UserError: for bad input, or if the compiler is not installed.
   """
   if images < 0 or price < 0 or not 0 < mfu <= 1:
     raise UserError(
@@ -78,7 +80,7 @@ def _planned(
 ) -> tuple[
     dict[str, Any], ConfigDict, config_lib.Plan, topology_lib.Slice
 ]:
-  """Returns the report that `plan` describes, and what it is of."""
+  """Returns the report of `plan`, with its config, schedule and slice."""
   with compiler_lib.printing(schedule, dump) as compiler:
     chips = topology_lib.get_slice(topology)
     if chips.are_gpus and (schedule or shares):
@@ -103,7 +105,7 @@ def _planned(
       return found, config, steps, chips
 
     if shares:
-      # All of them are checked before the first is compiled.
+      # All configs are checked before the first one is compiled.
       others = [
           changed({'batch_size': int(share) * count}) for share in shares
       ]
@@ -119,13 +121,13 @@ def _planned(
 
 
 def _best_share(planned: Sequence[tuple[Any, ...]]) -> tuple[Any, ...]:
-  """Says which share of the batch a chip does in the least time an image.
+  """Prints and selects the images per chip with the least time per image.
 
   Args:
-    planned: what `_planned` returns, of each share.
+    planned: what `_planned` returns, for each number of images per chip.
 
   Returns:
-    That of the best one.
+    The best one of `planned`; the first one if none fits.
   """
   reports = [report for report, *_ in planned]
   bounds = {
@@ -150,15 +152,15 @@ def _best_share(planned: Sequence[tuple[Any, ...]]) -> tuple[Any, ...]:
 
 
 def images_of(config: ConfigDict) -> int:
-  """Returns how many images the source has to train on.
+  """Returns the number of training images of the source.
 
   Raises:
-    UserError: if it is not here, and its size is not known either.
+    UserError: if the source is not on this machine and its size is unknown.
   """
   try:
     return len(pretrain.load_splits(config).train)
   except UserError as e:
-    # The one set that is planned for where it is not.
+    # The one data set whose size is known even where it is not installed.
     if config.data.source == 'tfds:imagenet2012':
       return config_lib.IMAGENET_IMAGES
     raise UserError(
@@ -168,7 +170,7 @@ def images_of(config: ConfigDict) -> int:
 
 
 def proposals(config: ConfigDict, devices: int) -> Iterator[dict[str, Any]]:
-  """Changes that need less memory, those that cost the least time first."""
+  """Yields changes that need less memory, the cheapest in time first."""
   if config.model.name in models.VITS and not config.model.remat:
     yield {'model.remat': True}
   split = {'fsdp_devices': devices} if devices > 1 else {}
@@ -187,7 +189,7 @@ def report_of(
     config: ConfigDict, schedule: config_lib.Plan, chips: topology_lib.Slice,
     price: float, mfu: float, compiler: compiler_lib.Compiler,
 ) -> dict[str, Any]:
-  """Compiles one config, and reports."""
+  """Compiles one config, and returns its report."""
   with chips.assumed():
     cost = cost_lib.measure(config, schedule, chips, compiler)
   count = len(chips.devices)
@@ -217,7 +219,7 @@ def report_of(
     found = dataclasses.asdict(cost.breakdown)
     report |= found.pop('step') | found
   bound = max(bounds.values())
-  # No chip does more than the bound allows, whatever MFU was asked for.
+  # The estimate cannot be below the bound, whatever MFU is assumed.
   likely = max(bound, cost.model_flops / (chips.chip.flops * mfu))
   report |= {
       'bound_by': max(bounds, key=bounds.__getitem__),
@@ -238,7 +240,7 @@ def report_of(
 
 
 def show(report: dict[str, Any]) -> None:
-  """Prints the report for people."""
+  """Prints the report for humans."""
   gib = lambda field: (
       '?' if report[field] is None
       else f'{report[field] / chips_lib.GIB:.2f} GiB'
@@ -293,7 +295,7 @@ def show(report: dict[str, Any]) -> None:
 
 
 def _breakdown_lines(report: dict[str, Any]) -> list[str]:
-  """Returns the table of where the time goes, a line each."""
+  """Returns the lines of the table of where the time goes."""
   scheduled = report['schedule_ms'] > 0
   columns = {'bound_ms': 'bound', 'flops_ms': 'FLOPs', 'hbm_ms': 'HBM'}
   if scheduled:

@@ -1,4 +1,4 @@
-"""Times a planned step where the planned chips are those of this machine."""
+"""Times a planned step if this machine has the planned chips."""
 
 from concurrent import futures
 import multiprocessing
@@ -17,7 +17,7 @@ from mocov3_jax.parallel.chips import DEVICE_KINDS
 from mocov3_jax.planning import cost, topology
 from mocov3_jax.training import pretrain
 
-# Where Linux shows a TPU, and a GPU.
+# The device files of TPUs and of GPUs on Linux.
 TPU_DEVICES, GPU_DEVICES = ('/dev/accel0', '/dev/vfio/0'), ('/dev/nvidia0',)
 STEPS = 10
 MOST_SECONDS = 900
@@ -26,18 +26,19 @@ MOST_SECONDS = 900
 def seconds_here(
     config: ConfigDict, plan: config_lib.Plan, chips: topology.Slice
 ) -> float | None:
-  """Returns the seconds of a step on this machine.
+  """Times a step on this machine, in a process of its own.
 
-  In a process of its own: this one has told JAX that it is a CPU.
+  This process has already told JAX to use the CPU.
 
   Args:
-    config: of the run.
-    plan: of the run.
-    chips: as planned.
+    config: the config of the run.
+    plan: the schedule of the run.
+    chips: the planned chips.
 
   Returns:
-    None where this machine has other chips, is one of several that belong
-    together, or cannot take the step now, which is said.
+    The seconds of a step. None if this machine has other chips, is one of
+    several in a cluster, or cannot run the step now; the reason is printed in
+    the last case.
   """
   devices = GPU_DEVICES if chips.are_gpus else TPU_DEVICES
   if processes.in_cluster() or not any(
@@ -54,7 +55,7 @@ def seconds_here(
     return pool.submit(
         step_seconds, config, plan, kinds, len(chips.devices)
     ).result(timeout=MOST_SECONDS)
-  except Exception as e:  # A busy chip, its memory, a lost process.
+  except Exception as e:  # A busy chip, too little memory, a lost process.
     console.say(
         f'the step was not timed on this machine: {type(e).__name__} '
         f'{(str(e).splitlines() or [""])[0][:200]}'
@@ -68,13 +69,16 @@ def step_seconds(
     config: ConfigDict, plan: config_lib.Plan, kinds: tuple[str, ...],
     count: int,
 ) -> float | None:
-  """Returns the median of some steps on the devices of this process.
+  """Returns the median seconds of a step on the devices of this process.
 
   Args:
-    config: of the run.
-    plan: of the run.
-    kinds: names of the planned device; None is returned for another one,
-    count: or for another number of them.
+    config: the config of the run.
+    plan: the schedule of the run.
+    kinds: the names that JAX may give the planned devices.
+    count: the number of planned devices.
+
+  Returns:
+    The seconds; None if the devices are of another kind or number.
   """
   devices = jax.devices()
   if len(devices) != count or devices[0].device_kind not in kinds:
@@ -91,4 +95,4 @@ def step_seconds(
     start = time.perf_counter()
     state, _ = jax.block_until_ready(step(state, batch))
     taken.append(time.perf_counter() - start)
-  return statistics.median(taken[2:])  # The first one compiles.
+  return statistics.median(taken[2:])  # The first two warm up.

@@ -1,4 +1,4 @@
-"""Chips that are not there: their topology and their published figures."""
+"""Describes slices to their compiler; the chips themselves are not needed."""
 
 from collections.abc import Sequence
 import contextlib
@@ -16,23 +16,23 @@ from mocov3_jax.base.errors import UserError, unknown
 from mocov3_jax.parallel.chips import CHIPS, Chip
 from mocov3_jax.planning.gpus import GPUS, Gpu, assumed_cudnn, target_config
 
-# Of a GPU's memory, what JAX takes (XLA_PYTHON_CLIENT_MEM_FRACTION).
+# The share of a GPU's memory that JAX takes (XLA_PYTHON_CLIENT_MEM_FRACTION).
 GPU_SHARE = 0.75
-# XLA's GPU compiler comes as one of these.
+# The packages that contain XLA's GPU compiler; one of them is enough.
 PLUGINS = 'jax_cuda12_plugin', 'jax_cuda13_plugin'
 
 
 @dataclasses.dataclass(frozen=True)
 class Slice:
-  """Chips of one kind, connected.
+  """Connected chips of one kind.
 
   Attributes:
-    name: such as 'v5e:16x16' or 'h100:8'.
-    chip: figures of each.
-    devices: for the compiler; they cannot run anything.
-    compiler: its name and version.
-    prescribed: the version of it that this JAX runs on a slice, such as
-      '0.0.42.*'; '' if JAX names none.
+    name: chip and shape, such as 'v5e:16x16' or 'h100:8'.
+    chip: the published figures of each chip.
+    devices: the devices to compile for; they cannot run anything.
+    compiler: name and version of the compiler.
+    prescribed: the version of libtpu that this JAX uses on a slice, such as
+      '0.0.42.*'; '' if JAX names none, and for GPUs.
   """
 
   name: str
@@ -43,24 +43,24 @@ class Slice:
 
   @property
   def are_gpus(self) -> bool:
-    """Whether they are GPUs, of which no time can be told."""
+    """Whether the chips are GPUs, whose time cannot be predicted."""
     return isinstance(self.chip, Gpu)
 
   @property
   def memory(self) -> float:
-    """Bytes of a chip that a run can have."""
+    """The bytes of a chip's memory that a run can use."""
     return self.chip.memory * (GPU_SHARE if self.are_gpus else 1)
 
   def assumed(self) -> contextlib.AbstractContextManager[None]:
-    """Returns the context in which JAX takes them for present."""
+    """Returns a context in which JAX can trace for these chips."""
     return assumed_cudnn() if self.are_gpus else contextlib.nullcontext()
 
 
 def parse(topology: str) -> tuple[Chip, tuple[int, ...]]:
-  """Splits 'v5e:16x16' into the chip and the sides of the torus.
+  """Splits text such as 'v5e:16x16' into the chip and the sides of the torus.
 
   Raises:
-    UserError: for an unknown chip or a shape that it does not come in.
+    UserError: for an unknown chip, or a shape of the wrong form.
   """
   kind, _, shape = topology.partition(':')
   if kind not in CHIPS:
@@ -76,14 +76,15 @@ def parse(topology: str) -> tuple[Chip, tuple[int, ...]]:
 
 
 def get_slice(topology: str) -> Slice:
-  """Describes chips to their compiler, which runs on any machine.
+  """Describes a slice to the chips' compiler, which runs on any machine.
 
   Args:
-    topology: chip and shape, such as 'v5e:16x16' or 'v4:4x4x4'; or a GPU and
-      how many, 'h100:8'.
+    topology: chip and shape, such as 'v5e:16x16' or 'v4:4x4x4'; for GPUs, the
+      GPU and their number, such as 'h100:8'.
 
   Raises:
-    UserError: for what is not known, or without the compiler.
+    UserError: for an unknown chip or shape, or if the compiler is not
+      installed.
   """
   if topology.partition(':')[0] in GPUS:
     return _get_gpus(topology)
@@ -94,7 +95,7 @@ def get_slice(topology: str) -> Slice:
         'installed. Use: pip install "mocov3_jax[tpu]", or in a clone '
         'pip install -e ".[tpu]".'
     )
-  # Slices smaller than a host's share have to say so.
+  # The compiler must be told if a slice is smaller than the chips of one host.
   host = tuple(
       math.gcd(a, b) for a, b in zip((*sides, 1), chip.host, strict=False)
   )
@@ -129,7 +130,7 @@ def _get_gpus(topology: str) -> Slice:
         'one machine.'
     )
   gpu = GPUS[kind]
-  # Everything that runs does so on the CPU.
+  # This process runs everything on the CPU.
   jax.config.update('jax_platforms', 'cpu')
   plugin = next(
       (name for name in PLUGINS if importlib.util.find_spec(name)), None
@@ -147,7 +148,7 @@ def _get_gpus(topology: str) -> Slice:
         platform='cuda', target_config=target_config(gpu),
         topology=f'1x1x{count}',
     )
-  except Exception as e:  # Such as a plugin of another version.
+  except Exception as e:  # Such as for a plugin of another version.
     text = (str(e).splitlines() or [''])[0][:200]
     raise UserError(
         f'--topology={topology}: the GPU compiler gives no such machine '
@@ -165,10 +166,10 @@ def prescribed_compiler(requirements: Sequence[str]) -> str:
   """Returns the version of libtpu that `jax[tpu]` installs on a slice.
 
   Args:
-    requirements: of JAX, as its metadata has them.
+    requirements: the requirements in the metadata of JAX.
 
   Returns:
-    Such as '0.0.42.*'; '' if JAX names none.
+    A version such as '0.0.42.*'; '' if JAX names none.
   """
   for requirement in requirements:
     pin = re.match(r'libtpu\s*==\s*([\w.*]+)', requirement)
@@ -179,17 +180,17 @@ def prescribed_compiler(requirements: Sequence[str]) -> str:
 
 @contextlib.contextmanager
 def _pretending(kind: str):
-  # libtpu would look for a TPU, and wait for the answer of a metadata server.
+  # Without these, libtpu would look for a TPU, and wait for a metadata server.
   wanted = {
       'TPU_SKIP_MDS_QUERY': '1', 'TPU_WORKER_ID': '0',
       'TPU_WORKER_HOSTNAMES': 'localhost',
       'TPU_ACCELERATOR_TYPE': f'{kind}-8',
-      # Only one process can hold a TPU, but any number can compile for one.
+      # Only one process can use a TPU, but any number can compile for one.
       'ALLOW_MULTIPLE_LIBTPU_LOAD': '1',
   }
   before = {name: os.environ[name] for name in wanted if name in os.environ}
   os.environ.update(wanted)
-  # Everything that runs does so on the CPU.
+  # This process runs everything on the CPU.
   jax.config.update('jax_platforms', 'cpu')
   try:
     yield

@@ -1,4 +1,4 @@
-"""Draws a panel as a chart of plotly, in the JSON that plotly.js reads."""
+"""Draws a panel as a plotly chart, in the JSON that plotly.js reads."""
 
 from collections.abc import Iterable, Sequence
 from html import escape
@@ -9,7 +9,7 @@ import plotly.graph_objects as go
 from mocov3_jax.reports.data import ReportedRun
 from mocov3_jax.reports.panels import Level, Line, Marks, Panel
 
-GREY = '#808080'  # Legible on white as on dark grey.
+GREY = '#808080'  # Legible on both white and dark grey.
 CLEAR = 'rgba(0,0,0,0)'
 
 
@@ -20,14 +20,14 @@ def chart(panel: Panel, runs: Sequence[ReportedRun]) -> dict[str, Any]:
 
   Args:
     panel: what to draw.
-    runs: the runs of the report, by their numbers in the panel.
+    runs: the runs of the report, which the panel refers to by index.
   """
   data = []
   for item in panel.items:
-    # plotly checks the names of what it is given here.
+    # go.Scatter checks the names of its arguments.
     trace = go.Scatter(
         name=item.name, hovertemplate=_tooltip(panel, item), **_trace(item),
-        # What the page's script has to know of it.
+        # Read by the page's script.
         meta={'runs': item.runs, 'epoch': runs[item.runs[0]].steps_per_epoch},
     )
     data.append(trace.to_plotly_json())
@@ -70,7 +70,7 @@ def _tooltip(panel: Panel, item: Line | Marks | Level) -> str:
   name = _text(item.name)
   if isinstance(item, Marks):
     return f'<b>{name}</b><br>%{{text}}<extra></extra>'
-  # The page can change steps into epochs, and the title with them.
+  # The page can switch the axis and its title from steps to epochs.
   x = (
       '%{xaxis.title.text} %{x:,.3~f}' if panel.over_steps else
       f'{_text(_short(panel.x_title))} %{{x:.4~g}}'
@@ -80,7 +80,7 @@ def _tooltip(panel: Panel, item: Line | Marks | Level) -> str:
 
 
 def _text(text: str) -> str:
-  """Returns a text of others as text, where plotly obeys tags and %{...}."""
+  """Escapes untrusted text, since plotly interprets tags and %{...}."""
   return escape(text, quote=False).replace('%', '&#37;')
 
 

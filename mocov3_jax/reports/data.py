@@ -1,4 +1,4 @@
-"""What a report says of runs: their facts and curves. Draws nothing."""
+"""Collects the facts and curves of the runs of a report. Draws nothing."""
 
 from collections.abc import Iterable, Sequence
 import dataclasses
@@ -21,26 +21,27 @@ KNN, RANK, RATE, MFU = (
 ALIGNMENT, UNIFORMITY = 'features/alignment', 'features/uniformity'
 LOSS, CHANCE = 'train/loss', 'train/loss_chance'
 CONTRAST = 'train/contrast_accuracy'
-# Metrics that are told by their last value; those of the features are logged
-# where there are no labels.
+# Metrics that are reported by their last value. Those of the features are
+# logged for runs without labels.
 LAST_VALUES = (
     RANK, ALIGNMENT, UNIFORMITY, LOSS, CHANCE, CONTRAST,
 )
 PATCH = 'model.patch_embed'
 FIRST, LAST = 'patch_embed', 'last_block'
 LAYERS = {FIRST: 'patch projection', LAST: 'last block'}
-# Safe for the colour-blind: Okabe and Ito's, without their black and yellow,
-# and the light ones darkened until each has a contrast of 3 and more against
-# white as against the page's dark.
+# Safe for the colour-blind: the palette of Okabe and Ito without its black and
+# yellow. The light colours are darkened until each has a contrast of at least 3
+# against both white and the page's dark background.
 COLORS = (
     '#0072b2', '#d55e00', '#009e73', '#c45f99', '#a87b00', '#3a96d0',
     '#8a6ff0', '#7d7d7d',
 )
-# Lengths of line and gap, pixels; in this order, as colours come again.
+# Lengths of dashes and gaps in pixels. They are used in this order when the
+# colours repeat.
 DASHES = ('', '8,3,2,3', '2,3', '9,4', '14,4', '14,3,2,3')
-# A setting that differs in more fields than this is called by its runs.
+# A setting that is given by more fields than this is named after its runs.
 TOLD = 3
-# What `facts` tells beside the name, the config and the evaluations.
+# What `facts` returns besides the name, the config and the evaluations.
 FACTS = (
     'status', 'collapsed', 'stuck', 'step', 'knn/top1_init', 'knn/top1',
     'knn/top1_best', 'knn/best_step', *LAST_VALUES, 'dips', 'dip_deepest',
@@ -55,9 +56,9 @@ class ReportedRun:
 
   Attributes:
     name: a short name that no other run of the report has.
-    record: what was read of the run, but of its rows only the last.
-    analysis: what was unstable in it.
-    color, dash: the look of its curves, of COLORS and DASHES.
+    record: the run as it was read, but with only the last of its rows.
+    analysis: the instabilities that were found in it.
+    color, dash: the style of its curves, from COLORS and DASHES.
     curves: the finite values of each metric.
   """
 
@@ -98,7 +99,7 @@ class ReportedRun:
 
   @property
   def layer_curves(self) -> int:
-    """How many curves of layers there are: of gradients, and of updates."""
+    """The number of per-layer curves: of gradients and of updates."""
     return len(self.layers) + sum(
         len(self.curve(f'update_rms/{layer}')[0]) > 0 for layer in self.layers
     )
@@ -110,9 +111,10 @@ class Report:
 
   Attributes:
     runs: the runs.
-    fields: the fields of the config in which they differ, and the values of
-      each run.
-    grid: those of the fields that make a difference, without the seed.
+    fields: the config fields in which the runs differ, each with its value in
+      every run.
+    grid: the fields that define a setting: `fields` without the seed and
+      without those that may change when a run is resumed.
   """
 
   runs: list[ReportedRun]
@@ -121,11 +123,11 @@ class Report:
 
 
 def make(read: Iterable[history.Run]) -> Report:
-  """Analyses runs, names them, and gives them colours.
+  """Analyses the runs, and gives each a name and a colour.
 
   Args:
-    read: the runs, one after another. Their rows are large as dicts, so only
-      the last row of each is kept.
+    read: the runs, one after another. Rows take much memory as dicts, so only
+      the last row of each run is kept.
   """
   runs, found = [], []
   for run in read:
@@ -151,14 +153,14 @@ def make(read: Iterable[history.Run]) -> Report:
 
 
 def _names(runs: Sequence[history.Run]) -> list[str]:
-  # A path, also of runs in a bucket.
+  # Absolute paths, so that runs in a bucket (gs://...) have a common path too.
   folders = ['/' + str(run.folder).lstrip('/') for run in runs]
   above = os.path.commonpath([os.path.dirname(path) for path in folders])
   return [_printable(os.path.relpath(path, above)) for path in folders]
 
 
 def _printable(name: str) -> str:
-  # A folder may be called almost anything; a page is UTF-8.
+  # A folder may have almost any name, but the page must be valid UTF-8.
   name = name.encode(errors='replace').decode()
   return ''.join(c if c.isprintable() else '?' for c in name)
 
@@ -166,15 +168,16 @@ def _printable(name: str) -> str:
 def _styles(
     runs: Sequence[history.Run], names: list[str], grid: list[str]
 ) -> list[tuple[str, str]]:
-  # Seeds of one setting look alike; how patches are embedded, on which
-  # stability hangs (paper s4.2), is told by the dash, as in the paper.
+  # Seeds of one setting look alike. As in the paper, the dash shows how patches
+  # are embedded, since stability depends on that (paper s4.2).
   telling = [field for field in grid if field != PATCH] or grid
   keys = [
       json.dumps([run.config[field] for field in telling]) if telling else name
       for run, name in zip(runs, names, strict=True)
   ]
   order = list(dict.fromkeys(keys))
-  # Frozen is solid and learned dash-dotted, whichever others there are.
+  # Frozen is always solid and learned always dash-dotted, whatever other kinds
+  # there are.
   kinds = [''] if PATCH not in grid else sorted(
       {str(run.config[PATCH]) for run in runs} | {'frozen', 'learned'},
       key=lambda kind: (kind != 'frozen', kind != 'learned', kind),
@@ -189,10 +192,10 @@ def _styles(
 
 
 def chances(report: Report) -> list[float | None]:
-  """Returns the accuracy of guessing of each run, if it is to be drawn.
+  """Returns the chance accuracy of each run, or None if it is not to be drawn.
 
-  It is None where it is not known, or so far below the curves (digits: 10 % and
-  83 to 97 %) that they would be flat lines beside it.
+  It is not drawn if it is unknown, or so far below the curves (digits: 10 %,
+  and curves from 83 to 97 %) that they would look like flat lines.
   """
   values = [value for run in report.runs for value in run.curve(KNN)[1]]
   if not values:
@@ -210,11 +213,11 @@ def layer_name(layer: str) -> str:
 
 
 def facts(run: ReportedRun, fields: Iterable[str] = ()) -> dict[str, Any]:
-  """Returns what the table says of a run, without what is not known.
+  """Returns the facts of a run for the table; unknown ones are left out.
 
   Args:
     run: the run.
-    fields: the fields of the config to tell as well.
+    fields: config fields to include as well.
   """
   record, found = run.record, run.analysis
   row: dict[str, Any] = {'run': run.name}
@@ -247,7 +250,7 @@ def facts(run: ReportedRun, fields: Iterable[str] = ()) -> dict[str, Any]:
       row['leader_steps'] = found.lead.lags[LAST]
   for metric in RATE, MFU:
     values = run.curve(metric)[1]
-    values = values[values > 0]  # The first step, which compiles, has 0.
+    values = values[values > 0]  # The first step compiles; it has 0.
     if metric in record.result:
       row[metric] = record.result[metric]
     elif len(values):
@@ -258,7 +261,7 @@ def facts(run: ReportedRun, fields: Iterable[str] = ()) -> dict[str, Any]:
 def columns(report: Report) -> list[str]:
   """Returns the names of all facts that any run has, in a fixed order."""
   known = dict.fromkeys(key for row in table(report) for key in row)
-  # What became of the runs first, then how they were set.
+  # Outcomes come first, then settings.
   outcomes = [name for name in ('run', *FACTS) if name in known]
   others = sorted(
       name for name in known
@@ -287,8 +290,9 @@ def counts(report: Report) -> dict[str, int]:
 def varied(report: Report) -> str | None:
   """Returns the numeric field of the grid that has the most values.
 
-  Returns None if there is none, or if several have as many: then no one axis
-  shows the sweep. The same goes for runs on different images.
+  Returns None if there is no such field, or if several have equally many
+  values, since no single axis shows the sweep then. Also returns None if the
+  runs are on different images.
   """
   if not comparable(report):
     return None
@@ -321,8 +325,9 @@ def settings(report: Report) -> dict[str, list[int]]:
   """Returns the settings that a sweep compares over its varied field.
 
   Returns:
-    The label of each setting, by the other fields of the grid, and the numbers
-    of its runs. Where those fields are many, the label names runs.
+    The indices of each setting's runs, by the label of the setting. The label
+    gives the other fields of the grid, or, if these are more than TOLD, the
+    names of runs.
   """
   field = varied(report)
   others = [name for name in report.grid if name != field]
@@ -334,9 +339,9 @@ def settings(report: Report) -> dict[str, list[int]]:
 
 
 def grouped(report: Report, fields: Sequence[str]) -> list[list[int]]:
-  """Returns the numbers of the runs that have the same values of these fields.
+  """Groups the indices of runs that have the same values of these fields.
 
-  Groups come in the order of their first runs, as those of `table.aggregate`.
+  Groups are in the order of their first runs, as in `table.aggregate`.
   """
   found: dict[str, list[int]] = {}
   for number, run in enumerate(report.runs):
@@ -346,13 +351,13 @@ def grouped(report: Report, fields: Sequence[str]) -> list[list[int]]:
 
 
 def called(report: Report, numbers: Sequence[int]) -> str:
-  """Returns what a setting is called by its runs."""
+  """Returns a name for a setting, made from the names of its runs."""
   first, *others = (report.runs[number].name for number in numbers)
   return first + (f' and {len(others)} more' if others else '')
 
 
 def short(fields: Sequence[str]) -> list[str]:
-  """Returns names of fields without their group, where that is clear."""
+  """Returns field names without their group, where that is unambiguous."""
   last = [field.rsplit('.', 1)[-1] for field in fields]
   return [
       name if last.count(name) == 1 else field
@@ -361,7 +366,7 @@ def short(fields: Sequence[str]) -> list[str]:
 
 
 def label(row: dict[str, Any], fields: Sequence[str]) -> str:
-  """Returns a point of the grid, as 'patch_embed frozen, lr_per_256 0.03'."""
+  """Labels a grid point, such as 'patch_embed frozen, lr_per_256 0.03'."""
   return ', '.join(
       f'{name} {sweep_table.show_field(field, row[field])}'
       for name, field in zip(short(fields), fields, strict=True)

@@ -1,4 +1,4 @@
-"""Draws the panels of a report as one figure of matplotlib, for papers."""
+"""Draws the panels of a report as one matplotlib figure, for papers."""
 
 import dataclasses
 import io
@@ -24,11 +24,13 @@ from mocov3_jax.reports.thinning import CURVE_POINTS
 
 WIDTH, DPI = 1600, 100
 TOP, ROW = 4.6, 2.5  # Heights of the first row and of the others, inches.
-MOST_ROWS = 4  # Runs whose gradients are drawn.
+MOST_ROWS = 4  # The most runs whose gradients are drawn.
 LEGEND = 12  # A legend with more entries than this is left out.
-LETTERS, HANDLE = 180, 8  # In a line of a legend; for its piece of curve.
+# Letters that fit into a line of a legend, and how many of them the piece of
+# curve before an entry takes up.
+LETTERS, HANDLE = 180, 8
 LINE = 0.2  # The height of a legend's line, inches.
-STROKE = 0.9  # Points, for a pixel of a line's width on the page.
+STROKE = 0.9  # Line width in points, per pixel of line width on the page.
 GREY = '#767676'
 SYMBOLS = {'triangle-down': 'v', 'x': 'X', 'circle': 'o', 'circle-open': 'o'}
 STYLE = {
@@ -44,7 +46,7 @@ def png(report: Report) -> bytes:
   with rc_context(STYLE):
     figure = _figure(report)
     file = io.BytesIO()
-    # Without the version of matplotlib, the same runs give the same bytes.
+    # Without matplotlib's version in it, the same runs give the same bytes.
     with warnings.catch_warnings():
       warnings.filterwarnings('ignore', 'Glyph')  # Names in other scripts.
       figure.savefig(file, format='png', dpi=DPI, metadata={'Software': None})
@@ -55,7 +57,7 @@ def _figure(report: Report) -> Figure:
   top, rows = _top(report), _rows(report)
   runs, columns = _run_legend(report)
   settings = _setting_legend(report, top[-1], LETTERS // len(top) - HANDLE)
-  # Long legends make the figure higher, not the panels lower.
+  # Long legends make the figure taller, rather than the panels shorter.
   lines = max(0, -(-len(runs) // columns) - 2) + max(0, len(settings) - 2)
   height = TOP + LINE * lines
   figure = Figure(
@@ -69,7 +71,7 @@ def _figure(report: Report) -> Figure:
   for panel, place in zip(top, grid[0].subgridspec(1, len(top)), strict=True):
     axes = figure.add_subplot(place)
     _draw(axes, panel)
-  if settings:  # Of the last panel; below it, where no curve is.
+  if settings:  # The legend is below the last panel, clear of its curves.
     axes.legend(
         handles=settings, frameon=False, loc='upper left',
         bbox_to_anchor=(0, -0.22),
@@ -88,7 +90,7 @@ def _figure(report: Report) -> Figure:
 
 
 def _top(report: Report) -> list[Panel]:
-  """Returns the panels of the first row; that of a sweep is the last."""
+  """Returns the panels of the first row; a sweep's panel is the last."""
   build = lambda name: panels.BUILDERS[name](report, CURVE_POINTS)
   monitors = [panel for panel in map(build, panels.MONITORS) if panel.items]
   sweep = build('sweep')
@@ -99,7 +101,7 @@ def _top(report: Report) -> list[Panel]:
 
 
 def _rows(report: Report) -> list[Panel]:
-  """Returns a panel of the gradients of each of the most unstable runs."""
+  """Returns a gradient panel for each of the most unstable runs."""
   panel = panels.gradients(report, CURVE_POINTS, data.LAYERS)
   numbers = sorted({item.runs[0] for item in panel.items})
   worst = sorted(
@@ -121,7 +123,10 @@ def _unrest(run: ReportedRun) -> tuple[int, int]:
 
 
 def _run_legend(report: Report) -> tuple[list[Line2D], int]:
-  """Returns a piece of each run's curve, none of many; and the columns."""
+  """Returns a legend handle for each run, and the number of columns.
+
+  There are no handles for a single run or for more than LEGEND runs.
+  """
   if not 1 < len(report.runs) <= LEGEND:
     return [], 1
   names = [_fit(run.name, LETTERS // 2 - HANDLE) for run in report.runs]
@@ -135,7 +140,7 @@ def _run_legend(report: Report) -> tuple[list[Line2D], int]:
 def _setting_legend(
     report: Report, panel: Panel, letters: int
 ) -> list[Line2D]:
-  """Returns a piece of each line of a sweep's panel; none of many lines."""
+  """Returns legend handles for a sweep's lines; none if more than LEGEND."""
   names = _setting_names(report, letters) if panel.legend else {}
   if len(names) > LEGEND:
     return []
@@ -146,10 +151,10 @@ def _setting_legend(
 
 
 def _setting_names(report: Report, letters: int) -> dict[str, str]:
-  """Returns what the legend calls each setting of a sweep that has a kNN.
+  """Returns the legend's names for the settings that have a kNN accuracy.
 
-  That is its label; or, where any label has more letters than these, the name
-  of its first run.
+  The name of a setting is its label. If any label has more than `letters`
+  letters, every setting is named after its first run instead.
   """
   found = {}
   for label, numbers in data.settings(report).items():
@@ -204,7 +209,7 @@ def _draw(axes: Any, panel: Panel) -> None:
     axes.yaxis.set_minor_formatter(NullFormatter())
   if panel.x_log:
     axes.set_xscale('log')
-    # Matplotlib's own are formulas, and these are not parsed.
+    # Matplotlib's own labels are formulas, which STYLE leaves unparsed.
     axes.xaxis.set_major_formatter(FuncFormatter(lambda v, _: f'{v:g}'))
     axes.xaxis.set_minor_formatter(NullFormatter())
   if panel.x_ticks:

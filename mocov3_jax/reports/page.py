@@ -17,7 +17,7 @@ from mocov3_jax.reports.panels import Panel
 from mocov3_jax.training import events
 
 HERE = pathlib.Path(__file__).parent
-# More runs than this have no legend at each chart; the table has the colours.
+# With more runs than this, charts have no legends; the table has the colours.
 LEGEND = 12
 
 # Names of panels that stand side by side.
@@ -64,7 +64,7 @@ def page(report: Report, date: str) -> str:
     report: what to show.
     date: the date of the report, as text.
   """
-  # Each run has six curves at most beside those of its layers.
+  # Besides those of its layers, a run has at most six curves.
   limit = thinning.points_per_curve(
       sum(6 + run.layer_curves for run in report.runs)
   )
@@ -93,7 +93,7 @@ def _static(kind: str) -> str:
 def embedded(value: Any) -> str:
   """Returns JSON that is safe inside a script element, whatever it holds."""
   text = json.dumps(value, allow_nan=False, separators=(',', ':'))
-  for character in '<>&':  # In JSON, they stand in strings alone.
+  for character in '<>&':  # In JSON, they occur only within strings.
     text = text.replace(character, f'\\u{ord(character):04x}')
   return text
 
@@ -147,7 +147,7 @@ def _legend(name: str, panel: Panel, report: Report, first: bool) -> str:
         f'<li><label class="run" for="run-{number}">{tables.swatch(run)}'
         '</label></li>' for number, run in enumerate(report.runs)
     ]
-  # Of one choice for all of them.
+  # All charts of one run at a time share one chooser, at the first of them.
   chooser = _one_run(report) if first else ''
   return chooser + (
       f'<ul class="legend">{"".join(items)}</ul>' if items else ''
@@ -158,7 +158,7 @@ def _one_run(report: Report) -> str:
   spikes = [
       sum(map(len, run.analysis.spikes.values())) for run in report.runs
   ]
-  # The one with the most spikes, or the deepest dip, is worth a look first.
+  # Start with the run with the most spikes; the deepest dip breaks ties.
   chosen = max(range(len(spikes)), key=lambda number: (
       spikes[number],
       verdict.deepest(report.runs[number]),

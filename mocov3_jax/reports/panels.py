@@ -17,11 +17,11 @@ from mocov3_jax.runs import table
 from mocov3_jax.training import events
 
 LAYER_COLORS = {data.FIRST: '#0072b2', data.LAST: '#d55e00'}
-# Greys that are legible on white as on dark grey.
+# Greys that are legible on both white and dark grey.
 OTHER_LAYERS = ('#8c8c8c', '#a3a3a3', '#757575')
-# An axis with more values than this has ticks where the back end puts them.
+# With more values than this, the back end chooses the ticks of an axis.
 MOST_TICKS = 12
-# The panels of what watches a run: with labels, and without.
+# The panels that monitor a run: with labels, and without.
 MONITORS = ('knn', 'rank')
 
 
@@ -30,11 +30,11 @@ class Line:
   """A curve.
 
   Attributes:
-    runs: the numbers of the runs it tells of, as places in the report.
+    runs: the runs that it shows, as indices into the runs of the report.
     x, y: its points, [n] each.
-    name: what a tooltip calls it.
+    name: its name in a tooltip.
     color: as '#rrggbb'.
-    dash: the lengths of line and gap, of data.DASHES; '' is solid.
+    dash: lengths of dashes and gaps, from data.DASHES; '' is solid.
     width: in pixels of the page.
     errors: half the length of each point's error bar, [n]; None for a line
       without bars and without marked points.
@@ -56,9 +56,9 @@ class Marks:
 
   Attributes:
     runs, x, y, name, color: the same as in a Line.
-    texts: what a tooltip says of each point.
+    texts: the text in the tooltip of each point.
     symbol: 'triangle-down', 'x', 'circle' or 'circle-open'.
-    faint: whether they are small and half transparent.
+    faint: whether the points are small and half transparent.
   """
 
   runs: Sequence[int]
@@ -73,13 +73,13 @@ class Marks:
 
 @dataclasses.dataclass(frozen=True)
 class Level:
-  """A level to compare curves with: what guessing would give.
+  """A horizontal line to compare curves with: the value at chance.
 
   Attributes:
-    runs: the numbers of the runs that have this level.
+    runs: the runs that have this level, as indices into the report's runs.
     value: the level.
     end: the last step of these runs.
-    name: what a tooltip calls it.
+    name: its name in a tooltip.
   """
 
   runs: Sequence[int]
@@ -97,18 +97,18 @@ class Panel:
 
   Attributes:
     heading: the title on the page.
-    about: what there is to see in it, for a reader of the page.
+    about: an explanation for the reader of the page.
     y_title: the title of the vertical axis.
     items: what is drawn, in this order; nothing if nothing was logged.
     caption: the title in the figure; '' if the figure leaves the panel out.
-    y_kind: 'number', 'share' (from 0 to 1, and told in percent) or 'multiple'
+    y_kind: 'number', 'share' (from 0 to 1, shown in percent) or 'multiple'
       (on a logarithmic axis).
     from_zero: whether the vertical axis begins at 0.
     x_title: 'step', or the field of the config that the panel is drawn over.
     x_log: whether the horizontal axis is logarithmic.
     x_ticks: the values with ticks; if empty, the back end chooses them.
-    one_run: whether it is to show the items of one run at a time.
-    legend: names and colours, if these stand for something else than runs.
+    one_run: whether the page shows the items of one run at a time.
+    legend: colours by name, if they stand for something other than runs.
   """
 
   heading: str
@@ -131,7 +131,7 @@ class Panel:
 
 
 def knn(report: Report, limit: int) -> Panel:
-  """Returns the accuracy of the nearest neighbours, and its dips."""
+  """Returns the panel of the kNN accuracy and its dips."""
   items = _lines(report, limit, data.KNN)
   for number, run in enumerate(report.runs):
     dips = [*run.analysis.dips]
@@ -167,7 +167,7 @@ def _describe(dip: events.Dip) -> str:
 
 
 def effective_rank(report: Report, limit: int) -> Panel:
-  """Returns the effective rank of the features."""
+  """Returns the panel of the effective rank of the features."""
   return Panel(
       heading='Effective rank of the features',
       about='What is watched without labels: over how many directions features '
@@ -178,7 +178,7 @@ def effective_rank(report: Report, limit: int) -> Panel:
 
 
 def loss(report: Report, limit: int) -> Panel:
-  """Returns the loss, and what it is at chance."""
+  """Returns the panel of the loss, with its value at chance."""
   chances = [run.curve('train/loss_chance')[1] for run in report.runs]
   return Panel(
       heading='Loss',
@@ -193,7 +193,7 @@ def loss(report: Report, limit: int) -> Panel:
 
 
 def spread(report: Report, limit: int) -> Panel:
-  """Returns the standard deviation of the features."""
+  """Returns the panel of the standard deviation of the features."""
   return Panel(
       heading='Spread of the features',
       about='1 where features point everywhere alike, 0 where all are the same '
@@ -206,12 +206,12 @@ def spread(report: Report, limit: int) -> Panel:
 def gradients(
     report: Report, limit: int, layers: Container[str] | None = None
 ) -> Panel:
-  """Returns the gradients of each run's layers, and their spikes.
+  """Returns the panel of the gradients of each run's layers, with spikes.
 
   Args:
     report: the runs.
     limit: the most points of a curve.
-    layers: the names of those to show; None shows all.
+    layers: the names of the layers to show; None shows all.
   """
   items = _by_layer(
       report, limit, 'grad_max', layers,
@@ -229,7 +229,7 @@ def gradients(
 
 
 def updates(report: Report, limit: int) -> Panel:
-  """Returns the size of AdamW's updates by layer, with spikes and dips."""
+  """Returns the panel of AdamW's updates by layer, with spikes and dips."""
   items = _by_layer(report, limit, 'update_rms', None, lambda *curve: curve)
   for number, run in enumerate(report.runs):
     curves = [run.curve(f'update_rms/{layer}') for layer in run.layers]
@@ -267,9 +267,9 @@ def _by_layer(
   Args:
     report: the runs.
     limit: the most points of a curve.
-    metric: that is logged of a layer, before its name.
-    layers: the names of those to show; None shows all.
-    change: what becomes of a curve before it is thinned.
+    metric: the metric that is logged for each layer, without the layer's name.
+    layers: the names of the layers to show; None shows all.
+    change: transforms a curve before it is thinned.
   """
   items: list[Item] = []
   for number, run in enumerate(report.runs):
@@ -278,7 +278,7 @@ def _by_layer(
       steps, values = run.curve(f'{metric}/{layer}')
       steps, values = steps[values > 0], values[values > 0]
       if not len(values) or layers is not None and layer not in layers:
-        continue  # A frozen layer has zeros alone.
+        continue  # A frozen layer has only zeros.
       name, main = data.layer_name(layer), layer in LAYER_COLORS
       color = LAYER_COLORS[layer] if main else next(greys)
       curve = change(steps, values)
@@ -299,7 +299,7 @@ def _by_layer(
 
 
 def learning_rate(report: Report, limit: int) -> Panel:
-  """Returns the learning rate."""
+  """Returns the panel of the learning rate."""
   return Panel(
       heading='Learning rate', about='Of each step.', y_title='learning rate',
       items=_lines(report, limit, 'train/lr'),
@@ -307,7 +307,7 @@ def learning_rate(report: Report, limit: int) -> Panel:
 
 
 def throughput(report: Report, limit: int) -> Panel:
-  """Returns the images per second."""
+  """Returns the panel of the images per second."""
   return Panel(
       heading='Throughput',
       about=f'Images a second, median of {thinning.SMOOTH} steps; evaluation '
@@ -318,7 +318,7 @@ def throughput(report: Report, limit: int) -> Panel:
 
 
 def mfu(report: Report, limit: int) -> Panel:
-  """Returns the model FLOP utilisation."""
+  """Returns the panel of the model FLOP utilisation."""
   return Panel(
       heading='Model FLOP utilisation',
       about='Operations the model needs, as a share of what the chips can do.',
@@ -328,11 +328,11 @@ def mfu(report: Report, limit: int) -> Panel:
 
 
 def sweep(report: Report, limit: int) -> Panel:
-  """Returns the last accuracy of each run over the field that varies most.
+  """Returns the panel of last accuracies over the field that varies most.
 
   Args:
     report: the runs.
-    limit: not needed here, since a sweep has a point a run.
+    limit: not used, since a sweep has one point per run.
   """
   field = data.varied(report)
   if field is None:
@@ -364,7 +364,10 @@ def sweep(report: Report, limit: int) -> Panel:
 def _last(
     report: Report, number: int, field: str, label: str, color: str
 ) -> list[Item]:
-  """Returns a point for a run, so that a checkbox can hide it; or nothing."""
+  """Returns the point of a run, so that its checkbox can hide it.
+
+  Returns nothing for a run without a kNN accuracy.
+  """
   run = report.runs[number]
   values = run.curve(data.KNN)[1]
   if not len(values):
@@ -417,7 +420,7 @@ def _lines(
     limit: the most points of a line.
     metric: the metric.
     width: the width of the lines.
-    change: what becomes of a curve before it is thinned.
+    change: transforms a curve before it is thinned.
   """
   lines: list[Item] = []
   for number, run in enumerate(report.runs):
@@ -439,7 +442,7 @@ def _marks(
     number: int, curve: Curve, steps: list[int], texts: list[str], name: str,
     color: str, symbol: str,
 ) -> list[Item]:
-  """Returns marks at some steps of a run's curve, where it has them."""
+  """Returns marks at those of the steps that a run's curve covers."""
   kept = [
       (step, text) for step, text in zip(steps, texts, strict=True)
       if len(curve[0]) and curve[0][0] <= step <= curve[0][-1]
@@ -455,7 +458,7 @@ def _levels(
     report: Report, metric: str, levels: Sequence[float | None],
     say: Callable[[float], str],
 ) -> list[Item]:
-  """Returns each level that some runs with a curve of the metric have."""
+  """Returns the distinct levels of the runs that have logged the metric."""
   found: dict[float, list[int]] = {}
   for number, (run, level) in enumerate(zip(report.runs, levels, strict=True)):
     if level is not None and len(run.curve(metric)[0]):

@@ -1,4 +1,4 @@
-"""A report on runs, in the format that is asked for."""
+"""Writes a report on runs, in the format that is asked for."""
 
 from collections.abc import Callable, Iterator, Sequence
 import csv
@@ -25,7 +25,7 @@ def report(
   Args:
     paths: workdirs, or folders of workdirs.
     out: the file.
-    format_: one of FORMATS; '' means what the suffix of `out` says.
+    format_: one of FORMATS; '' takes it from the suffix of `out`.
     date: the date that a page shows; '' means today.
     note: is told what is being done.
 
@@ -66,7 +66,11 @@ def report(
 def _readable(
     folders: Sequence[epath.Path], note: Callable[[str], None]
 ) -> Iterator[history.Run]:
-  """Yields the runs that can be read; of the others, says why not."""
+  """Yields the runs that can be read, and notes why others cannot.
+
+  Raises:
+    UserError: if none of them can be read.
+  """
   refused = []
   for folder in folders:
     try:
@@ -95,7 +99,7 @@ def _format(suffix: str, out: str, given: str) -> str:
 
 
 def as_csv(made: data.Report) -> str:
-  """Returns the table of runs (RFC 4180); what is not known is left empty."""
+  """Returns the table of runs as CSV (RFC 4180); unknown values are empty."""
   file = io.StringIO(newline='')
   columns = data.columns(made)
   writer = csv.DictWriter(file, columns)

@@ -10,7 +10,7 @@ from mocov3_jax.reports.data import Report, ReportedRun
 from mocov3_jax.runs import table as sweep_table
 
 NONE = '–'
-# More fields of the config than this are told below the charts alone.
+# Config fields beyond this number are shown only below the charts.
 FIELDS_IN_TABLE = 6
 
 
@@ -27,7 +27,7 @@ def _layer_and_lag(row: dict[str, Any]) -> str:
   return f'{text} (last block {row["leader_steps"]:+g} steps)'
 
 
-# (heading, the fact it needs, how to say it, whether it is a number).
+# (heading, the fact it needs, how to format it, whether it is a number).
 COLUMNS: tuple[tuple[str, str, Callable[[dict[str, Any]], str], bool], ...] = (
     ('steps', 'step', lambda r: f'{r["step"]:,}', True),
     (
@@ -67,13 +67,13 @@ COLUMNS: tuple[tuple[str, str, Callable[[dict[str, Any]], str], bool], ...] = (
 
 
 def runs(report: Report) -> str:
-  """Returns what became of each run, with the checkboxes that hide them."""
+  """Returns the table of the runs' outcomes, with checkboxes to hide runs."""
   rows = data.table(report)
   fields = list(report.fields)[:FIELDS_IN_TABLE]
   results = [sweep_table.evaluations(run.record) for run in report.runs]
   evaluations = dict.fromkeys(name for found in results for name in found)
   columns = [c for c in COLUMNS if any(c[1] in row for row in rows)]
-  # The settings come last: the name of a sweep's run has them already.
+  # The settings come last, since the names of a sweep's runs contain them.
   head = ['run', 'status', *(c[0] for c in columns)]
   numeric = [n for n, c in enumerate(columns, 2) if c[3]]
   numeric += range(len(head), len(head) + len(evaluations))
@@ -103,7 +103,7 @@ def runs(report: Report) -> str:
 
 
 def _evaluation(name: str) -> str:
-  # As in the CSV: the monitor is 'knn', and an evaluation may be 'eval_knn'.
+  # As in the CSV, 'knn' is the monitor, and 'eval_knn' is an evaluation.
   return name.removesuffix('/top1')
 
 
@@ -120,14 +120,14 @@ def _box(number: int, run: ReportedRun) -> str:
 
 
 def swatch(run: ReportedRun) -> str:
-  """Returns how the curves of a run are drawn, and its name."""
-  # The names of a sweep's runs are long, and best broken between fields.
+  """Returns a piece of a run's curve, and the run's name."""
+  # The names of a sweep's runs are long. They are best broken between fields.
   name = escape(run.name).replace(',', ',<wbr>')
   return f'{stroke(run.color, run.dash)}<span>{name}</span>'
 
 
 def stroke(color: str, dash: str = '') -> str:
-  """Returns a short piece of a curve."""
+  """Returns a short piece of a curve, as SVG."""
   return (
       '<svg class="swatch" width="32" height="10" aria-hidden="true">'
       f'<line x1="0" y1="5" x2="32" y2="5" stroke="{color}" '
@@ -142,11 +142,11 @@ def table(
   """Returns a table in a box that scrolls.
 
   Args:
-    name: the name of the table, for those who cannot see it.
-    head: the HTML of the heads.
-    rows: the HTML of the cells; the first of a row is its head.
-    numeric: the columns that are flushed right.
-    wrap: whether long cells are broken into lines.
+    name: the name of the table, for screen readers.
+    head: the HTML of the column headings.
+    rows: the HTML of the cells; the first cell of a row is its heading.
+    numeric: the indices of the columns of numbers.
+    wrap: whether the text of long cells is wrapped.
   """
   right = set(numeric)
   kind = lambda n: (
@@ -175,7 +175,8 @@ def sweep(report: Report) -> str:
   rows = sweep_table.aggregate([run.record for run in report.runs], report.grid)
   metrics = sweep_table.metrics_of(rows)
   counts = ['seeds', 'done', 'diverged']
-  # A few fields tell the setting; of many, only the first are told, last.
+  # A few fields identify the setting. Of many fields, only the first are shown,
+  # in the last columns.
   few = len(report.grid) <= data.TOLD
   told = report.grid if few else report.grid[:FIELDS_IN_TABLE]
   groups = data.grouped(report, report.grid)
@@ -204,7 +205,7 @@ def sweep(report: Report) -> str:
 
 
 def configs(report: Report) -> str:
-  """Returns the fields that differ, the others, and where the runs ran."""
+  """Returns the config fields that differ, the others, and the environments."""
   parts = ['<h2>Config and environment</h2>']
   if report.fields:
     parts += [
@@ -237,7 +238,7 @@ def _value(field: str, value: Any) -> str:
 
 
 def _environments(report: Report) -> str:
-  # Most often one for all.
+  # Most often, all runs have the same environment.
   found: dict[str, list[str]] = {}
   for run in report.runs:
     key = json.dumps(run.record.environment, sort_keys=True)

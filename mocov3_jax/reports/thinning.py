@@ -8,11 +8,12 @@ from mocov3_jax.training import events
 
 Curve = tuple[np.ndarray, np.ndarray]  # Steps [n] and values [n].
 
-# Points of all curves of a page: 1.8 MB of text, so that it stays below 5 MB.
+# Points of all curves of a page: 1.8 MB of text, so that the page stays below
+# 5 MB.
 POINTS = 100_000
 CURVE_POINTS = 2000
 FEWEST_POINTS = 40
-# Logged values over which the throughput is smoothed, by the median.
+# The throughput is smoothed by the median of this many logged values.
 SMOOTH = 21
 
 
@@ -22,7 +23,7 @@ def at(curve: Curve, steps: Sequence[int]) -> list[float]:
 
 
 def points_per_curve(count: int) -> int:
-  """Returns how many points each of so many curves may have."""
+  """Returns how many points each of `count` curves may have."""
   share = POINTS // max(1, count)
   return min(CURVE_POINTS, max(FEWEST_POINTS, share))
 
@@ -57,7 +58,7 @@ def relative(values: np.ndarray, window: int = events.WINDOW) -> np.ndarray:
     values: [n], above 0.
     window: how many values on each side make the median.
   """
-  # A running median is smooth, so every quarter of a window will do.
+  # A running median is smooth, so four values per window are enough.
   places, medians = _medians(values, window, max(1, window // 4))
   return values / np.interp(np.arange(len(values)), places, medians)
 
@@ -65,8 +66,8 @@ def relative(values: np.ndarray, window: int = events.WINDOW) -> np.ndarray:
 def smoothed(steps: np.ndarray, values: np.ndarray) -> Curve:
   """Returns the running median of values [n], over SMOOTH of them.
 
-  It is taken at no more than about CURVE_POINTS places: no peak is worth
-  keeping here.
+  It is taken at about CURVE_POINTS places at most, since no peaks have to be
+  kept here.
   """
   if len(values) < SMOOTH:
     return steps, values
@@ -78,8 +79,8 @@ def smoothed(steps: np.ndarray, values: np.ndarray) -> Curve:
 def _medians(
     values: np.ndarray, window: int, every: int
 ) -> tuple[np.ndarray, np.ndarray]:
-  """Returns each `every`th place, and the median of a window around it."""
-  # Mirrored, the first and last values have as many neighbours as others.
+  """Returns every `every`-th index, and the median of a window around it."""
+  # Mirrored at the ends, so that the first and last windows are full.
   padded = np.pad(values, window, mode='symmetric')
   around = np.lib.stride_tricks.sliding_window_view(padded, 2 * window + 1)
   places = np.arange(0, len(values), every)

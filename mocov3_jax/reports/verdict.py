@@ -8,8 +8,8 @@ from mocov3_jax.reports import data
 from mocov3_jax.reports.data import Report, ReportedRun
 from mocov3_jax.training import stability
 
-NAMED = 3  # Runs that are named; of more, the others are counted.
-# Told in this order; 'absent' cannot be.
+NAMED = 3  # The most runs that are named; any others are only counted.
+# In the order of the sentence. A report has no run that is 'absent'.
 STATUSES = {
     'done': 'done', 'running': 'still running',
     'stopped': 'stopped before the end', 'diverged': 'diverged',
@@ -40,7 +40,7 @@ def _endings(report: Report) -> str:
       if found[status]
   ]
   broken = [run for run in runs if run.record.status == 'diverged']
-  which = f' ({_names(broken)})' if broken else ''  # The last of the parts.
+  which = f' ({_names(broken)})' if broken else ''  # These come last.
   return f'{len(runs)} runs: {", ".join(parts)}{which}.'
 
 
@@ -67,7 +67,7 @@ def _accuracy(report: Report) -> str:
 
 
 def _below_first(report: Report) -> str:
-  # That falls short of a dip, or never comes back from one, is no less bad.
+  # Ending below the first accuracy is bad, even if no dip was found.
   rows = data.table(report)
   below = [
       run for run, row in zip(report.runs, rows, strict=True)
@@ -204,7 +204,11 @@ def _spikes(report: Report) -> str:
 
 
 def _median_lag(runs: Sequence[ReportedRun]) -> float | None:
-  """Steps by which the last block follows the patch projection, over runs."""
+  """Returns by how many steps the last block follows the patch projection.
+
+  This is the median over the runs in which the patch projection leads; None if
+  there are none.
+  """
   lags = [
       run.analysis.lead.lags[data.LAST] for run in runs
       if run.analysis.lead.first == data.FIRST
@@ -242,9 +246,9 @@ def count(number: float, noun: str) -> str:
 
 def percent(share: float) -> str:
   """Returns a share from 0 to 1 in percent."""
-  return f'{100 * share:.1f}\u00a0%'  # Not to be broken at.
+  return f'{100 * share:.1f}\u00a0%'  # No line break here.
 
 
 def points(share: float) -> str:
-  """Returns a difference of two shares in points."""
+  """Returns a difference of two shares in percentage points."""
   return f'{100 * share:.1f} points'
