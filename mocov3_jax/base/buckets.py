@@ -1,9 +1,10 @@
-"""Runs in a bucket, gs://BUCKET/FOLDER: what objects have otherwise than files.
+"""Runs in a bucket, gs://BUCKET/FOLDER, where objects differ from files.
 
-An object appears once it is written, whole, and cannot grow. It has no lock;
-but of several who create one of a name, exactly one succeeds.
+An object appears only once it is completely written, and cannot grow. It has no
+lock, but if several processes create an object of the same name, exactly one
+succeeds.
 
-`etils.epath` reads and writes objects by gcsfs, which is an extra.
+`etils.epath` reads and writes objects by gcsfs, an optional dependency.
 """
 
 import importlib.util
@@ -17,13 +18,13 @@ from etils import epath
 from mocov3_jax.base.errors import UserError
 
 PREFIX = 'gs://'
-# A bucket, and the names of folders in it. The letters left out are those by
-# which gcsfs would look for many objects, and those of no printable name.
+# A bucket and the names of folders in it. Excluded are the wildcard characters
+# of gcsfs and unprintable characters.
 NAME = r'gs://[a-z0-9][a-z0-9._-]+(/[^/*?\[\]#\x00-\x1f\x7f]+)+'
 
 
 def is_in_bucket(path: os.PathLike[str] | str) -> bool:
-  """Returns whether a path is that of an object, or of a prefix of objects."""
+  """Returns whether a path is in a bucket."""
   return os.fspath(path).startswith(PREFIX)
 
 
@@ -32,10 +33,10 @@ def path_of(url: str, field: str) -> epath.Path:
 
   Args:
     url: gs://BUCKET/FOLDER.
-    field: what it is, for the message.
+    field: the flag or field that has the path, for error messages.
 
   Raises:
-    UserError: if it is none, or what reads buckets is not installed.
+    UserError: if it is not a folder in a bucket, or gcsfs is not installed.
   """
   url = url.rstrip('/')
   if not re.fullmatch(NAME, url) or {'.', '..'} & set(url.split('/')):
@@ -50,17 +51,17 @@ def path_of(url: str, field: str) -> epath.Path:
     )
   import fsspec.config
 
-  # Listings that are kept would hide what other processes write meanwhile, and
-  # give objects the length that they had before.
+  # Cached listings would hide what other processes write, and give objects an
+  # outdated length.
   for name in 'gs', 'gcs':
     fsspec.config.conf.setdefault(name, {})['use_listings_cache'] = False
-  # It warns of each renaming that it does in two steps.
+  # gcsfs warns each time it renames in two steps.
   logging.getLogger('gcsfs').setLevel(logging.CRITICAL)
   return epath.Path(url)
 
 
 def create(path: epath.Path, data: bytes) -> bool:
-  """Creates an object; returns False if there is one of that name."""
+  """Creates an object; returns False if one of that name exists."""
   try:
     _file_system().pipe_file(os.fspath(path), data, mode='create')
   except FileExistsError:
@@ -69,9 +70,10 @@ def create(path: epath.Path, data: bytes) -> bool:
 
 
 def read(path: epath.Path) -> bytes | None:
-  """Reads an object in one request, as it is; None if there is none.
+  """Reads an object in one request; None if there is none.
 
-  One that is opened and read may be replaced by a longer one in between.
+  With separate requests to open and to read it, the object might be replaced by
+  a longer one in between.
   """
   try:
     return _file_system().cat_file(os.fspath(path))
@@ -80,17 +82,17 @@ def read(path: epath.Path) -> bytes | None:
 
 
 def move(folder: epath.Path, target: epath.Path) -> None:
-  """Moves all objects of a folder, one after the other."""
+  """Moves all objects of a folder, one by one."""
   _file_system().mv(os.fspath(folder), os.fspath(target), recursive=True)
 
 
 def size(folder: epath.Path) -> int:
-  """Returns the bytes of all objects of a folder."""
+  """Returns the total size of all objects of a folder in bytes."""
   return _file_system().du(os.fspath(folder))
 
 
 def _file_system() -> Any:
   import fsspec
 
-  # As etils.epath asks for it, so that it is the same object.
+  # The same arguments as in etils.epath, so that it is the same instance.
   return fsspec.filesystem('gs', finalize_on_close=True)

@@ -1,11 +1,11 @@
-"""What a command says while it works: on stderr, results go to stdout."""
+"""Messages of a running command. They go to stderr, results to stdout."""
 
 import contextlib
 import os
 import subprocess
 import sys
 
-# What libjpeg and libtiff print of a damaged image.
+# Messages of image decoders (libjpeg, libtiff, libpng) about damaged images.
 DECODERS = (
     r'^(Corrupt JPEG data|Premature end of JPEG|Inconsistent progression|'
     r'Invalid SOS|Unknown Adobe|Warning: unknown JFIF|_?TIFF[A-Za-z]*:|'
@@ -14,15 +14,15 @@ DECODERS = (
 
 
 def say(text: str) -> None:
-  """Prints lines at once; what would steer a terminal is spelled out."""
+  """Prints lines immediately, with control characters escaped."""
   text = '\n'.join(map(shown, text.split('\n')))
   print(text, file=sys.stderr, flush=True)
 
 
 def shown(text: str) -> str:
-  """Returns a text that others chose, such as a name, as one printable line.
+  """Returns untrusted text, such as a file name, as one printable line.
 
-  Line ends, escapes, marks of direction and the like become \\n, \\x1b, ...
+  Line ends, escapes, direction marks and the like become \\n, \\x1b, ...
   """
   if text.isprintable():
     return text
@@ -37,12 +37,12 @@ def say_in_handler(text: str) -> None:
 
 
 def hide_decoders() -> None:
-  """Keeps what decoders print of damaged images from stderr, for this process.
+  """Removes the messages of image decoders from this process's stderr.
 
-  They do not say of which image, and a run names those that cannot be read.
-  They are C libraries and write to descriptor 2, which is led through grep: a
-  process of its own, so that nothing is lost of what a crash prints last.
-  Python's `sys.stderr` is not led through it.
+  The messages do not say which image is damaged, and a run names the images
+  that it cannot read anyway. The decoders are C libraries that write to file
+  descriptor 2, so this is piped through grep. Grep is a process of its own, so
+  the last output of a crash is not lost. Python's `sys.stderr` bypasses it.
   """
   with contextlib.suppress(OSError):  # No grep, or no stderr.
     direct = os.dup(2)
@@ -59,6 +59,6 @@ def hide_decoders() -> None:
 
 
 def pass_on(text: str) -> None:
-  """Prints what another process has said, as it is."""
+  """Prints the output of another process unchanged."""
   sys.stderr.write(text)
   sys.stderr.flush()

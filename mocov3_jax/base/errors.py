@@ -1,4 +1,4 @@
-"""The exceptions that a command turns into an exit code."""
+"""Exceptions that commands turn into exit codes, and kinds of other errors."""
 
 from collections.abc import Iterable
 import difflib
@@ -20,7 +20,7 @@ class Preempted(Exception):
 
 
 def unknown(field: str, given: str, allowed: Iterable[str]) -> UserError:
-  """Returns the error for a name outside a fixed set, with the nearest one."""
+  """Returns the error for an unknown name, with the nearest allowed name."""
   allowed = sorted(allowed)
   near = difflib.get_close_matches(given, allowed, n=1)
   hint = f' Did you mean {near[0]!r}?' if near else ''
@@ -30,24 +30,25 @@ def unknown(field: str, given: str, allowed: Iterable[str]) -> UserError:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-  """Returns whether memory ran out, of the host or of a device."""
+  """Returns whether the host or a device ran out of memory."""
   return isinstance(error, MemoryError) or not is_disk_full(error) and bool(
       re.search('RESOURCE_EXHAUSTED|[Oo]ut of memory', str(error))
   )
 
 
 def is_disk_full(error: BaseException) -> bool:
-  """Returns whether no space was left on a disk, or of a quota."""
-  # TensorStore says so in words, with the status that memory has as well.
+  """Returns whether a disk is full or a quota is exceeded."""
+  # TensorStore reports this only in its message; its status is the same as for
+  # a lack of memory.
   return isinstance(error, OSError) and error.errno in (
       errno.ENOSPC, errno.EDQUOT
   ) or bool(re.search('No space left|[Qq]uota exceeded', str(error)))
 
 
 def is_no_backend(error: BaseException) -> bool:
-  """Returns whether JAX has no device of the kind that it is to use."""
+  """Returns whether JAX finds no device of the requested kind."""
   if isinstance(error, AssertionError) and error.__traceback__:
-    # JAX's answer to JAX_PLATFORMS=cuda without CUDA is that, and no word.
+    # With JAX_PLATFORMS=cuda but no CUDA, JAX raises this without a message.
     frames = traceback.extract_tb(error.__traceback__)
     return frames[-1].filename.endswith('xla_bridge.py')
   return bool(re.search(
@@ -55,8 +56,8 @@ def is_no_backend(error: BaseException) -> bool:
   ))
 
 
-# Modules whose errors tell of a bucket: access, network, quota; and what
-# TensorStore says of one.
+# Modules whose errors concern a bucket (access, network, quota), and patterns
+# of TensorStore's messages about one.
 OF_BUCKETS = (
     'aiohttp.', 'fsspec.', 'gcsfs.', 'google.api_core.', 'google.auth.',
     'google.cloud.', 'requests.',
@@ -66,28 +67,28 @@ PASSING = 'ABORTED|UNAVAILABLE|DEADLINE_EXCEEDED|retry attempts failed'
 
 
 def is_of_bucket(error: BaseException) -> bool:
-  """Returns whether a bucket, or the way to it, failed."""
+  """Returns whether a bucket, or the connection to it, failed."""
   text = str(error)
   return (
       type(error).__module__.startswith(OF_BUCKETS)
-      # What gcsfs makes of 403.
+      # gcsfs raises this for status 403.
       or type(error) is OSError and text.startswith('Forbidden')
       or 'gs://' in text and bool(re.search(f'{REFUSED}|{PASSING}', text))
   )
 
 
 def may_pass(error: BaseException) -> bool:
-  """Returns whether what failed of a bucket may work in a while."""
+  """Returns whether a failed access to a bucket may succeed later."""
   text = str(error)
   return is_of_bucket(error) and not (
       text.startswith('Forbidden')
-      # Of a request that will be refused again: 4xx, but for too many.
+      # These will be refused again: 4xx, except 429 (too many requests).
       or re.search(rf', 4(?!29)\d\d$|{REFUSED}|[Cc]redentials', text)
   )
 
 
 def is_of_environment(error: BaseException) -> bool:
-  """Returns whether the machine failed, and not what was being read."""
+  """Returns whether the environment failed, and not the data being read."""
   return (
       is_of_bucket(error) or is_out_of_memory(error) or is_disk_full(error)
       or is_no_backend(error)

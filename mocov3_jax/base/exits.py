@@ -16,30 +16,30 @@ UNREACHABLE, BAD_INPUT, INTERRUPTED, PREEMPTED = 1, 2, 130, 143
 
 def exit_at_once() -> None:
   """Ends the process as interrupted."""
-  # Past Python's own exit, which can crash while XLA compiles in a thread.
+  # Skips Python's own exit, which can crash while XLA compiles in a thread.
   console.say('interrupted')
   os._exit(INTERRUPTED)
 
 
 class StopRequest:
-  """Turns SIGTERM and Ctrl-C into a question, while they are `caught`."""
+  """Records SIGTERM and Ctrl-C while they are `caught`, for code that polls."""
 
   def __init__(self):
-    """Begins without a request."""
+    """Starts without a request."""
     self._noted: list[int] = []
 
   def __call__(self) -> bool:
-    """Returns whether one of them has come."""
+    """Returns whether one of the signals was received."""
     return bool(self._noted)
 
   @contextlib.contextmanager
   def caught(
       self, then: str = 'after this step, then saving'
   ) -> Iterator[None]:
-    """Notes the signals; a second Ctrl-C ends the process at once.
+    """Records the signals; a second Ctrl-C ends the process at once.
 
     Args:
-      then: when it stops, for the line that answers Ctrl-C.
+      then: when the command will stop, for the message after Ctrl-C.
     """
     def note(number, _):
       if number == signal.SIGINT:
@@ -59,10 +59,10 @@ class StopRequest:
 
 @contextlib.contextmanager
 def leave_at_ctrl_c() -> Iterator[None]:
-  """Lets Ctrl-C end the process at once, even while it waits outside Python.
+  """Lets Ctrl-C end the process at once, even while it waits in native code.
 
-  Python's own handlers run between two of its instructions, and so after such a
-  wait; what it writes to a wakeup descriptor is there at once.
+  Python runs signal handlers only between its own instructions, so after such a
+  wait. But it writes to the wakeup descriptor as soon as a signal arrives.
   """
   reading, writing = os.pipe()
   os.set_blocking(writing, False)
@@ -91,15 +91,15 @@ def leave_saved(code: int) -> None:
   sys.stderr.flush()
   if jax.distributed.is_initialized():
     sys.exit(code)  # The other processes of the run leave as well.
-  # At once: a thread may still wait for a file that never comes.
+  # Exit at once: a thread may still wait for a file that never comes.
   os._exit(code)
 
 
 def leave(code: int) -> None:
-  """Exits, at once where other processes might never answer the farewell."""
+  """Exits; without a shutdown handshake if the run has several processes."""
   sys.stdout.flush()
   sys.stderr.flush()
-  # Asked so, JAX need not start its devices to end a mistyped command.
+  # This query does not initialise the devices, so a mistyped command ends fast.
   if jax.distributed.is_initialized():
     os._exit(code)
   sys.exit(code)

@@ -1,7 +1,6 @@
-"""Paths that users give, and files that are there whole or not at all.
+"""Paths that users give, atomic writes, and other operations on files.
 
-What is said here of the files and folders of a run goes for objects of a bucket
-as well, where the run is in one; see `buckets`.
+If a run is in a bucket, its files and folders are objects there; see `buckets`.
 """
 
 from collections.abc import Iterator
@@ -23,29 +22,29 @@ from etils import epath
 from mocov3_jax.base import buckets
 from mocov3_jax.base.errors import UserError
 
-# Files and folders in the folder of a run, and bytes of its JSON files, at
-# most: far more than a run writes.
+# The most files and folders in the folder of a run, and the most bytes of its
+# JSON files: far more than a run writes.
 MOST_ENTRIES, MOST_JSON = 100_000, 2**24
-# Seconds between two copies of a growing file in a bucket, at least, and how
-# many times longer than a copy takes that is.
+# A growing file in a bucket is copied at most every FOLLOWED seconds, and at
+# most every MOST_SHARE times as long as a copy takes.
 FOLLOWED, MOST_SHARE = 60.0, 50
-# Bytes of an object that are asked for at once, when it is read.
+# How many bytes of an object are requested at a time.
 READ_AT_ONCE = 2**20
-# Seconds after which to look whether what was appended to an object has stayed.
+# Seconds after which to check whether appended text is still in an object.
 APPENDED_AGAIN = 0.5, 1.0, 2.0
-# With what a formula begins in a spreadsheet.
+# The characters with which a formula in a spreadsheet can begin.
 FORMULA = '=', '+', '-', '@', '\t', '\r'
 
 
 def absolute(path: str, field: str = 'the path') -> epath.Path:
-  """Returns the absolute path, which Orbax wants.
+  """Returns the absolute path, which Orbax requires.
 
   Args:
     path: as given.
-    field: what it is, for the message.
+    field: the flag or field that has the path, for error messages.
 
   Raises:
-    UserError: for a URL.
+    UserError: if the path is empty or a URL.
   """
   if not path:
     raise UserError(f'{field} is empty. Allowed: a path.')
@@ -63,10 +62,10 @@ def run_path(path: str, field: str = 'the path') -> epath.Path:
 
   Args:
     path: as given.
-    field: what it is, for the message.
+    field: the flag or field that has the path, for error messages.
 
   Raises:
-    UserError: for another URL, or a bucket that cannot be used here.
+    UserError: if it is empty, another URL, or a bucket that cannot be used.
   """
   if buckets.is_in_bucket(path):
     return buckets.path_of(path, field)
@@ -74,10 +73,10 @@ def run_path(path: str, field: str = 'the path') -> epath.Path:
 
 
 def fuse_devices() -> set[int]:
-  """Returns the devices (st_dev) of file systems that programs provide.
+  """Returns the devices (st_dev) of FUSE file systems, such as mounted buckets.
 
-  Mounted buckets are such. They may keep no times of folders, may show nothing
-  of a file before it is closed, and rename no folder in one piece.
+  These may not keep the times of folders, may not show a file before it is
+  closed, and do not rename a folder atomically.
   """
   try:
     with open('/proc/self/mountinfo', encoding='utf-8') as file:
@@ -92,9 +91,9 @@ def fuse_devices() -> set[int]:
 
 
 def is_on_disk(folder: epath.Path) -> bool:
-  """Returns whether files there grow in sight, and folders can be renamed.
+  """Returns whether readers see files grow, and folders can be renamed.
 
-  That is so but in buckets, mounted ones included.
+  This holds everywhere except in buckets, including mounted ones.
   """
   if buckets.is_in_bucket(folder):
     return False
@@ -102,7 +101,7 @@ def is_on_disk(folder: epath.Path) -> bool:
 
 
 def entries(folder: epath.Path) -> list[epath.Path]:
-  """Returns what a folder of a run holds, sorted; nothing if there is none."""
+  """Returns the sorted content of a folder of a run; [] if there is none."""
   try:
     return sorted(folder.iterdir())
   except (FileNotFoundError, NotADirectoryError):
@@ -110,18 +109,18 @@ def entries(folder: epath.Path) -> list[epath.Path]:
 
 
 def make_folder(folder: epath.Path) -> None:
-  """Makes a folder of a run and those above it, where there are such things.
+  """Makes a folder of a run and its parents.
 
-  A bucket has none, but names with slashes.
+  In a bucket it does nothing, since there are only names with slashes.
   """
   if not buckets.is_in_bucket(folder):
     folder.mkdir(parents=True, exist_ok=True)
 
 
 def user_cache(name: str) -> epath.Path | None:
-  """Returns a folder for what can be made again; None for a user without one.
+  """Returns a cache folder; None if the user has none.
 
-  It lies below XDG_CACHE_HOME, or else ~/.cache.
+  It is in XDG_CACHE_HOME, or else in ~/.cache.
   """
   cache = os.getenv('XDG_CACHE_HOME', '')
   if not os.path.isabs(cache):
@@ -133,15 +132,15 @@ def user_cache(name: str) -> epath.Path | None:
 
 
 def new_output(path: str, suffix: str, field: str = '--out') -> epath.Path:
-  """Returns the absolute path of a file that a command is to make.
+  """Returns the absolute path of a file that a command will create.
 
   Args:
     path: as given.
-    suffix: that the name must have, such as '.png'.
-    field: what it is, for the message.
+    suffix: the suffix that the name must have, such as '.png'.
+    field: the flag or field that has the path, for error messages.
 
   Raises:
-    UserError: if the name ends otherwise, or the file is there.
+    UserError: if the name has another suffix, or the file exists.
   """
   found = absolute(path, field)
   if found.suffix != suffix or found.exists():
@@ -153,7 +152,7 @@ def new_output(path: str, suffix: str, field: str = '--out') -> epath.Path:
 
 
 def move_folder(folder: epath.Path, target: epath.Path) -> None:
-  """Moves a folder of a run to a place where there is none yet."""
+  """Moves a folder of a run to a path that does not exist yet."""
   if buckets.is_in_bucket(folder):
     buckets.move(folder, target)
   elif is_on_disk(folder):
@@ -166,13 +165,13 @@ def move_folder(folder: epath.Path, target: epath.Path) -> None:
 def require_plain(folder: epath.Path) -> None:
   """Checks that a run's folder holds nothing but files and folders.
 
-  Links in it could lead whatever reads or writes there to other places, and
-  pipes and devices have no end. The folder itself may be reached by a link.
+  Links could lead reads and writes to other places, and pipes and devices have
+  no end. The folder itself may be reached by a link.
 
   Raises:
-    UserError: with the first that is neither, or if there are too many.
+    UserError: if there is anything else, or if there are too many entries.
   """
-  if buckets.is_in_bucket(folder):  # It has objects alone.
+  if buckets.is_in_bucket(folder):  # A bucket has only objects.
     return
   count = 0
   waiting = [os.fspath(folder)]
@@ -180,7 +179,7 @@ def require_plain(folder: epath.Path) -> None:
     try:
       with os.scandir(waiting.pop()) as found:
         entries = list(itertools.islice(found, MOST_ENTRIES))
-    except FileNotFoundError:  # The run goes on, and removes old checkpoints.
+    except FileNotFoundError:  # A run has just removed an old checkpoint.
       continue
     count += len(entries)
     if count >= MOST_ENTRIES:
@@ -200,9 +199,9 @@ def require_plain(folder: epath.Path) -> None:
 
 
 def allocated(folder: epath.Path) -> int:
-  """Returns the bytes that the files of a folder take on the disk, in all.
+  """Returns the bytes that the files of a folder take on the disk.
 
-  A file with holes counts for what is stored of it.
+  Of a sparse file, only the stored part counts.
   """
   if buckets.is_in_bucket(folder):
     return buckets.size(folder)
@@ -211,22 +210,22 @@ def allocated(folder: epath.Path) -> int:
     for name in names:
       with contextlib.suppress(FileNotFoundError):
         found = os.lstat(os.path.join(parent, name))
-        # Small files can lie beside their names, and take no blocks.
+        # Small files can be stored in the inode, and take no blocks.
         stored = 512 * found.st_blocks or found.st_size
         total += min(found.st_size, stored)
   return total
 
 
 def open_own(path: epath.Path, mode: str, **options: Any) -> Any:
-  """Opens a file of a run, as `open` does, if it is a file and no link.
+  """Opens a file of a run like `open`, but only if it is a regular file.
 
   Args:
-    path: of the file.
-    mode: as that of `open`; of an object in a bucket, for reading.
-    **options: as those of `open`.
+    path: the file.
+    mode: as in `open`; for an object in a bucket, only 'r' and 'rb'.
+    **options: as in `open`.
 
   Raises:
-    UserError: if it is anything else.
+    UserError: if it is a link or not a regular file.
     OSError: as `open`.
   """
   if buckets.is_in_bucket(path):
@@ -258,11 +257,11 @@ def read_own(path: epath.Path, most: int) -> bytes | None:
   """Reads a file of a run; None if there is none.
 
   Args:
-    path: of the file.
-    most: bytes that it may have.
+    path: the file.
+    most: the most bytes that it may have.
 
   Raises:
-    UserError: if it is larger, or no regular file.
+    UserError: if it is larger, or not a regular file.
   """
   try:
     with open_own(path, 'rb') as file:
@@ -282,15 +281,15 @@ def read_own(path: epath.Path, most: int) -> bytes | None:
 def open_whole(
     path: epath.Path, field: str = '', parents: bool = False
 ) -> Iterator[BinaryIO]:
-  """Opens a file to be written whole: it appears once all is written.
+  """Opens a file for an atomic write: it appears once everything is written.
 
-  A file that was there is replaced then, and kept if something fails before.
+  An existing file is replaced only then, and kept if something fails before.
 
   Args:
-    path: of the file.
-    field: the flag that named the file; with it, errors of the file system
-      become UserError.
-    parents: whether to make the folders that it lies in.
+    path: the file.
+    field: the flag that named the file; if given, file system errors become
+      UserError.
+    parents: whether to create the parent folders.
 
   Yields:
     A binary file.
@@ -299,20 +298,20 @@ def open_whole(
     UserError: if the file that `field` names cannot be written.
   """
   if buckets.is_in_bucket(path):
-    # An object is there once it is written, whole.
+    # An object appears only once it is completely written.
     buffer = io.BytesIO()
     yield buffer
     path.write_bytes(buffer.getvalue())
     return
-  # A name that nobody can have put there before: several processes may write
-  # one file, and others may have a say in the folder.
+  # A random name, which cannot exist yet: several processes may write the same
+  # file, and other users may write to the folder.
   part = path.with_name(f'.{path.name[:60]}.{secrets.token_hex(8)}.part')
   try:
     if parents:
       path.parent.mkdir(parents=True, exist_ok=True)
     with open(part, 'xb') as file:
       yield file
-      # Or a crash of the machine could leave an empty file by that name.
+      # Without this, a crash of the machine could leave an empty file.
       file.flush()
       os.fsync(file.fileno())
     part.replace(path)
@@ -329,7 +328,7 @@ def open_whole(
 
 
 def write_json(path: epath.Path, value: Any) -> None:
-  """Writes a JSON value, indented, whole or not at all."""
+  """Writes a JSON value, indented, atomically."""
   with open_whole(path) as file:
     file.write((json.dumps(value, indent=2) + '\n').encode())
 
@@ -337,20 +336,20 @@ def write_json(path: epath.Path, value: Any) -> None:
 class AppendedFile:
   """A text file of a run that grows.
 
-  On a disk, what is appended is there at once, also if the process is killed.
-  In a bucket it is there once it is flushed: an object cannot grow and is
-  written anew, and a mounted bucket shows a file once it is closed.
+  On a disk, appended text is in the file at once, even if the process dies.
+  In a bucket, it is there only after a flush: an object cannot grow and is
+  rewritten, and a mounted bucket shows a file only after it is closed.
   """
 
   def __init__(self, path: epath.Path, begin: bytes | None = None):
     """Opens the file.
 
     Args:
-      path: of the file.
-      begin: what it is to hold, in place of what it holds.
+      path: the file.
+      begin: replaces the file's content; None = the content is kept.
 
     Raises:
-      UserError: if it is no regular file.
+      UserError: if it is not a regular file.
     """
     self._path = path
     self._file = self._held = None
@@ -376,12 +375,13 @@ class AppendedFile:
       return
     self._held.write(data)
     self._changed = True
-    # Now and then, for who follows a run; the longer it takes, the rarer.
+    # For those who follow a run. The longer a write takes, the less often it is
+    # repeated.
     if time.monotonic() > self._next:
       self._write_object()
 
   def flush(self) -> None:
-    """Puts on disk, or in the bucket, what was appended."""
+    """Writes the appended text to disk or to the bucket."""
     if self._held is None:
       os.fsync(self._file.fileno())
       self._file.close()
@@ -406,14 +406,14 @@ class AppendedFile:
 
 
 def append(path: epath.Path, text: str) -> None:
-  """Appends lines to a text file of a run, which need not be there yet.
+  """Appends lines to a text file of a run, which need not exist yet.
 
-  If a kill cut off its last line, that line ends before them. In a bucket the
-  lines of others who append at the same time may replace these; they are
-  appended until they stay.
+  If the file's last line is incomplete, a line end is added first. In a bucket,
+  another process that appends at the same time may overwrite these lines. So
+  they are checked a few times, and appended again if they are gone.
 
   Raises:
-    UserError: if it is no regular file.
+    UserError: if it is not a regular file.
     OSError: if it cannot be written.
   """
   _append(path, text)
@@ -438,9 +438,9 @@ def _append(path: epath.Path, text: str) -> None:
 
 
 def csv_text(value: Any) -> Any:
-  """Returns a cell that a spreadsheet takes for text, if it is a text.
+  """Returns a cell that a spreadsheet does not take for a formula.
 
-  One that begins as a formula does gets an apostrophe before it.
+  A text that begins like a formula gets an apostrophe in front.
   """
   if isinstance(value, str) and value.startswith(FORMULA):
     return f"'{value}"
@@ -451,7 +451,7 @@ def parse(text: str | bytes) -> Any:
   """Parses JSON from outside.
 
   Raises:
-    ValueError: if it is none, or nested without end.
+    ValueError: if it is not valid JSON, or too deeply nested.
   """
   try:
     return json.loads(text)
@@ -463,7 +463,8 @@ def read_object(path: epath.Path) -> dict[str, Any]:
   """Reads a JSON object that a run wrote; empty if there is no file.
 
   Raises:
-    UserError: if the file holds none, is too large, or is no regular file.
+    UserError: if the file holds no JSON object, is too large, or is not a
+      regular file.
   """
   data = read_own(path, MOST_JSON)
   if data is None:

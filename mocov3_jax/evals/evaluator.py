@@ -1,4 +1,4 @@
-"""What an evaluator is: a state goes in, named numbers come out."""
+"""The interface of evaluators: from a training state to named numbers."""
 
 from collections.abc import Callable, Mapping, Sequence
 import dataclasses
@@ -18,20 +18,21 @@ Values = dict[str, float]
 
 @dataclasses.dataclass(frozen=True)
 class Evaluator:
-  """Measures the state of a training between steps.
+  """Measures the training state between steps.
 
-  A training has any number of evaluators, each with an interval of its own. All
-  of them measure the initial state, and each state that is saved.
+  A training run has any number of evaluators, each with its own interval. All
+  of them measure the initial state and each state that is saved.
 
   Attributes:
-    measure: state -> values by the names of their metrics.
-    every: steps between two measurements; 0 = only where a checkpoint is saved.
-    main: the metric that sums the values up. It is among the results, together
-      with what it was before training.
-    words: values with `main` -> a few words for people, such as "kNN 97.2%".
-    unreadable: why images could not be read, by name; grows as it measures.
-    best: whether the checkpoint with the highest `main` is the best one. At
-      most one evaluator of a training says so.
+    measure: state -> values by metric name.
+    every: steps between measurements; 0 = only when a checkpoint is saved.
+    main: the main metric. The results contain its last value and its value
+      before training.
+    words: values that include `main` -> a short text, such as "kNN 97.2%".
+    unreadable: the images that could not be read, {name: reason}; grows with
+      each measurement.
+    best: whether the best checkpoint is the one with the highest `main`. At
+      most one evaluator of a run may set this.
   """
 
   measure: Callable[[State], Values]
@@ -42,27 +43,27 @@ class Evaluator:
   unreadable: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
   def is_due(self, step: int) -> bool:
-    """Returns whether `every` asks for a measurement after `step` updates."""
+    """Returns whether a measurement is due by `every` after `step` updates."""
     return self.every > 0 and step % self.every == 0
 
 
 def best_metric(evaluators: Sequence[Evaluator]) -> str | None:
-  """Returns the metric by which a checkpoint is the best; None without one."""
+  """Returns the metric that decides the best checkpoint; None if none does."""
   return next((e.main for e in evaluators if e.best), None)
 
 
 class EvalContext(NamedTuple):
-  """What the evaluators of a pre-training are built from.
+  """What the evaluators of a pre-training run are built from.
 
   Attributes:
-    config: of the run.
+    config: the run's config.
     model: the network.
     augment: makes the views of a batch.
     splits: the images.
-    mesh: to work on.
-    reader: of this process's part of the training batches.
-    stop_asked: whether this process has been asked to end. An evaluator that
-      takes long heeds it, in all processes alike, and raises Preempted.
+    mesh: the mesh to compute on.
+    reader: reads this process's part of the training batches.
+    stop_asked: returns whether this process has been asked to stop. A slow
+      evaluator checks it and raises Preempted, in all processes together.
   """
 
   config: ConfigDict

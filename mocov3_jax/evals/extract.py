@@ -1,4 +1,4 @@
-"""Features of the images of a source, and what a classifier says of them."""
+"""Writes the features of a source's images, and the classes predicted."""
 
 import csv
 import io
@@ -14,14 +14,14 @@ from mocov3_jax.evals import features
 from mocov3_jax.evals.opened import check_flags, open_checkpoint
 from mocov3_jax.runs import network
 
-# What a layer needs of the network, and the method that computes it.
+# The parts of the network that a layer needs, and the method that computes it.
 LAYERS = {
     'backbone': (('backbone',), 'features'),
     'projector': (('backbone', 'projector'), 'project'),
 }
-# Bytes of the names of images in a table, at most.
+# The most bytes that the names of images may take in a table.
 MOST_NAMES = 2**31
-# Classes that are written of an image, the likeliest first.
+# How many classes are written per image, the likeliest first.
 GUESSES = 5
 
 
@@ -30,26 +30,26 @@ def extract(
     layer: str = 'backbone', encoder: str = 'query', labels: str = '',
     batch_size: int = 256, threads: int = 0,
 ) -> dict[str, Any]:
-  """Writes the features of all images of a source, their classes, or both.
+  """Writes features or predicted classes, or both, of all images of a source.
 
   Args:
     checkpoint: a workdir or one checkpoints/<step>.
-    source: as `config.data.source`; '' = what the run was trained on.
-    out: the .npz file; must not exist. '' = none.
+    source: like `config.data.source`; '' = the training data of the run.
+    out: the .npz file of features; must not exist. '' = none.
     predict: the .csv file of classes and probabilities, for a checkpoint with
       a classifier; must not exist. '' = none.
     layer: 'backbone' or 'projector'.
     encoder: 'query', 'momentum' or 'random'.
-    labels: as `config.data.labels`; '' = those of the run, or 'auto' of another
-      source.
-    batch_size: images per forward pass over all devices.
-    threads: that read and decode images; 0 = one a core.
+    labels: like `config.data.labels`; '' = that of the run, or 'auto' if
+      `source` is given.
+    batch_size: images per forward pass on all devices together.
+    threads: number of threads that read and decode images; 0 = one per core.
 
   Returns:
-    What was written, flat.
+    A summary of what was written, as a flat dictionary.
 
   Raises:
-    UserError: for bad input; nothing is written then.
+    UserError: if the input is bad; then nothing is written.
   """
   if layer not in LAYERS:
     raise unknown('--layer', layer, LAYERS)
@@ -128,7 +128,7 @@ def probabilities(
   """Maps features [N, D] to the probabilities of the classes, [N, C] float32.
 
   Raises:
-    UserError: if the classifier is for features of another width.
+    UserError: if the classifier needs features of another width.
   """
   kernel, bias = classifier['kernel'], classifier['bias']
   if kernel.shape != (values.shape[1], len(bias)):
@@ -146,23 +146,24 @@ def predictions(
     table: dict[str, np.ndarray], label_names: tuple[str, ...],
     chances: np.ndarray, classes: list[str],
 ) -> tuple[str, dict[str, Any]]:
-  """Returns a table of the likeliest classes of each image, as CSV.
+  """Returns a CSV table of the likeliest classes of each image.
 
   Args:
     table: 'names' and 'labels' of the images.
-    label_names: of the labels.
+    label_names: the names of the labels.
     chances: [N, C], probabilities of the classifier's classes.
-    classes: their names; empty = not known, then they are numbers.
+    classes: the names of the classes; empty = not known, and they are written
+      as numbers.
 
   Returns:
-    The text; and, where the names of labels and classes are known and some of
-    them the same, the accuracy on those images.
+    The text; and the accuracy on the images whose label is the name of a class,
+    or an empty dictionary if there are no such images.
   """
   count = min(GUESSES, chances.shape[1])
   names = np.array(classes or [str(c) for c in range(chances.shape[1])])
   order = np.argsort(-chances, axis=1, kind='stable')[:, :count]
   guesses = names[order]
-  labels = np.array([*label_names, ''])[table['labels']]  # -1: the last one.
+  labels = np.array([*label_names, ''])[table['labels']]  # Label -1 gives ''.
   text = io.StringIO()
   writer = csv.writer(text, lineterminator='\n')
   numbered = [f'_{n}' if n > 1 else '' for n in range(1, count + 1)]

@@ -1,4 +1,4 @@
-"""Features of all images of a source: what evaluators start from."""
+"""Extracts the features of all images of a source, for evaluators."""
 
 from collections.abc import Callable, Iterator
 import dataclasses
@@ -22,9 +22,9 @@ from mocov3_jax.sources import Source
 
 PyTree = Any
 # (params, batch_stats, source) -> features [n, D] of the images that could be
-# read, in the memory of each host, and their places in the source, int64 [n].
+# read, in the memory of each host, and their indices in the source, int64 [n].
 Extract = Callable[[PyTree, PyTree, Source], tuple[np.ndarray, np.ndarray]]
-# Unreadable images that are named one by one, at a time.
+# How many unreadable images are named individually at a time.
 NAMED = 10
 STOPPED = 'stopped in an evaluation, which the same line begins anew'
 
@@ -32,40 +32,40 @@ STOPPED = 'stopped in an evaluation, which the same line begins anew'
 def width(
     model: Network, variables: PyTree, image_shape: tuple[int, int, int]
 ) -> int:
-  """Returns how many numbers the features of an image are."""
+  """Returns the width of the features of an image."""
   forward = functools.partial(model.apply, train=False, method='features')
   images = jnp.zeros((1, *image_shape))
   return jax.eval_shape(forward, variables, images).shape[-1]
 
 
 class NonFiniteFeatures(UserError):
-  """Features that are NaN or infinite: nothing can be said of the network."""
+  """Features are NaN or infinite, so the network cannot be evaluated."""
 
 
 @dataclasses.dataclass
 class ReadingLog:
-  """What could not be read of sources, and how much of that is too much.
+  """Records unreadable images, and enforces a limit on their number.
 
   Attributes:
-    most: share of the images of a source that may be unreadable.
-    unreadable: why each image could not be read, by its name.
+    most: the fraction of a source's images that may be unreadable.
+    unreadable: the images that could not be read, {name: reason}.
   """
 
   most: float = 1.0
   unreadable: dict[str, str] = dataclasses.field(default_factory=dict)
 
   def readable(self, source: Source, unreadable: np.ndarray) -> np.ndarray:
-    """Returns the places of the images that could be read, int64 [n].
+    """Returns the indices of the images that could be read, int64 [n].
 
-    Names the others, once.
+    It prints the names of the others, once each.
 
     Args:
       source: the images.
-      unreadable: of its batches, one after another, as `Batch` has it; what
-        filled up the last one is left out.
+      unreadable: `Batch.unreadable` of all batches of the source, concatenated.
+        The padding of the last batch is ignored.
 
     Raises:
-      UserError: if none could be read, or too few.
+      UserError: if none or too few could be read.
     """
     bad = np.flatnonzero(unreadable[: len(source)] >= 0)
     new = []
@@ -100,15 +100,15 @@ class ReadingLog:
 def require_finite(
     finite: np.ndarray, source: Source, places: np.ndarray
 ) -> None:
-  """Checks the features of images.
+  """Checks that the features of all images are finite.
 
   Args:
-    finite: bool [n], whether those of an image are.
-    source: of the images.
-    places: int64 [n], of the images in it.
+    finite: bool [n], whether the features of each image are finite.
+    source: the source of the images.
+    places: int64 [n], the indices of the images in the source.
 
   Raises:
-    NonFiniteFeatures: with the first image whose features are not.
+    NonFiniteFeatures: if some are not; names the first such image.
   """
   bad = np.flatnonzero(~finite)
   if len(bad):
@@ -126,20 +126,21 @@ def extractor(
     workers: Workers, method: str = 'features', log: ReadingLog | None = None,
     stop_asked: Callable[[], bool] = lambda: False,
 ) -> Extract:
-  """Returns an `Extract`, in evaluation mode.
+  """Returns an `Extract` that runs the network in evaluation mode.
 
-  It raises UserError if too few images can be read, NonFiniteFeatures, and
-  Preempted in all processes, after the same batch, once one is asked to stop.
+  The `Extract` raises UserError if too few images can be read, and
+  NonFiniteFeatures if features are not finite. If one process is asked to stop,
+  it raises Preempted in all processes, after the same batch.
 
   Args:
     model: the network.
-    data: of the run: image size and normalisation.
-    mesh: to work on.
-    batch_size: images at a time, over the whole mesh.
-    workers: read and decode.
-    method: of the network, 'features' or 'project'.
-    log: is told what cannot be read.
-    stop_asked: whether this process has been asked to end.
+    data: `config.data` of the run, for image size and normalisation.
+    mesh: the mesh to compute on.
+    batch_size: images per forward pass on the whole mesh.
+    workers: read and decode the images.
+    method: method of the network, 'features' or 'project'.
+    log: records the images that cannot be read.
+    stop_asked: returns whether this process has been asked to stop.
   """
   log = log or ReadingLog()
   positions = sharding.local_positions(mesh, batch_size)
@@ -182,10 +183,10 @@ def extractor(
 
 
 def _one_late(results: Iterator[Any]) -> Iterator[Any]:
-  """Yields each result once the next one has been asked for.
+  """Yields each result after the next one has been requested.
 
-  So the devices compute one batch while the next is read, and hold no more
-  than these two.
+  The devices thus compute one batch while the next one is read, and never hold
+  more than two.
   """
   last = next(results)
   for result in results:

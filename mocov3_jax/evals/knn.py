@@ -1,7 +1,7 @@
 """Weighted k-nearest-neighbour classification of backbone features.
 
-The monitor of the paper's appendix A, which refers to Wu et al. 2018 (arXiv
-1805.01978): cosine similarity, k = 200, votes weighted by
+This is the monitor of the paper's appendix A, which refers to Wu et al. 2018
+(arXiv 1805.01978): cosine similarity, k = 200, and votes weighted by
 exp(similarity / 0.07).
 """
 
@@ -25,9 +25,10 @@ from mocov3_jax.parallel import sharding
 from mocov3_jax.sources import Source, Splits
 
 PyTree = Any
-# Queries compared with the whole bank at once: their similarities to 1.28 M
-# images are 1.3 GB over all devices. So is the bank, of ResNet-50's 2,048
-# numbers an image 10 GB, which is there twice while it is normalised.
+# How many queries are compared with the whole bank at once. Their similarities
+# to 1.28 M images take 1.3 GB, split over all devices. The bank is split, too:
+# with ResNet-50's 2,048 features per image it takes 10 GB, and twice that while
+# it is normalised.
 QUERY_BLOCK = 256
 
 
@@ -49,7 +50,7 @@ class LabelledFeatures(NamedTuple):
   Attributes:
     features: [n, D], in the host's memory.
     labels: int [n].
-    unreadable: how many could not be.
+    unreadable: how many labelled images could not be read.
   """
 
   features: np.ndarray
@@ -65,14 +66,16 @@ def nearest(
 
   Args:
     queries: [Q, D]; scaled to unit length here.
-    bank: [N, D]; likewise. Each device of the mesh gets a part of its rows.
-    k: neighbours, at most N; of equal ones the first in the bank win.
-    mesh: to work on; all processes of it are given the same.
-    exclude_self: int [Q], the row of the bank that is the query itself and no
-      neighbour of its own; None = the queries are not in the bank.
+    bank: [N, D]; scaled likewise. Each device of the mesh gets some of its
+      rows.
+    k: number of neighbours, at most N. Ties go to the first row of the bank.
+    mesh: the mesh to compute on. All its processes pass the same arguments.
+    exclude_self: int [Q], the row of the bank that is the query itself, and
+      must not be its neighbour; None = the queries are not in the bank.
 
   Returns:
-    Cosines float32 [Q, k], falling, and rows of the bank, int32 [Q, k].
+    Cosine similarities in descending order, float32 [Q, k], and rows of the
+    bank, int32 [Q, k].
   """
   padding = -len(queries) % QUERY_BLOCK
   blocks = np.pad(queries, ((0, padding), (0, 0)), mode='edge')
@@ -94,26 +97,26 @@ def _nearest(
     blocks: jax.Array, bank: jax.Array, exclude_self: jax.Array | None, *,
     k: int, count: int, mesh: Mesh,
 ) -> tuple[jax.Array, jax.Array]:
-  """Finds neighbours, a block of queries [QUERY_BLOCK, D] after the other.
+  """Finds neighbours for one block of queries [QUERY_BLOCK, D] after the other.
 
-  Each device compares all queries with its part of the bank and finds the best
-  k there. These alone are brought together, and the best k of them kept.
+  Each device compares all queries of a block with its part of the bank and
+  finds the best k there. Only these are gathered, and the best k of them kept.
 
   Args:
-    blocks: [blocks, QUERY_BLOCK, D].
-    bank: [N, D], its rows split over the devices.
+    blocks: the queries, [blocks, QUERY_BLOCK, D].
+    bank: [N, D], with its rows split over the devices.
     exclude_self: int [blocks, QUERY_BLOCK], or None.
-    k: neighbours.
-    count: rows of the bank; what follows is padding.
-    mesh: of the bank.
+    k: number of neighbours.
+    count: number of real rows of the bank; the rest is padding.
+    mesh: the mesh that the bank is split over.
 
   Returns:
-    Cosines and rows, [blocks, QUERY_BLOCK, k], whole on every device.
+    Cosine similarities and rows, [blocks, QUERY_BLOCK, k], replicated.
   """
   axes = sharding.BATCH_AXES
 
   def of_part(q, excluded, part):
-    """Returns the best k of the rows that this device has, [Q, k]."""
+    """Returns the best k of this device's rows, [Q, k]."""
     row = jax.lax.axis_index(axes) * len(part) + jnp.arange(len(part))
     similarity = jnp.matmul(q, part.T, precision=jax.lax.Precision.HIGHEST)
     no_neighbour = jnp.broadcast_to(row >= count, similarity.shape)
@@ -132,7 +135,7 @@ def _nearest(
 
   def block(queries):
     q, excluded = queries
-    # In the order of the bank, so that of equal ones the first win.
+    # The parts are in the order of the bank, so ties go to the first row.
     cosine, row = of_parts(unit(q), excluded, bank)  # [Q, P k]
     cosine, place = jax.lax.top_k(cosine, k)
     return cosine, jnp.take_along_axis(row, place, axis=1)
@@ -149,18 +152,18 @@ def count_votes(
   """Sums the votes of each query's neighbours.
 
   Args:
-    similarity: cosines [Q, k], falling.
-    labels: of the neighbours, int [Q, k]; -1 does not vote.
-    num_classes: number of labels.
-    temperature: of the weights exp(cosine / temperature).
+    similarity: cosine similarities in descending order, [Q, k].
+    labels: labels of the neighbours, int [Q, k]; -1 does not vote.
+    num_classes: number of classes.
+    temperature: the weight of a vote is exp(cosine / temperature).
 
   Returns:
-    float32 [Q, num_classes], each row up to a positive factor.
+    float32 [Q, num_classes]; each row up to a positive factor.
   """
-  # Relative to the nearest one's weight, which cannot overflow.
+  # Relative to the weight of the nearest neighbour, so exp cannot overflow.
   weight = jnp.exp((similarity - similarity[:, :1]) / temperature)
 
-  # One neighbour of every query after the other: [Q, k, classes] is large.
+  # Add one neighbour of each query at a time: [Q, k, classes] would be large.
   def add(votes, neighbour):
     its_weight, its_label = neighbour  # [Q]
     vote = its_weight[:, None] * jax.nn.one_hot(
@@ -176,23 +179,23 @@ _vote = jax.jit(count_votes, static_argnames=('num_classes', 'temperature'))
 
 
 def capped_k(k: int, bank_size: int, num_classes: int) -> int:
-  """Returns k, but at most a sixth of the mean number of images per class.
+  """Returns k, capped to a sixth of the mean number of images per class.
 
-  200 neighbours are a sixth of ImageNet's 1,281 images per class. On a small
-  bank, k near the size of a class or beyond lets the other classes vote.
+  For ImageNet, with 1,281 images per class, a sixth is about 200. In a small
+  bank, if k is near the size of a class or larger, other classes get to vote.
   """
   return max(1, min(k, bank_size // num_classes // 6))
 
 
 def monitor(context: EvalContext) -> Evaluator | None:
-  """Returns the kNN monitor of a pre-training; None without labels.
+  """Returns the kNN monitor of a pre-training run; None without labels.
 
-  Its metrics are 'knn/top1', the share of test images classified right,
-  'knn/k', the neighbours asked, and 'knn/unreadable', the images of bank and
-  test that could not be read and are left out.
+  Its metrics are 'knn/top1', the accuracy on the test images; 'knn/k', the
+  number of neighbours; and 'knn/unreadable', the number of images of bank and
+  test split that could not be read and are left out.
 
   Raises:
-    UserError: if bank or test split has no label after all.
+    UserError: see `bank_and_queries`.
   """
   knn, splits = context.config.knn, context.splits
   if splits.test is None:
@@ -221,19 +224,19 @@ def monitor(context: EvalContext) -> Evaluator | None:
 def reading(
     context: EvalContext, log: features_lib.ReadingLog
 ) -> Callable[[State], tuple[LabelledFeatures, LabelledFeatures]]:
-  """Returns what computes features of bank and queries from a state.
+  """Returns a function from a state to the features of bank and queries.
 
   Other evaluators of labelled images can use it as well.
 
   Args:
-    context: of the run.
-    log: is told what cannot be read.
+    context: the parts of the run.
+    log: records the images that cannot be read.
 
   Raises:
-    UserError: if bank or test split has no label after all.
+    UserError: see `bank_and_queries`.
   """
   config = context.config
-  # No more at a time than in a pass of the training.
+  # No more images at a time than in a forward pass of training.
   batch_size = config.micro_batch * context.mesh.size or config.batch_size
   extract = features_lib.extractor(
       context.model, config.data, context.mesh, batch_size,
@@ -251,10 +254,11 @@ def reading(
 def bank_and_queries(
     knn: ConfigDict, splits: Splits
 ) -> tuple[LabelledImages, LabelledImages]:
-  """Returns the labelled images to remember, and those to classify.
+  """Returns the labelled images of the bank, and those to classify.
 
   Raises:
-    UserError: if there are none.
+    UserError: if one of them has no labelled images, or if all labels in the
+      bank are the same.
   """
   found = []
   for name, source, count in (
@@ -281,17 +285,18 @@ def table(
     knn: ConfigDict, extract: Extract, splits: Splits, mesh: Mesh,
     params: PyTree, batch_stats: PyTree,
 ) -> dict[str, Any]:
-  """Classifies once, for all k and temperatures.
+  """Evaluates kNN for all values of k and temperature in the config.
 
-  With `leave_one_out`, each image of both splits by all others.
+  With `leave_one_out`, each image of both splits is classified by all others.
 
   Returns:
-    'top1' and 'test_images' for `k` and `temperature`; 'k', the neighbours
-    asked; 'table', [{'k', 'temperature', 'top1'}, ...] with those and `more_k`
-    and `more_temperatures`.
+    'top1', the accuracy with `k` and `temperature`; 'k', the capped number of
+    neighbours; 'test_images', the number of images classified; and 'table',
+    [{'k', 'temperature', 'top1'}, ...], which also covers `more_k` and
+    `more_temperatures`.
 
   Raises:
-    UserError: if there are no labels.
+    UserError: see `bank_and_queries`.
   """
   read = functools.partial(_read, extract, params, batch_stats)
   bank, queries = map(read, bank_and_queries(knn, splits))
@@ -329,7 +334,7 @@ def _classify(
     ks: Sequence[int], temperatures: Sequence[float], mesh: Mesh,
     exclude_self: np.ndarray | None = None,
 ) -> list[dict[str, Any]]:
-  """Returns the share classified right for each (capped) k and temperature."""
+  """Returns the accuracy for each (capped) k and each temperature."""
   ks = [capped_k(k, len(bank.labels), classes) for k in ks]
   similarity, index = nearest(
       queries.features, bank.features, max(ks), mesh, exclude_self

@@ -1,13 +1,13 @@
 """The monitor of the paper's appendix A: kNN against a queue of features.
 
-The queue holds the features of the last training images as they were when
-they were trained on: augmented, and of older networks. Each batch is
-classified before it enters. That costs no pass through the network, so it can
-be done at every step. The paper does not say which view or encoder it takes;
-here it is the first view and the online network.
+The queue holds the features of the latest training images, as computed when
+they were trained on: of augmented images, and by older networks. Each batch is
+classified before it enters the queue. That needs no extra forward pass, so it
+runs at every step. The paper does not say which view or encoder it uses; here
+it is the first view and the online network.
 
-Unlike other evaluators this one sees the batches. It wraps the training step,
-which hands out the features that it computes anyway.
+Unlike other evaluators, this one sees the training batches. It wraps the
+training step, which returns the features that it computes anyway.
 """
 
 from collections.abc import Callable
@@ -27,18 +27,18 @@ from mocov3_jax.models import Network
 from mocov3_jax.models.layers import unit
 from mocov3_jax.sources import Source
 
-# The fields that a state has for this monitor alone.
+# The fields of the state that only this monitor uses.
 FIELDS = ('queue',)
 
 
 @flax.struct.dataclass
 class Queue:
-  """First in, first out.
+  """A first-in, first-out queue of features and labels.
 
   Attributes:
-    features: [K, D], of length 1.
-    labels: int32 [K], -1 where there is none, or nothing yet.
-    next: int32 scalar, where the next batch goes.
+    features: [K, D], rows of norm 1.
+    labels: int32 [K]; -1 = no label, or the place is still empty.
+    next: int32 scalar, the position for the next batch.
   """
 
   features: jax.Array
@@ -48,10 +48,10 @@ class Queue:
 
 @flax.struct.dataclass
 class QueuedState(TrainState):
-  """A training state with a queue.
+  """A training state with the monitor's queue.
 
   Attributes:
-    queue: of the monitor.
+    queue: the queue of features.
   """
 
   queue: Queue
@@ -61,19 +61,19 @@ def watching(
     init: Callable[[], TrainState], step: Callable[..., Any],
     config: ConfigDict, model: Network, source: Source,
 ) -> tuple[Callable[[], QueuedState], Callable[..., Any]]:
-  """Wraps the functions of a training, so that a queue watches its batches.
+  """Wraps the functions init and step of a run to add the queue monitor.
 
   Args:
     init: () -> state.
     step: (state, Batch with labels) -> (state, metrics, features [B, V, D]).
-    config: of the run.
+    config: the run's config.
     model: the network.
-    source: the images to train on.
+    source: the training images.
 
   Returns:
-    () -> state with a queue, and (that state, Batch) -> (state, metrics); the
-    metrics have 'knn/queue_top1' and 'knn/queue_filled', the share of the
-    queue that has a label, besides the step's own.
+    () -> state with a queue, and (that state, Batch) -> (state, metrics). The
+    step adds two metrics: 'knn/queue_top1', and 'knn/queue_filled', the
+    fraction of the queue that has a label.
   """
   size = length(config.knn.queue_share, len(source), config.batch_size)
   k = knn.capped_k(config.knn.k, size, len(source.classes))
@@ -101,12 +101,12 @@ def watching(
 
 
 def length(share: float, num_examples: int, batch_size: int) -> int:
-  """Returns how many images are in the queue: a share, in whole batches."""
+  """Returns the queue's length: a share of the data, in whole batches."""
   return batch_size * max(1, round(share * num_examples / batch_size))
 
 
 def with_queue(state: TrainState, size: int, width: int) -> QueuedState:
-  """Adds an empty queue of `size` features of `width` numbers."""
+  """Adds an empty queue of `size` features of this width."""
   queue = Queue(
       jnp.zeros((size, width)), jnp.full(size, -1, jnp.int32),
       jnp.zeros((), jnp.int32),
@@ -119,14 +119,14 @@ def queue_accuracy(
     queue: Queue, features: jax.Array, labels: jax.Array, *, k: int,
     temperature: float, num_classes: int,
 ) -> jax.Array:
-  """Returns the share of labelled images that the queue classifies right.
+  """Returns the accuracy on the labelled images of a batch.
 
   Args:
-    queue: of earlier images; empty places do not vote.
+    queue: features of earlier images; entries without a label do not vote.
     features: [B, D].
-    labels: int [B], -1 where there is none.
+    labels: int [B]; -1 = no label.
     k, temperature: as in `knn`.
-    num_classes: number of labels.
+    num_classes: number of classes.
   """
   cosine = jnp.matmul(
       unit(features), queue.features.T, precision=jax.lax.Precision.HIGHEST
@@ -144,10 +144,10 @@ def queue_accuracy(
 
 
 def push(queue: Queue, features: jax.Array, labels: jax.Array) -> Queue:
-  """Puts a batch in the place of the oldest one.
+  """Replaces the oldest batch in the queue by a new one.
 
   Args:
-    queue: its length is a multiple of the batch.
+    queue: the queue; its length is a multiple of B.
     features: [B, D].
     labels: int [B].
   """

@@ -1,7 +1,8 @@
-"""What features tell without labels: alignment, uniformity, effective rank.
+"""Measures features without labels: alignment, uniformity, effective rank.
 
-Wang and Isola 2020 (arXiv 2005.10242); Roy and Vetterli 2007, whose effective
-rank Garrido et al. 2023 (RankMe, arXiv 2210.02885) apply to features.
+Alignment and uniformity: Wang and Isola 2020 (arXiv 2005.10242). Effective
+rank: Roy and Vetterli 2007; Garrido et al. 2023 (RankMe, arXiv 2210.02885)
+apply it to features.
 """
 
 import functools
@@ -23,7 +24,7 @@ PyTree = Any
 def alignment(first: jax.Array, second: jax.Array) -> jax.Array:
   """Returns the mean squared distance of two views' unit features [N, D].
 
-  From 0, the views of an image alike, to 4.
+  It ranges from 0, if the views of each image have equal features, to 4.
   """
   return jnp.mean(jnp.sum((unit(first) - unit(second)) ** 2, axis=1))
 
@@ -31,8 +32,8 @@ def alignment(first: jax.Array, second: jax.Array) -> jax.Array:
 def uniformity(features: jax.Array) -> jax.Array:
   """Returns log(mean(exp(-2 distance^2))) over pairs of different rows [N, D].
 
-  0 if all are alike (or there is one row only); the lower, the more evenly they
-  cover the unit sphere.
+  It is 0 if all rows are equal, or if there is only one. The lower it is, the
+  more evenly the unit features cover the sphere.
   """
   if len(features) < 2:
     return jnp.zeros(())
@@ -43,21 +44,22 @@ def uniformity(features: jax.Array) -> jax.Array:
 
 
 def effective_rank(features: jax.Array) -> jax.Array:
-  """Returns exp of the entropy of the singular values' shares, of [N, D].
+  """Returns exp(entropy) of the normalised singular values of [N, D].
 
-  From 1, all rows on one line (or zero), to min(N, D).
+  It ranges from 1, if all rows are multiples of one vector (or zero), to
+  min(N, D).
   """
   values = jnp.linalg.svd(features, compute_uv=False)
-  share = values / jnp.maximum(jnp.sum(values), 1e-12)  # Of zeros, zeros.
+  share = values / jnp.maximum(jnp.sum(values), 1e-12)  # Zeros stay zeros.
   return jnp.exp(jnp.sum(jax.scipy.special.entr(share)))
 
 
 def monitor(context: EvalContext) -> Evaluator | None:
-  """Returns the monitor of a pre-training without labels; None with labels.
+  """Returns the monitor of a run without labels; None if there are labels.
 
   The metrics are 'features/alignment', 'features/uniformity' and
-  'features/effective_rank' of backbone features in evaluation mode, always of
-  the same views of the same images: those that the reader gives for step 0.
+  'features/effective_rank' of backbone features in evaluation mode. They are
+  always measured on the same views of the same images: the batch of step 0.
   """
   if context.splits.test is not None:
     return None

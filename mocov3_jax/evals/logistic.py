@@ -1,4 +1,4 @@
-"""Logistic regression on features that stay the same: quick, by L-BFGS."""
+"""Logistic regression on fixed features, fitted by L-BFGS."""
 
 from collections.abc import Callable
 from typing import Any
@@ -16,15 +16,17 @@ def fit_and_score(
 ) -> dict[str, Any]:
   """Fits on standardised training features and classifies the test images.
 
-  The penalty is chosen on every tenth training image of each class, never on
-  the test images; the final fit has all training images.
+  The penalty is chosen by the accuracy on every tenth training image of each
+  class, which is held out; the test images play no part in it. The final fit
+  uses all training images.
 
   Args:
     features, test_features: [N, D], [n, D].
     labels, test_labels: int [N], [n].
-    inverse_penalties: C of scikit-learn's LogisticRegression.
-    iterations: of L-BFGS, at most.
-    go_on: called before each fit; raises to end here.
+    inverse_penalties: the values to try for C of scikit-learn's
+      LogisticRegression.
+    iterations: the most iterations of L-BFGS.
+    go_on: called before each fit; it may raise to stop.
 
   Returns:
     'top1', 'inverse_penalty', 'converged', and 'validation', the accuracy on
@@ -35,7 +37,7 @@ def fit_and_score(
     held[np.flatnonzero(labels == label)[HOLD_OUT - 1::HOLD_OUT]] = True
   validation = {}
   for c in inverse_penalties:
-    if not held.any():  # Too few to hold some out.
+    if not held.any():  # Too few images to hold any out.
       break
     go_on()
     model, _ = fit(features[~held], labels[~held], c, iterations)
@@ -57,7 +59,7 @@ def fit(
     iterations: int,
 ) -> tuple[Any, bool]:
   """Returns the scikit-learn Pipeline, and whether L-BFGS converged."""
-  # Here, since it would double the time that every command takes to start.
+  # Imported here, because it would double the start-up time of every command.
   from sklearn.exceptions import ConvergenceWarning
   from sklearn.linear_model import LogisticRegression
   from sklearn.pipeline import make_pipeline

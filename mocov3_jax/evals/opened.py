@@ -1,4 +1,4 @@
-"""A checkpoint and images, opened for use: by protocols, pictures, extract."""
+"""Opens a checkpoint with images, for the commands that evaluate networks."""
 
 from collections.abc import Callable
 import dataclasses
@@ -21,22 +21,22 @@ from mocov3_jax.sources import catalog, listing
 
 PyTree = Any
 
-# The random network is the run's own, before its first step.
+# The random network is that of the run before its first step.
 RANDOM = 'random'
 ENCODERS = (*network.ENCODERS, RANDOM)
 
 
 @dataclasses.dataclass(frozen=True)
 class Opened:
-  """A checkpoint, whose weights are still to be restored, and images.
+  """A checkpoint, whose weights are not restored yet, and images.
 
   Attributes:
     run: the checkpoint and its network.
-    spec: names the source of the images.
-    labels: as `config.data.labels`.
+    spec: the source of the images, like `config.data.source`.
+    labels: like `config.data.labels`.
     splits: the images.
-    mesh: of all devices.
-    workers: read and decode.
+    mesh: a mesh of all devices.
+    workers: read and decode the images.
   """
 
   run: network.Trained
@@ -51,7 +51,7 @@ class Opened:
       log: features.ReadingLog | None = None,
       stop_asked: Callable[[], bool] = lambda: False,
   ) -> features.Extract:
-    """Returns what computes features of a source; see `features.extractor`."""
+    """Returns a function that extracts features; see `features.extractor`."""
     return features.extractor(
         self.run.model, self.run.config.data, self.mesh, batch_size,
         self.workers, method, log, stop_asked,
@@ -64,10 +64,10 @@ class Opened:
 
     Args:
       encoder: one of ENCODERS.
-      parts: of the network, as `network.restore`.
+      parts: the parts of the network; see `network.restore`.
 
     Raises:
-      UserError: as `network.restore`.
+      UserError: see `network.restore`.
     """
     if encoder != RANDOM:
       return network.restore(self.run, self.mesh, encoder, parts)
@@ -94,15 +94,16 @@ def open_checkpoint(
   Args:
     checkpoint: a workdir (then its newest checkpoint) or one
       checkpoints/<step>.
-    source: as `config.data.source`; '' = what the run was trained on.
-    labels: as `config.data.labels`; '' = those of the run, or 'auto' of
-      another source.
-    threads: that read and decode images; 0 = one per core.
-    processes: that these are in; 0 = by the cores.
+    source: like `config.data.source`; '' = the training data of the run.
+    labels: like `config.data.labels`; '' = that of the run, or 'auto' if
+      `source` is given.
+    threads: number of threads that read and decode images; 0 = one per core.
+    processes: number of processes that share these threads; 0 = chosen by the
+      number of cores.
 
   Raises:
     UserError: if there is no such checkpoint, the images cannot be opened, or
-      they have other channels than the network.
+      their number of channels is not that of the network.
   """
   run = network.find(checkpoint)
   data = run.config.data
@@ -119,10 +120,10 @@ def open_checkpoint(
 
 
 def check_flags(encoder: str, batch_size: int, threads: int) -> None:
-  """Checks the flags that commands on a checkpoint share.
+  """Checks the flags that all commands on a checkpoint share.
 
   Raises:
-    UserError: with the first that cannot be.
+    UserError: for the first value that is not allowed.
   """
   if encoder not in ENCODERS:
     raise unknown('--encoder', encoder, ENCODERS)

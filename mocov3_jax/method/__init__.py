@@ -1,1 +1,1 @@
-"""The paper's method: the training step and what it is built from."""
+"""The paper's method: the training step and its parts."""

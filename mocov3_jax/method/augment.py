@@ -1,8 +1,8 @@
 """Augmented views of each image, made on the device inside the step.
 
-Pure functions of (images, key). Every example draws from its own key, so what
-it gets depends on its place in the global batch alone and not on the number of
-devices.
+All are pure functions of (images, key). Every example has its own key, so its
+augmentation depends only on its position in the global batch, not on the number
+of devices.
 """
 
 from collections.abc import Callable, Sequence
@@ -18,12 +18,12 @@ from mocov3_jax.method import image_ops
 from mocov3_jax.parallel.microbatch import ONE_BATCH, MicroBatches
 
 Augment = Callable[[jax.Array, jax.Array], jax.Array]
-# The table of each view, as those in `config.augment`.
+# The settings of each view, such as `config.augment.view1`.
 Views = Sequence[ConfigDict]
 
 
 def both_views(augment: ConfigDict) -> Views:
-  """Returns the tables of the two views of pre-training."""
+  """Returns the settings of the two views of pre-training."""
   return augment.view1, augment.view2
 
 
@@ -33,19 +33,19 @@ def draw_crop(
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
   """Draws the box of a random-resized crop.
 
-  As torchvision does: ten tries of (area uniform, aspect ratio log-uniform),
-  the first that fits; else the largest centred crop within the ratio. But the
-  box is not rounded to whole pixels, which on images of 8 or 32 pixels would
-  leave only a few different crops.
+  As in torchvision, it draws ten pairs (uniform area, log-uniform aspect ratio)
+  and takes the first that fits into the image, or else the largest centred crop
+  within the ratio. Unlike in torchvision, the box is not rounded to whole
+  pixels, which on images of 8 or 32 pixels would leave few different crops.
 
   Args:
-    key: of this example and view.
-    height, width: of the image, pixels.
-    area: smallest and largest share of the image.
+    key: the random key of this example and view.
+    height, width: the size of the image in pixels.
+    area: smallest and largest fraction of the image's area.
     ratio: smallest and largest width / height.
 
   Returns:
-    (top, left, height, width), float32 scalars, pixels.
+    (top, left, height, width) in pixels, float32 scalars.
   """
   k_area, k_ratio, k_top, k_left = jax.random.split(key, 4)
   tries = functools.partial(jax.random.uniform, shape=(10,))
@@ -55,7 +55,7 @@ def draw_crop(
   w, h = jnp.sqrt(pixels * aspect), jnp.sqrt(pixels / aspect)  # [10]
   fits = (w <= width) & (h <= height)
   first = jnp.argmax(fits)
-  # The fallback is fixed by the shape of the image.
+  # The fallback depends only on the shape of the image.
   w = jnp.where(fits[first], w[first], min(width, height * ratio[1]))
   h = jnp.where(fits[first], h[first], min(height, width / ratio[0]))
   centre = ~fits[first]
@@ -66,14 +66,17 @@ def draw_crop(
 
 @flax.struct.dataclass
 class AugmentParams:
-  """The drawn parameters of one view of one example; all scalars but two.
+  """The randomly drawn parameters of one view of one example.
+
+  All are scalars unless a shape is given.
 
   Attributes:
-    box: (top, left, height, width) of the crop, pixels.
+    box: (top, left, height, width) of the crop in pixels.
     jitter, gray, blur, solarize, flip: whether each is applied.
-    order: int [4], of the jitter's adjustments.
-    factors: [4], of brightness, contrast, saturation; and the hue's shift.
-    sigma: of the blur, pixels.
+    order: int [4], the order of the jitter's adjustments.
+    factors: [4], the factors of brightness, contrast and saturation, and the
+      hue shift.
+    sigma: standard deviation of the blur in pixels.
   """
 
   box: tuple[jax.Array, jax.Array, jax.Array, jax.Array]
@@ -119,13 +122,13 @@ def draw_params(
 def apply(
     image: jax.Array, drawn: AugmentParams, view: ConfigDict, size: int
 ) -> jax.Array:
-  """Makes one view, in the order of the original's pipeline.
+  """Makes one view, with the operations in the order of the original code.
 
   Args:
     image: [H, W, C] in [0, 1].
-    drawn: by `draw_params`.
-    view: its table; an operation of probability 0 is left out of the program.
-    size: side of the view, pixels.
+    drawn: from `draw_params`.
+    view: the view's settings. Operations of probability 0 are not compiled.
+    size: side of the view in pixels.
 
   Returns:
     [size, size, C] in [0, 1].
@@ -137,7 +140,7 @@ def apply(
 def colour(
     image: jax.Array, drawn: AugmentParams, view: ConfigDict
 ) -> jax.Array:
-  """Does all of `apply` after the crop, [S, S, C] to [S, S, C]."""
+  """Does everything in `apply` after the crop: [S, S, C] to [S, S, C]."""
   if view.jitter_prob:
     jittered = image_ops.jitter(image, drawn.order, drawn.factors)
     image = jnp.where(drawn.jitter, jittered, image)
@@ -153,7 +156,7 @@ def colour(
 
 
 def whole_images(images: jax.Array, data: ConfigDict) -> jax.Array:
-  """Returns what evaluation sees of uint8 [B, H, W, C]: resized, normalised."""
+  """Resizes and normalises uint8 [B, H, W, C] for evaluation."""
   height, width = images.shape[1:3]
   if (height, width) == (data.image_size, data.image_size):
     return image_ops.normalise(image_ops.to_float(images), data)
@@ -168,7 +171,7 @@ def whole_images(images: jax.Array, data: ConfigDict) -> jax.Array:
 def draw_views(
     key: jax.Array, views: Views, height: int, width: int
 ) -> list[AugmentParams]:
-  """Draws the views of the example whose key this is."""
+  """Draws the parameters of all views of one example."""
   keys = jax.random.split(key, len(views))
   return [
       draw_params(keys[i], view, height, width) for i, view in enumerate(views)
@@ -180,8 +183,8 @@ def apply_views(
 ) -> jax.Array:
   """Makes the V views [V, size, size, C] of an example, all in [0, 1].
 
-  The example is a whole image [H, W, C], which is cropped here, or the crops
-  that the host made of it, [V, size, size, C].
+  The example is either a whole image [H, W, C], which is cropped here, or the
+  crops [V, size, size, C] that the host has made.
   """
   pairs = list(zip(drawn, views, strict=True))
   if image.ndim == 4:
@@ -192,7 +195,7 @@ def apply_views(
 
 
 def example_keys(key: jax.Array, count: int) -> jax.Array:
-  """Keys [count] of the examples at places 0, 1, ... of the global batch."""
+  """Returns the keys [count] of the examples, in global batch order."""
   return jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(count))
 
 
@@ -202,14 +205,14 @@ def build(
 ) -> Augment:
   """Returns f(images uint8, key) -> V views [B, V, S, S, C].
 
-  S is `data.image_size`; B the global batch. The images are whole,
+  S is `data.image_size`, and B is the global batch size. The images are whole,
   [B, H, W, C], or crops, [B, V, S, S, C].
 
   Args:
-    views: a table for each.
+    views: the settings of each view.
     data: `config.data`.
-    dtype: of the views; the arithmetic is float32.
-    micro_batches: in which they are made.
+    dtype: dtype of the views; the computation is in float32.
+    micro_batches: how the batch is split while the views are made.
   """
   def example(image, key):
     drawn = draw_views(key, views, *image.shape[-3:-1])

@@ -19,16 +19,16 @@ def build_method(
     config: ConfigDict, plan: config_lib.Plan, devices: int = 1,
     execution: Execution = REFERENCE,
 ) -> Method:
-  """Assembles what the config names into the parts of a step.
+  """Builds the parts of a training step that the config describes.
 
   Args:
-    config: of the run.
-    plan: of the run.
-    devices: over which the batch will lie.
-    execution: how the network runs on them.
+    config: the run's config.
+    plan: the run's schedule in steps.
+    devices: the number of devices that share the batch.
+    execution: how the network is computed on them.
 
   Raises:
-    UserError: for an unknown name or numbers that do not fit together.
+    UserError: if a name is unknown or numbers do not fit together.
   """
   learning_rate = optimizers.warmup_cosine(
       plan.peak_lr, plan.warmup_steps, plan.total_steps
@@ -85,6 +85,6 @@ def image_shape(data: ConfigDict) -> tuple[int, int, int]:
 
 
 def run_keys(seed: int) -> tuple[jax.Array, jax.Array]:
-  """Returns the keys of a run's initialisation and of its augmentation."""
+  """Returns the random keys of a run's initialisation and augmentation."""
   init_key, augment_key = jax.random.split(jax.random.key(seed))
   return init_key, augment_key

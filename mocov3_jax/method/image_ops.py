@@ -1,30 +1,30 @@
 """Operations on images, as pure functions of pixels in [0, 1].
 
-Resampling and blurring are products with one small matrix per axis: on a TPU
-that beats gathers. Choices are selects, not control flow.
+Resampling and blurring multiply by one small matrix per axis, which is faster
+than gathers on a TPU. Random choices are selects, not control flow.
 """
 
 import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-# The adjustments of the colour jitter, as torchvision numbers them.
+# The adjustments of the colour jitter, with the numbers of torchvision.
 BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)
-# Pixels a blur looks to either side: four times the largest sigma (2).
+# Radius of the blur in pixels: four times the largest sigma (2).
 BLUR_REACH = 8
 
 
 def resize_matrix(
     in_size: int, out_size: int, start: jax.Array, length: jax.Array
 ) -> jax.Array:
-  """Returns linear resampling of [start, start + length) as a matrix.
+  """Returns a matrix that linearly resamples [start, start + length).
 
-  A triangle filter, widened where it shrinks the image (antialiasing), that
-  sees nothing outside of the crop: the semantics of PIL's `resize(BILINEAR)`.
+  It is a triangle filter that is widened if it shrinks the image (antialiasing)
+  and ignores pixels outside of the crop, like PIL's `resize(BILINEAR)`.
 
   Args:
     in_size, out_size: pixels along the axis before and after.
-    start, length: of the crop, pixels, scalars; need not be whole.
+    start, length: the crop in pixels; scalars that need not be whole numbers.
 
   Returns:
     float32 [out_size, in_size]; each row sums to 1.
@@ -43,11 +43,11 @@ def resize_matrix(
 def resample(
     image: jax.Array, box: tuple[jax.Array, ...], out_size: int
 ) -> jax.Array:
-  """Cuts (top, left, height, width) from [H, W, C] and resizes to a square."""
+  """Crops (top, left, height, width) of [H, W, C]; resizes it to a square."""
   top, left, height, width = box
   rows = resize_matrix(image.shape[0], out_size, top, height)
   columns = resize_matrix(image.shape[1], out_size, left, width)
-  # Full float32: TPU's and GPU's faster default would round pixels.
+  # Full float32: the faster default of TPUs and GPUs would round the pixels.
   return jnp.einsum(
       'ih,hwc,jw->ijc', rows, image, columns,
       precision=jax.lax.Precision.HIGHEST,
@@ -55,7 +55,7 @@ def resample(
 
 
 def gray(image: jax.Array) -> jax.Array:
-  """Maps [H, W, C] to [H, W, 1]: ITU-R 601 luma of RGB, or else the mean."""
+  """Maps [H, W, C] to [H, W, 1]: ITU-R 601 luma for RGB, else the mean."""
   if image.shape[-1] != 3:
     return jnp.mean(image, axis=-1, keepdims=True)
   luma = jnp.asarray((0.299, 0.587, 0.114), image.dtype)
@@ -63,13 +63,14 @@ def gray(image: jax.Array) -> jax.Array:
 
 
 def blend(image: jax.Array, op: jax.Array, factor: jax.Array) -> jax.Array:
-  """Changes brightness, contrast or saturation, each a blend with a gray image.
+  """Changes brightness, contrast or saturation by blending with a gray image.
 
   Args:
     image: [H, W, C] in [0, 1].
     op: BRIGHTNESS blends with black, CONTRAST with the mean gray, SATURATION
-      with the gray image. A scalar, so that a select does for control flow.
-    factor: share of the image; 1 changes nothing, above 1 moves away.
+      with the image in gray. It is a traced scalar, so the choice is a select.
+    factor: weight of the image; 1 changes nothing, above 1 moves away from the
+      gray image.
 
   Returns:
     [H, W, C], clipped to [0, 1].
@@ -81,9 +82,9 @@ def blend(image: jax.Array, op: jax.Array, factor: jax.Array) -> jax.Array:
 
 
 def shift_hue(image: jax.Array, shift: jax.Array) -> jax.Array:
-  """Turns the hue of [H, W, C] in [0, 1] by `shift` of the colour circle.
+  """Rotates the hue of [H, W, C] in [0, 1] by `shift` colour circles.
 
-  Only RGB has a hue.
+  Images that are not RGB have no hue and are returned unchanged.
   """
   if image.shape[-1] != 3:
     return image
@@ -109,13 +110,13 @@ def jitter(
 ) -> jax.Array:
   """Applies torchvision's ColorJitter: four adjustments in the given order.
 
-  Hue is computed once, between the blends before and those after it, since
-  under `vmap` every branch of a choice is computed.
+  Under `vmap`, every branch of a choice is computed. So the hue is computed
+  only once, between the blends before it and those after it.
 
   Args:
     image: [H, W, C] in [0, 1].
     order: int [4], a permutation of BRIGHTNESS, CONTRAST, SATURATION, HUE.
-    factors: [4], by adjustment; the last is the shift of the hue.
+    factors: [4], indexed by adjustment; the last one is the hue shift.
   """
   hue_at = jnp.argmax(order == HUE)
 
@@ -131,11 +132,13 @@ def jitter(
 
 
 def blur_matrix(size: int, sigma: jax.Array) -> jax.Array:
-  """Returns Gaussian blur of `size` pixels as a matrix; edges repeat outwards.
+  """Returns a matrix that applies a Gaussian blur along one axis.
+
+  Pixels at the edges are repeated outwards.
 
   Args:
     size: pixels along the axis.
-    sigma: standard deviation, pixels, above 0.
+    sigma: standard deviation in pixels, above 0.
 
   Returns:
     float32 [size, size]; each row sums to 1.
@@ -161,7 +164,7 @@ def blur(image: jax.Array, sigma: jax.Array) -> jax.Array:
 
 
 def solarize(image: jax.Array) -> jax.Array:
-  """Inverts the pixels in [0, 1] that are, in bytes, 128 or more."""
+  """Inverts the pixels in [0, 1] whose byte value is 128 or more."""
   return jnp.where(image < 127.5 / 255, image, 1 - image)
 
 
@@ -171,7 +174,7 @@ def to_float(images: jax.Array) -> jax.Array:
 
 
 def normalise(images: jax.Array, data: ConfigDict) -> jax.Array:
-  """Subtracts `data.mean` and divides by `data.std`, a value a channel."""
+  """Subtracts `data.mean` and divides by `data.std`, per channel."""
   shape = (1,) * (images.ndim - 1) + (len(data.mean),)
   mean, std = jnp.asarray(data.mean), jnp.asarray(data.std)
   return (images - mean.reshape(shape)) / std.reshape(shape)

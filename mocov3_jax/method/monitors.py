@@ -1,6 +1,6 @@
-"""What a step logs of its layers: gradients, and the updates made of them.
+"""Per-layer metrics of a training step: gradients and parameter updates.
 
-A study of stability looks at them step by step (paper s4). Wortsman et al. 2023
+A stability study looks at them step by step (paper s4). Wortsman et al. 2023
 (arXiv 2304.13013) find that AdamW's update of the patch embedding is too large
 some steps before the loss rises: its second moment has forgotten, or not yet
 seen, gradients of that size.
@@ -20,21 +20,22 @@ from mocov3_jax.method import optimizers
 
 PyTree = Any
 Metrics = dict[str, jax.Array]
-# (step, gradients, optimizer's state after them, parameters before them) ->
-# metrics.
+# (step, gradients, optimizer state after the update, parameters before the
+# update) -> metrics.
 Monitor = Callable[[jax.Array, PyTree, optax.OptState, PyTree], Metrics]
-# Layers by their names in the metrics.
+# Paths in the parameter tree, by the names of the layers in the metrics.
 Layers = dict[str, tuple[str, ...]]
-# A norm that is none.
+# Avoids division by zero.
 TINY = 1e-30
 
 
 def layers_of(backbone: Any, every: bool) -> Layers:
-  """Returns where the layers that are logged lie in the parameters.
+  """Returns the layers to log, with their paths in the parameter tree.
 
   Args:
-    backbone: of the network.
-    every: all blocks; else the first layer and the last block alone.
+    backbone: the network's backbone.
+    every: whether to add all blocks and both heads to the first layer and the
+      last block.
   """
   found = {
       'patch_embed': ('backbone', backbone.first_layer),
@@ -49,7 +50,7 @@ def layers_of(backbone: Any, every: bool) -> Layers:
 
 
 def _parts(tree: PyTree, layers: Layers) -> dict[str, PyTree]:
-  """Returns the part of each layer that the tree has."""
+  """Returns the subtree of each layer that the tree contains."""
   found = {}
   for name, path in layers.items():
     part = tree
@@ -61,9 +62,9 @@ def _parts(tree: PyTree, layers: Layers) -> dict[str, PyTree]:
 
 
 def gradients(layers: Layers) -> Monitor:
-  """Returns what logs the largest gradient of each layer (paper, Fig. 4).
+  """Returns a monitor of each layer's largest gradient (paper, Fig. 4).
 
-  It is exactly 0 where the projection is frozen: no gradient reaches it.
+  A frozen patch projection has exactly 0, because no gradient reaches it.
   """
   def measure(step, grads, opt_state, params):
     del step, opt_state, params
@@ -78,20 +79,22 @@ def gradients(layers: Layers) -> Monitor:
 def updates(
     c: ConfigDict, layers: Layers, clip: Callable[[PyTree], PyTree]
 ) -> Monitor:
-  """Returns what logs how AdamW moves each layer.
+  """Returns a monitor of how AdamW or LAMB updates each layer.
 
-  update_rms: the root of the mean of g^2 / v, near 1 as long as gradients are
-  what they were; the RMS_t of Wortsman et al. update_decay: the norm of the
-  decay as a share of the sum of its norm and that of the rest of the update.
-  weight_norm: of the layer. A layer that is frozen has none of them.
+  It logs three metrics for each layer that is not frozen:
+    update_rms: the square root of the mean of g^2 / v (RMS_t of Wortsman et
+      al.), near 1 while gradients keep their usual size.
+    update_decay: the norm of the weight decay, as a fraction of the sum of that
+      norm and the norm of the rest of the update.
+    weight_norm: the norm of the layer's parameters.
 
   Args:
     c: `config.optimizer`.
-    layers: to log.
-    clip: what the gradients go through before the optimizer's moments.
+    layers: the layers to log.
+    clip: the clipping of gradients before they enter the optimizer's moments.
 
   Raises:
-    UserError: for an optimizer without a second moment.
+    UserError: if the optimizer has no second moment.
   """
   if c.name not in ('adamw', 'lamb'):
     raise UserError(
@@ -136,7 +139,7 @@ def nothing(*of_step: Any) -> Metrics:
 
 
 def both(*monitors: Monitor) -> Monitor:
-  """Returns what logs all that these do."""
+  """Returns a monitor that logs what all the given monitors log."""
   def measure(*of_step):
     found = {}
     for monitor in monitors:
@@ -147,6 +150,6 @@ def both(*monitors: Monitor) -> Monitor:
 
 
 def max_abs(tree: PyTree) -> jax.Array:
-  """Returns the largest absolute value in a tree, a scalar."""
+  """Returns the largest absolute value in a tree, as a scalar."""
   leaves = [jnp.max(jnp.abs(x)) for x in jax.tree.leaves(tree)]
   return jnp.max(jnp.stack(leaves))

@@ -1,11 +1,14 @@
-"""What is minimised: functions of embeddings, in one table.
+"""The training objectives: losses on embeddings, selected by name.
 
-An objective takes the online network's embeddings of two views, the target
-network's, and the keys of earlier steps where it keeps such, and returns the
-scalar loss with metrics. It sees the global batch; the partitioner gathers the
-keys. Among the metrics are the loss of a network that tells nothing apart
-('train/loss_chance') and of one that has collapsed, all of whose embeddings are
-one ('train/loss_collapsed'; a bound where that depends on which one).
+An objective takes the embeddings of two views by the online and the target
+network, and the keys of earlier steps if it keeps a queue. It returns the
+scalar loss and metrics. It sees the global batch: the partitioner gathers the
+keys across devices.
+
+Two of the metrics are reference values for the loss. 'train/loss_chance' is the
+loss of a network that cannot tell images apart. 'train/loss_collapsed' is the
+loss of a collapsed network, which maps all images to the same embedding; it is
+a bound if the loss depends on which embedding that is.
 """
 
 from collections.abc import Callable
@@ -23,7 +26,7 @@ from mocov3_jax.models import Embeddings
 from mocov3_jax.models.layers import unit
 
 Metrics = dict[str, jax.Array]
-# Keys of earlier steps; () where none are kept.
+# Keys of earlier steps; () if no queue is kept.
 PastKeys = jax.Array | tuple[()]
 Loss = Callable[
     [Embeddings, Embeddings | None, PastKeys], tuple[jax.Array, Metrics]
@@ -34,16 +37,16 @@ def contrast(
     queries: jax.Array, keys: jax.Array, temperature: float,
     past_keys: PastKeys = (),
 ) -> tuple[jax.Array, jax.Array]:
-  """Returns InfoNCE of each query against all keys (paper, Algorithm 1: `ctr`).
+  """Returns the InfoNCE loss of queries and keys (paper, Algorithm 1: `ctr`).
 
   Args:
-    queries: [N, D], any length.
-    keys: [N, D]; row i is the positive of query i. Gets no gradient.
+    queries: [N, D]; need not be normalised.
+    keys: [N, D]; row i is the positive of query i. No gradient flows to them.
     temperature: T of the softmax over cosine similarities.
-    past_keys: [K, D] further negatives; rows of zeros are none.
+    past_keys: [K, D], additional negatives; rows of zeros are ignored.
 
   Returns:
-    2T * cross-entropy, averaged over the queries, and the share of queries
+    2T * cross-entropy, averaged over the queries, and the fraction of queries
     whose most similar key is the positive.
   """
   queries, keys = unit(queries), unit(jax.lax.stop_gradient(keys))
@@ -64,9 +67,9 @@ def moco_v3(
 ) -> tuple[jax.Array, Metrics]:
   """Returns ctr(q1, k2) + ctr(q2, k1): each view predicts the other's key.
 
-  Not symmetric, 2 ctr(q1, k2): of the same size, and of half the pairs. Past
-  keys are negatives beside those of the batch (the dictionary of MoCo v1 and
-  v2, He et al. 2020, arXiv 1911.05722).
+  If not `symmetric`, it returns 2 ctr(q1, k2), which has the same scale but
+  uses half of the pairs. Past keys are additional negatives (the dictionary of
+  MoCo v1 and v2, He et al. 2020, arXiv 1911.05722).
   """
   q, k = online.predictions, target.projections  # [N, 2, D]
   loss12, accuracy12 = contrast(q[:, 0], k[:, 1], temperature, past_keys)
@@ -85,15 +88,16 @@ def moco_v3(
 def remember(
     past_keys: PastKeys, target: Embeddings, *, symmetric: bool
 ) -> PastKeys:
-  """Puts the newest keys before the older ones, as many as there were.
+  """Adds this step's keys to the queue, in place of the oldest.
 
   Args:
-    past_keys: [K, D], of length 1; zeros where there is none yet. Or ().
-    target: its projections were this step's keys, of view 2 alone where the
-      loss is not symmetric.
+    past_keys: the queue, [K, D] with rows of norm 1, or zeros where it is not
+      filled yet; or () if there is no queue.
+    target: the target's embeddings; their projections are this step's keys.
+    symmetric: whether both views gave keys; if not, only view 2 did.
 
   Returns:
-    [K, D]: the last K keys, the newest first.
+    [K, D]: the last K keys, newest first; or () if there is no queue.
   """
   if not len(past_keys):
     return past_keys
@@ -108,8 +112,8 @@ def simclr(
 ) -> tuple[jax.Array, Metrics]:
   """Returns NT-Xent: each of 2N views finds its partner among 2N - 1 others.
 
-  Chen et al. 2020 (arXiv 2002.05709), equation 1. All views are queries and
-  keys, with gradients to both; there is no target network.
+  Chen et al. 2020 (arXiv 2002.05709), equation 1. Every view is both a query
+  and a key, and gradients flow to both. There is no target network.
   """
   del target, past_keys
   z = online.predictions  # [N, 2, D]
@@ -130,17 +134,18 @@ def byol(
 ) -> tuple[jax.Array, Metrics]:
   """Returns (2 - 2 cos(q1, z2)) + (2 - 2 cos(q2, z1)); there are no negatives.
 
-  Grill et al. 2020 (arXiv 2006.07733), equation 2. Both 0 where all images
-  are one, so a low loss is no success: see 'train/feature_std'.
+  Grill et al. 2020 (arXiv 2006.07733), equation 2. Both terms are 0 if all
+  images have the same embedding, so a low loss does not mean success: see
+  'train/feature_std'.
   """
   del past_keys
   q = unit(online.predictions)
   z = unit(jax.lax.stop_gradient(target.projections))[:, ::-1]
   cosine = jnp.sum(q * z, axis=-1)  # [N, 2]
-  # Whether the nearest target is the image's own: of the log alone.
+  # Whether the nearest target belongs to the same image. Only logged.
   nearest = jnp.argmax(_cosines(q[:, 0], z[:, 0]), axis=1)
   return jnp.mean(jnp.sum(2 - 2 * cosine, axis=1)), {
-      # Chance: embeddings that have nothing to do with each other.
+      # Chance: the embeddings are orthogonal.
       **_levels(4.0, collapsed=0.0),
       'train/contrast_accuracy': jnp.mean(nearest == jnp.arange(len(q))),
   }
@@ -150,14 +155,15 @@ def sinkhorn(scores: jax.Array, iterations: int) -> jax.Array:
   """Spreads the images evenly over the prototypes (Cuturi 2013).
 
   Args:
-    scores: [N, K], logarithms of what is to be balanced.
-    iterations: of scaling the columns, then the rows. After the last, rows are
-      exact and columns nearly.
+    scores: [N, K], logarithms of the matrix to balance.
+    iterations: how often to scale the columns, then the rows. At the end, the
+      row sums are exact and the column sums nearly so.
 
   Returns:
-    Codes [N, K], not negative: each row sums to 1, each column to about N / K.
+    Non-negative codes [N, K]: each row sums to 1, each column to about N / K.
   """
-  # In logarithms: exp(1 / epsilon) and smaller sums would leave float32.
+  # In log space, because exp(1 / epsilon) could overflow float32, and small
+  # sums could underflow.
   def scale(logs, _):
     logs -= jax.nn.logsumexp(logs, axis=0, keepdims=True)  # Columns to 1,
     return jax.nn.log_softmax(logs, axis=1), None  # then rows to 1.
@@ -169,11 +175,11 @@ def swav(
     online: Embeddings, target: None, past_keys: PastKeys = (), *,
     temperature: float, epsilon: float, iterations: int,
 ) -> tuple[jax.Array, Metrics]:
-  """Returns how badly each view predicts the other's code, over prototypes.
+  """Returns SwAV's loss: each view predicts the other view's code.
 
   Caron et al. 2020 (arXiv 2006.09882), equations 1 to 3, with two crops. The
-  network's predictions are the cosines with the prototypes. Codes get no
-  gradient; there is no target network.
+  network's predictions are the cosine similarities to the prototypes. No
+  gradient flows through the codes. There is no target network.
   """
   del target, past_keys
   scores = online.predictions  # [N, 2, K]
@@ -188,13 +194,14 @@ def swav(
   found = jnp.argmax(predicted[:, 1], axis=1) == jnp.argmax(codes[0], axis=1)
   return loss, {
       **_levels(2 * math.log(scores.shape[-1])),
-      # Here, whether the nearest prototype is that of the other view's code.
+      # Here: whether the nearest prototype is the largest entry of the other
+      # view's code.
       'train/contrast_accuracy': jnp.mean(found),
   }
 
 
 def feature_std(features: jax.Array) -> jax.Array:
-  """Returns the spread of unit features: 1 if isotropic, 0 if collapsed.
+  """Returns the spread of normalised features: 1 isotropic, 0 collapsed.
 
   The standard deviation of each channel over the batch, averaged over the
   channels and multiplied by sqrt(D) (Chen & He 2021, arXiv 2011.10566, s4.1).
@@ -207,7 +214,7 @@ def feature_std(features: jax.Array) -> jax.Array:
 
 
 def _cosines(a: jax.Array, b: jax.Array) -> jax.Array:
-  # Full float32, where a TPU or GPU would round to fewer bits by default.
+  # Full float32 precision; TPUs and GPUs use less by default.
   return jnp.matmul(a, b.T, precision=jax.lax.Precision.HIGHEST)
 
 
@@ -218,7 +225,7 @@ def _filled(past_keys: jax.Array) -> jax.Array:
 def _levels(
     chance: float | jax.Array, collapsed: float | None = None
 ) -> Metrics:
-  # In a contrastive loss a collapsed network is one that tells nothing apart.
+  # In a contrastive loss, a collapsed network is at chance.
   collapsed = chance if collapsed is None else collapsed
   return {
       'train/loss_chance': jnp.asarray(chance, float),
@@ -227,13 +234,14 @@ def _levels(
 
 
 class Objective(NamedTuple):
-  """What is minimised, and of what.
+  """A loss, and the inputs that it needs.
 
   Attributes:
-    loss: (online embeddings, the target's, past keys) -> (scalar, metrics).
+    loss: (online embeddings, target embeddings, past keys) -> (scalar loss,
+      metrics).
     has_target: whether there is a target network; if not, `loss` gets None.
-    queue: past keys that it keeps; 0 = none, and `loss` gets ().
-    remember: (past keys, the target's embeddings) -> the next past keys.
+    queue: how many past keys to keep; 0 = none, and `loss` gets ().
+    remember: (past keys, target embeddings) -> the next past keys.
   """
 
   loss: Loss
@@ -244,7 +252,7 @@ class Objective(NamedTuple):
   )
 
 
-# What each reads of `config.objective`.
+# Each entry builds an objective from `config.objective`.
 OBJECTIVES = {
     'moco_v3': lambda c: Objective(
         functools.partial(
@@ -269,7 +277,7 @@ def build(objective: ConfigDict) -> Objective:
   """Returns the objective that `config.objective` names.
 
   Raises:
-    UserError: for a name that is not in the table.
+    UserError: if the name is not in the table.
   """
   if objective.name not in OBJECTIVES:
     raise unknown('objective.name', objective.name, OBJECTIVES)

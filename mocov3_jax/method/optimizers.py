@@ -1,4 +1,4 @@
-"""Optimizer chains, what they leave alone, and the two schedules."""
+"""Optimizers, parameter masks, and schedules of learning rate and momentum."""
 
 from collections.abc import Callable, Sequence
 import functools
@@ -21,13 +21,14 @@ def warmup_cosine(
 ) -> Schedule:
   """Returns linear warm-up from `start` to `peak`, then half a cosine to `end`.
 
-  Paper s5: from exactly 0 at step 0, and to 0. The value at `total_steps` would
-  be `end`; the last step is one before. (optax.warmup_cosine_decay_schedule
-  rounds otherwise in float32, and refuses a training that is all warm-up.)
+  In the paper (s5), `start` and `end` are 0. The schedule reaches `end` at
+  `total_steps`, one step after the last one that is taken.
+  (optax.warmup_cosine_decay_schedule rounds differently in float32, and rejects
+  a training run that is all warm-up.)
   """
 
   def schedule(step):
-    step = jnp.asarray(step, float)  # float64 where that is enabled.
+    step = jnp.asarray(step, float)  # float64 if that is enabled.
     rise = start + (peak - start) * step / max(warmup_steps, 1)
     # With no step after the warm-up, the cosine is never reached.
     progress = (step - warmup_steps) / max(total_steps - warmup_steps, 1)
@@ -38,13 +39,13 @@ def warmup_cosine(
 
 
 def constant_momentum(start: float, total_steps: int) -> Schedule:
-  """Returns a constant momentum of the target (paper s6.2)."""
+  """Returns a constant momentum for the target network (paper s6.2)."""
   del total_steps
   return lambda step: jnp.full_like(step, start, dtype=float)
 
 
 def cosine_momentum(start: float, total_steps: int) -> Schedule:
-  """Returns half a cosine from `start` to 1 for the target (paper App. A)."""
+  """Returns a half-cosine momentum from `start` to 1 (paper App. A)."""
 
   def schedule(step):
     step = jnp.asarray(step, float)
@@ -60,7 +61,7 @@ def build_momentum(objective: ConfigDict, total_steps: int) -> Schedule:
   """Returns the momentum schedule that `config.objective` names.
 
   Raises:
-    UserError: for a name that is not in the table.
+    UserError: if the name is not in the table.
   """
   name = objective.momentum_schedule
   if name not in MOMENTUM_SCHEDULES:
@@ -71,9 +72,9 @@ def build_momentum(objective: ConfigDict, total_steps: int) -> Schedule:
 def cosine_by_epochs(
     peak: float, steps_per_epoch: int, total_steps: int
 ) -> Schedule:
-  """Returns half a cosine from `peak` to 0, constant throughout an epoch.
+  """Returns half a cosine from `peak` to 0, constant within each epoch.
 
-  The linear probe of the paper's PyTorch release.
+  This is the schedule of the linear probe in the paper's PyTorch release.
   """
 
   def schedule(step):
@@ -85,12 +86,12 @@ def cosine_by_epochs(
 
 
 def is_matrix(params: PyTree) -> PyTree:
-  """Marks the tensors with more than one axis."""
+  """Returns a mask of the tensors that have more than one axis."""
   return jax.tree.map(lambda p: p.ndim > 1, params)
 
 
 def is_kernel(params: PyTree) -> PyTree:
-  """Marks the weights of linear layers and convolutions, by their name."""
+  """Returns a mask of the kernels of linear and convolutional layers."""
   return jax.tree_util.tree_map_with_path(
       lambda path, _: path[-1].key == 'kernel', params
   )
@@ -108,11 +109,14 @@ def _decay_mask(c: ConfigDict) -> Callable[[PyTree], PyTree] | None:
 def adamw(
     c: ConfigDict, learning_rate: Schedule
 ) -> optax.GradientTransformation:
-  """Returns AdamW; it decays every trainable tensor, as PyTorch's does.
+  """Returns AdamW.
 
-  With `c.update_clip`, the rate of each tensor is divided by its RMS_t over
-  that bound, where it is above 1: StableAdamW (Wortsman et al. 2023, arXiv
-  2304.13013, algorithm 2), whose bound is 1.
+  Weight decay applies to the tensors that `c.decay_mask` selects; with 'all',
+  that is every trainable tensor, as in PyTorch.
+
+  If `c.update_clip` is not 0, the update of each tensor is divided by
+  max(1, RMS_t / c.update_clip). With a bound of 1 this is StableAdamW (Wortsman
+  et al. 2023, arXiv 2304.13013, algorithm 2).
   """
   chain = optax.chain(
       optax.scale_by_adam(c.b1, c.b2, c.eps),
@@ -140,7 +144,7 @@ def adamw(
 def unbiased(
     c: ConfigDict, mu: PyTree, nu: PyTree, count: jax.Array
 ) -> tuple[PyTree, PyTree]:
-  """Returns AdamW's moments without their bias towards 0, after `count`."""
+  """Returns AdamW's bias-corrected moments after `count` updates."""
   return (
       optax.tree.bias_correction(mu, c.b1, count),
       optax.tree.bias_correction(nu, c.b2, count),
@@ -148,28 +152,31 @@ def unbiased(
 
 
 def relative_squares(c: ConfigDict, grads: PyTree, square: PyTree) -> PyTree:
-  """Returns g^2 / v, about 1 where gradients are what they have been.
+  """Returns g^2 / v, about 1 while gradients keep their usual size.
 
-  The root of its mean over a tensor is RMS_t of Wortsman et al. 2023.
+  The square root of its mean over a tensor is RMS_t of Wortsman et al. 2023.
 
   Args:
     c: `config.optimizer`.
-    grads: of a step.
-    square: the second moment after it, without bias.
+    grads: the gradients of a step.
+    square: the bias-corrected second moment after that step.
   """
   least = max(c.eps**2, float(jnp.finfo(jnp.float32).tiny))
   return jax.tree.map(lambda g, v: g**2 / jnp.maximum(v, least), grads, square)
 
 
 def adam_step(c: ConfigDict, mean: PyTree, square: PyTree) -> PyTree:
-  """Returns AdamW's update before decay and rate, of unbiased moments."""
+  """Returns AdamW's update from bias-corrected moments.
+
+  Weight decay and learning rate are not applied.
+  """
   return jax.tree.map(
       lambda m, v: m / (jnp.sqrt(v) + c.eps), mean, square
   )
 
 
 def decayed(c: ConfigDict, params: PyTree) -> PyTree:
-  """Returns the parameters that decay, and zeros for the others."""
+  """Returns the parameters with zeros in place of those without decay."""
   mask = _decay_mask(c)
   if mask is None:
     return params
@@ -181,9 +188,9 @@ def lars(
 ) -> optax.GradientTransformation:
   """Returns LARS (You et al. 2017) as MoCo v3 uses it for ResNets.
 
-  Not `optax.lars`, which scales by the learning rate before the momentum
-  buffer: the two differ once the rate changes. Decay and trust ratio apply to
-  tensors with more than one axis.
+  It differs from `optax.lars`, which scales by the learning rate before the
+  momentum buffer; the results differ once the rate changes. Weight decay and
+  trust ratio apply only to tensors with more than one axis.
   """
   return optax.chain(
       optax.add_decayed_weights(c.weight_decay, is_matrix),
@@ -201,7 +208,7 @@ def lamb(
 ) -> optax.GradientTransformation:
   """Returns LAMB (You et al. 2020, arXiv 1904.00962), which paper s4.1 studies.
 
-  AdamW's update, scaled for each tensor to the norm of that tensor.
+  It is AdamW's update, rescaled for each tensor to the norm of that tensor.
   """
   return optax.lamb(
       learning_rate, c.b1, c.b2, c.eps,
@@ -213,7 +220,7 @@ OPTIMIZERS = {'adamw': adamw, 'lars': lars, 'lamb': lamb}
 
 
 def is_in(*names: str) -> Callable[[PyTree], PyTree]:
-  """Returns what marks these parts of the backbone."""
+  """Returns a function that masks the backbone parts with these names."""
   return functools.partial(
       jax.tree_util.tree_map_with_path,
       lambda path, _: path[0].key == 'backbone' and path[1].key in names,
@@ -221,16 +228,16 @@ def is_in(*names: str) -> Callable[[PyTree], PyTree]:
 
 
 def layer_scales(params: PyTree, depth: int, decay: float) -> PyTree:
-  """Returns factors of the rate: each block learns slower than the next.
+  """Returns factors of the learning rate that decay from the last layer down.
 
-  Bao et al. 2022 (arXiv 2106.08254): decay^0 for the head and the final norm,
-  decay^1 for the last block, ..., decay^(depth + 1) for what comes before the
-  first one.
+  Bao et al. 2022 (arXiv 2106.08254): decay^0 for the heads and the final norm,
+  decay^1 for the last block, ..., decay^(depth + 1) for everything before the
+  first block.
 
   Args:
-    params: with 'backbone', of a network with heads or a classifier.
-    depth: blocks of its backbone.
-    decay: 1 = all alike.
+    params: parameters with an entry 'backbone', and heads or a classifier.
+    depth: the number of blocks of the backbone.
+    decay: the factor from one layer to the layer before; 1 = no decay.
   """
 
   def scale(path, _):
@@ -247,7 +254,7 @@ def layer_scales(params: PyTree, depth: int, decay: float) -> PyTree:
 
 
 def by_layer(depth: int, decay: float) -> optax.GradientTransformation:
-  """Returns what scales updates by `layer_scales`."""
+  """Returns a transformation that scales updates by `layer_scales`."""
   def scaled(updates, params):
     scales = layer_scales(params, depth, decay)
     return jax.tree.map(lambda u, s: u * s, updates, scales)
@@ -256,28 +263,31 @@ def by_layer(depth: int, decay: float) -> optax.GradientTransformation:
 
 
 def is_backbone(params: PyTree) -> PyTree:
-  """Marks the backbone."""
+  """Returns a mask of the backbone."""
   return jax.tree_util.tree_map_with_path(
       lambda path, _: path[0].key == 'backbone', params
   )
 
 
 def after(steps: int) -> optax.GradientTransformation:
-  """Returns what lets updates through from the step `steps` on."""
+  """Returns a transformation that zeroes the updates before step `steps`."""
   return optax.scale_by_schedule(
       lambda step: jnp.where(step < steps, 0.0, 1.0)
   )
 
 
 def patch_embed_clip(c: ConfigDict) -> optax.GradientTransformation:
-  """Returns what shortens the patch projection's gradient (paper s4.2)."""
+  """Returns a transformation that clips the patch projection's gradient.
+
+  It limits the norm to `c.patch_embed_clip` (paper s4.2).
+  """
   return optax.masked(
       optax.clip_by_global_norm(c.patch_embed_clip), is_in('patch_embed')
   )
 
 
 def clipped(c: ConfigDict, grads: PyTree) -> PyTree:
-  """Returns gradients after `patch_embed_clip`."""
+  """Returns the gradients after `patch_embed_clip`."""
   clip = patch_embed_clip(c)
   return clip.update(grads, clip.init(grads))[0]
 
@@ -291,18 +301,18 @@ def build(
   Args:
     c: `config.optimizer`.
     learning_rate: the rate as a function of the step.
-    frozen: parts of the backbone that are kept out of the update. The
-      gradient stops there anyway, but weight decay would still move them.
-    clip_patch_embed: scale its gradient down to at most a norm of
-      `c.patch_embed_clip` (paper s4.2).
-    depth: blocks of the backbone, for `c.layer_decay`.
-    frozen_steps: at the start, in which the backbone is not updated. The
-      moments of its gradient are taken all the same, so that its first updates
-      are no larger than later ones.
+    frozen: parts of the backbone that are never updated. No gradient reaches
+      them anyway, but weight decay would still change them.
+    clip_patch_embed: whether to clip the norm of the patch projection's
+      gradient to `c.patch_embed_clip` (paper s4.2).
+    depth: the number of blocks of the backbone, for `c.layer_decay`.
+    frozen_steps: the number of steps at the start in which the backbone is not
+      updated. The moments of its gradient are tracked from the first step on,
+      so that its first updates are no larger than later ones.
 
   Raises:
-    UserError: for a name that is not in the table, or a bound of the update
-      of another optimizer than AdamW.
+    UserError: if the name is not in the table, or `c.update_clip` is set for
+      an optimizer other than AdamW.
   """
   if c.name not in OPTIMIZERS:
     raise unknown('optimizer.name', c.name, OPTIMIZERS)

@@ -1,4 +1,4 @@
-"""The state of training and one pure step of it."""
+"""The training state, and one training step as a pure function."""
 
 from collections.abc import Callable
 from typing import Any
@@ -18,17 +18,20 @@ PyTree = Any
 
 @flax.struct.dataclass
 class TrainState:
-  """All that training carries from step to step; nothing in it is random.
+  """Everything that training carries from step to step.
+
+  It holds no random key: keys are derived from the seed and the step.
 
   Attributes:
-    step: int32 scalar, updates done.
+    step: int32 scalar, the number of updates done.
     params: {'backbone', 'projector', 'predictor'} of the online network.
-    batch_stats: its running BatchNorm statistics.
+    batch_stats: the online network's running BatchNorm statistics.
     target_params: {'backbone', 'projector'} of the target (momentum) network.
-    target_batch_stats: the target's own statistics, of its own batches.
-    opt_state: of the optimizer.
-    past_keys: float32 [K, D], the newest first, where the objective keeps a
-      queue of keys; zeros are none yet. () where it does not.
+    target_batch_stats: the target's running statistics, from its own forward
+      passes.
+    opt_state: the optimizer's state.
+    past_keys: the queue of past keys, float32 [K, D], newest first; rows of
+      zeros are not filled yet. () if the objective keeps no queue.
   """
 
   step: jax.Array
@@ -42,15 +45,16 @@ class TrainState:
 
 @flax.struct.dataclass
 class Method:
-  """The parts of a training step; all of them are functions.
+  """The parts of a training step; none of them has state.
 
   Attributes:
     model: the network.
     objective: the loss, and whether it has a target network.
-    optimizer: the optax chain; it ends with the learning rate.
+    optimizer: the optax chain; it already includes the learning rate.
     augment: (uint8 images, key) -> views [B, 2, S, S, C].
-    learning_rate, momentum: schedules; the first is only logged here.
-    monitor: what a step logs of its layers.
+    learning_rate: its schedule, used here for logging only.
+    momentum: the schedule of the target network's momentum.
+    monitor: computes the per-layer metrics of a step.
   """
 
   model: Network
@@ -65,12 +69,12 @@ class Method:
 def init_state(
     method: Method, key: jax.Array, image_shape: tuple[int, int, int]
 ) -> TrainState:
-  """Initialises everything; the target starts as a copy of the encoder.
+  """Returns the initial state; the target is a copy of the online encoder.
 
   Args:
-    method: the parts.
-    key: of the initialisation.
-    image_shape: (S, S, C) of a view.
+    method: the parts of a step.
+    key: the random key of the initialisation.
+    image_shape: the shape of a view, (S, S, C).
   """
   views = jnp.zeros((2, 2, *image_shape))
   variables = method.model.init(key, views, train=True)
@@ -80,7 +84,7 @@ def init_state(
       step=jnp.zeros((), jnp.int32),
       params=params,
       batch_stats=batch_stats,
-      # Copies, since donated buffers must not alias.
+      # Copied, because donated buffers must not alias.
       target_params=jax.tree.map(jnp.copy, encoder(params)),
       target_batch_stats=jax.tree.map(jnp.copy, encoder(batch_stats)),
       opt_state=method.optimizer.init(params),
@@ -93,29 +97,30 @@ def init_state(
 def abstract_state(
     method: Method, image_shape: tuple[int, int, int]
 ) -> TrainState:
-  """Shapes and dtypes of what `init_state` makes; nothing is computed."""
+  """Returns the shapes and dtypes of `init_state` without computing it."""
   return jax.eval_shape(
       lambda: init_state(method, jax.random.key(0), image_shape)
   )
 
 
 def encoder(tree: PyTree) -> PyTree:
-  """Returns the part of parameters or statistics that the target shares."""
+  """Returns the parameters or statistics without those of the predictor."""
   return {name: sub for name, sub in tree.items() if name != 'predictor'}
 
 
 def statistics(variables: PyTree) -> PyTree:
-  """Returns the running statistics; {} in a network without BatchNorm."""
+  """Returns the running statistics; {} for a network without BatchNorm."""
   return variables['batch_stats'] if 'batch_stats' in variables else {}
 
 
 def encode_target(
     method: Method, params: PyTree, batch_stats: PyTree, views: jax.Array
 ) -> tuple[Embeddings | None, PyTree]:
-  """Returns the target's embeddings, and statistics of its own batches.
+  """Returns the target's embeddings and its updated running statistics.
 
-  Of an objective without a target network: None. Its parameters are averaged
-  all the same, and can be evaluated.
+  If the objective has no target network, the embeddings are None and the
+  statistics are unchanged. The moving average of the parameters is still
+  kept, and can be evaluated.
   """
   if not method.objective.has_target:
     return None, batch_stats
@@ -128,7 +133,10 @@ def encode_target(
 
 @jax.named_scope('ema')
 def ema(target: PyTree, params: PyTree, momentum: jax.Array) -> PyTree:
-  """Returns m * target + (1 - m) * params, such that equal stays equal."""
+  """Returns m * target + (1 - m) * params.
+
+  The formula is written so that tensors that are equal stay exactly equal.
+  """
   return jax.tree.map(
       lambda t, p: t + (1 - momentum).astype(t.dtype) * (p - t), target, params
   )
@@ -137,21 +145,23 @@ def ema(target: PyTree, params: PyTree, momentum: jax.Array) -> PyTree:
 def train_step(
     method: Method, key: jax.Array, state: TrainState, images: jax.Array
 ) -> tuple[TrainState, dict[str, jax.Array], jax.Array]:
-  """Takes one step of the paper's Algorithm 1, in its order.
+  """Takes one step of the paper's Algorithm 1, in the order given there.
 
   Args:
-    method: the parts.
-    key: of the run's augmentation; the step is folded in here.
-    state: donated by the caller.
-    images: uint8 [B, H, W, C], or crops [B, V, S, S, C]; B the global batch.
+    method: the parts of a step.
+    key: the key of the run's augmentation; the step is folded in here.
+    state: the current state, donated by the caller.
+    images: uint8 [B, H, W, C], or crops [B, V, S, S, C]; B is the global batch
+      size.
 
   Returns:
     The next state; float32 scalar metrics of this step; and the features of
-    both views, [B, 2, dim], for a monitor to use. Those that nobody uses cost
-    nothing once the step is jitted.
+    both views, [B, 2, dim], for monitors. If nothing uses the features, they
+    cost nothing once the step is jitted.
   """
   views = method.augment(images, jax.random.fold_in(key, state.step))
-  # The target moves before the online network does, and then makes the keys.
+  # The target is updated first, from the online network before its own update.
+  # The updated target computes the keys.
   momentum = method.momentum(state.step)
   target_params = ema(state.target_params, encoder(state.params), momentum)
   target, target_stats = encode_target(
@@ -188,7 +198,7 @@ def train_step(
 def update(
     method: Method, state: TrainState, grads: PyTree
 ) -> tuple[PyTree, optax.OptState]:
-  """Returns the parameters and the optimizer's state after one update."""
+  """Returns the parameters and the optimizer state after one update."""
   updates, opt_state = method.optimizer.update(
       grads, state.opt_state, state.params
   )
@@ -199,7 +209,7 @@ def step_metrics(
     method: Method, step: jax.Array, loss: jax.Array, grads: PyTree,
     features: jax.Array,
 ) -> dict[str, jax.Array]:
-  """Returns what a study of stability needs to see at every step (paper s4)."""
+  """Returns the metrics that a stability study needs per step (paper s4)."""
   return {
       'train/loss': loss,
       'train/lr': method.learning_rate(step),

@@ -1,4 +1,4 @@
-"""Backbone + projector + predictor, built from the config by one table."""
+"""Networks of backbone, projector and predictor, built from the config."""
 
 import functools
 
@@ -19,8 +19,9 @@ from mocov3_jax.parallel.microbatch import ONE_BATCH, MicroBatches
 
 Backbone = ViT | ResNet
 
-# Blocks, width, attention heads. paper tables 2 and 3: ViT-S has 12 heads where
-# DeiT's has 6. ViT-Ti is DeiT's (Touvron et al. 2021).
+# Number of blocks, width, attention heads, from the paper's tables 2 and 3. Its
+# ViT-S has 12 heads; that of DeiT has 6. ViT-Ti is that of DeiT (Touvron et al.
+# 2021).
 VITS = {
     'vit_ti': (12, 192, 3),
     'vit_s': (12, 384, 12),
@@ -28,31 +29,32 @@ VITS = {
     'vit_l': (24, 1024, 16),
     'vit_h': (32, 1280, 16),
 }
-# Blocks a stage, and whether they are bottlenecks (He et al. 2016, table 1).
+# Blocks per stage, and whether they are bottlenecks (He et al. 2016, table 1).
 RESNETS = {
     'resnet18': ((2, 2, 2, 2), False),
     'resnet34': ((3, 4, 6, 3), False),
     'resnet50': ((3, 4, 6, 3), True),
     'resnet101': ((3, 4, 23, 3), True),
 }
-# Fields of ViT that are those of config.model; a ResNet has none of them.
+# Fields of config.model that are passed to ViT unchanged; ResNet has none.
 VIT_OPTIONS = (
     'frozen_blocks', 'positions', 'readout', 'mlp_norm', 'remat', 'scan'
 )
 DTYPES = {'float32': jnp.float32, 'bfloat16': jnp.bfloat16}
-# Patches of an image: 4096 pixels in patches of 16.
+# The most patches per image: 4096 x 4096 pixels in patches of 16 x 16.
 MOST_TOKENS = 2**16
 
 
 @flax.struct.dataclass
 class Embeddings:
-  """What one network makes of two views; the second axis is the view.
+  """The outputs of one network for two views; axis 1 is the view.
 
   Attributes:
     features: backbone output [B, 2, dim], float32.
     projections: projector output [B, 2, out_dim], float32.
-    predictions: predictor output [B, 2, out_dim], or cosines with prototypes
-      [B, 2, prototypes], float32; None of the target, which has neither.
+    predictions: predictor output [B, 2, out_dim], or cosine similarities to
+      prototypes [B, 2, prototypes], float32; None for the target network,
+      which has neither.
   """
 
   features: jax.Array
@@ -64,8 +66,8 @@ class Network(nn.Module):
   """The encoder (backbone and projector) and the predictor on top of it.
 
   Attributes:
-    backbone, projector, predictor: its parts.
-    micro_batches: in which the two views go through the backbone.
+    backbone, projector, predictor: the parts.
+    micro_batches: how the batch is split on its way through the backbone.
   """
 
   backbone: Backbone
@@ -80,7 +82,7 @@ class Network(nn.Module):
     return encoded.replace(predictions=predictions)
 
   def encode(self, views: jax.Array, train: bool) -> Embeddings:
-    """Does the same without the predictor: all that the target network does."""
+    """Maps views to embeddings without predictions, for the target network."""
     features = self.trunk(views, train)
     return Embeddings(features, _per_view(self.projector, features, train))
 
@@ -90,15 +92,15 @@ class Network(nn.Module):
       return _per_view(self.backbone, views, train)
     if self.is_initializing():
       return self._merged(views, train)
-    # Inside a loop only pure functions can be called, not bound modules.
+    # A loop can call only pure functions, not bound modules.
     module, variables = self.unbind()
     return self.micro_batches.map(
         lambda v: module.apply(variables, v, train, method='_merged'), views
     )
 
   def _merged(self, views: jax.Array, train: bool) -> jax.Array:
-    # The views lie side by side within an example, so merging them into one
-    # batch moves nothing between devices.
+    # The views of an example are adjacent in memory, so merging them into one
+    # batch moves no data between devices.
     batch = views.reshape(-1, *views.shape[2:])  # [2B, H, W, C]
     return self.features(batch, train).reshape(*views.shape[:2], -1)
 
@@ -113,7 +115,7 @@ class Network(nn.Module):
 
 
 def _per_view(part: nn.Module, x: jax.Array, train: bool) -> jax.Array:
-  # One call a view: BatchNorm must not mix the views (paper App. A, option ii).
+  # One call per view: BatchNorm must not mix views (paper App. A, option ii).
   views = [part(x[:, v], train) for v in range(x.shape[1])]
   return _at_least_float32(jnp.stack(views, axis=1))
 
@@ -132,13 +134,12 @@ def build(
   Args:
     model: `config.model`.
     head: `config.head`.
-    image_size: side of the images, pixels.
-    micro_batches: in which the views go through the backbone.
-    execution: how a ViT runs; see `execution_on`.
+    image_size: side of the images in pixels.
+    micro_batches: how the batch is split on its way through the backbone.
+    execution: how a ViT is computed; see `execution_on`.
 
   Raises:
-    UserError: for a name that is not in the tables, or numbers that do not
-      fit together.
+    UserError: if a name is not in the tables, or numbers do not fit together.
   """
   backbone = build_backbone(model, image_size, execution=execution)
   if micro_batches.count > 1 and backbone.has_batch_norm:
@@ -172,12 +173,12 @@ def build_backbone(
 
   Args:
     model: `config.model`.
-    image_size: side of the images, pixels.
-    drop_path: stochastic depth of a ViT, for fine-tuning.
-    execution: how a ViT runs.
+    image_size: side of the images in pixels.
+    drop_path: stochastic depth rate of a ViT, for fine-tuning.
+    execution: how a ViT is computed.
 
   Raises:
-    UserError: as `build`.
+    UserError: see `build`.
   """
   if model.dtype not in DTYPES:
     raise unknown('model.dtype', model.dtype, DTYPES)
@@ -218,15 +219,15 @@ def build_backbone(
 def execution_on(
     mesh: Mesh, model: ConfigDict, image_size: int
 ) -> Execution:
-  """Returns how a network runs on a mesh, by `model.attention`.
+  """Returns how a network is computed on a mesh, given `model.attention`.
 
   Args:
-    mesh: over which the batch will lie.
+    mesh: the mesh that the batch is split over.
     model: `config.model`.
-    image_size: side of the images, pixels.
+    image_size: side of the images in pixels.
 
   Raises:
-    UserError: as `build_backbone` and `choose`.
+    UserError: see `build_backbone` and `choose`.
   """
   backbone = build_backbone(model, image_size)
   device = mesh.devices.flat[0]
@@ -237,7 +238,7 @@ def execution_on(
       backbone.tokens(image_size), backbone.dim // backbone.num_heads,
       device.compute_capability if device.platform == 'gpu' else '',
   )
-  # The reference is what versions without a choice computed, in all of it.
+  # 'reference' must compute exactly what versions without a choice computed.
   keep_gelu = device.platform == 'tpu' and name != 'reference'
   return Execution(name, keep_gelu and not backbone.remat, mesh)
 

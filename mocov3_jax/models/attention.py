@@ -1,8 +1,8 @@
-"""Multi-head self-attention: its implementations side by side, in one table.
+"""Multi-head self-attention, with several implementations.
 
-All of them compute the same from the same parameters, up to rounding, with the
-softmax in float32 or wider. They differ in what goes through memory, and on
-what they run; `models/execution.py` chooses one by name.
+From the same parameters, all of them compute the same result up to rounding,
+with the softmax in float32 or wider. They differ in memory traffic and in the
+platforms they run on. `models/execution.py` chooses one by name.
 """
 
 from collections.abc import Callable
@@ -21,17 +21,19 @@ from mocov3_jax.models.recompute import recompute_barrier, recomputed
 from mocov3_jax.models.short_attention import SUBLANES, short_attention
 from mocov3_jax.parallel.sharding import BATCH_AXES
 
-# Added to the logits of padded keys.
+# Replaces the logits of padded keys.
 MASKED = -1e30
 
 
 class Tokens(NamedTuple):
-  """The tokens of one image, as rows of the matrix of all tokens.
+  """How the tokens of one image are laid out in the matrix of all tokens.
 
   Attributes:
-    rows: that an image takes.
-    real: tokens among them, from the first on; the rest is padding.
-    queries: how many ask and come out, from the first on.
+    rows: number of rows per image.
+    real: how many of the rows, from the first on, are tokens; the rest is
+      padding.
+    queries: how many of the rows, from the first on, are queries and have an
+      output.
   """
 
   rows: int
@@ -40,7 +42,7 @@ class Tokens(NamedTuple):
 
 
 class Dense(NamedTuple):
-  """A linear layer: kernel [D, features] and bias [features]; its name."""
+  """A linear layer: kernel [D, features], bias [features] and its name."""
 
   kernel: jax.Array
   bias: jax.Array
@@ -62,7 +64,7 @@ def reference(
     x: jax.Array, qkv: Dense, proj: Dense, num_heads: int, tokens: Tokens,
     mesh: Mesh | None,
 ) -> jax.Array:
-  """Attends by matrix products, on any device and in any precision."""
+  """Computes attention by matrix products, on any device, in any precision."""
   del mesh
   dim = x.shape[-1]
   y = qkv(x).reshape(-1, tokens.rows, 3, num_heads, dim // num_heads)
@@ -76,17 +78,18 @@ def reference(
 def dot_product_attention(qkv: jax.Array, queries: int) -> jax.Array:
   """Returns softmax(q k' / sqrt(head_dim)) v.
 
-  For the backward pass it keeps its argument alone, and computes the weights
-  again: one product more, for [B, heads, T, T] less in each block. (Rabe &
-  Staats 2021, arXiv 2112.05682. `jax.nn.dot_product_attention` rounds the
-  softmax to float32 even where the rest is float64.)
+  Only the argument is kept for the backward pass, which recomputes the
+  attention weights (Rabe & Staats 2021, arXiv 2112.05682). That costs one more
+  product and saves an array of [B, heads, T, T] in each block.
+  (`jax.nn.dot_product_attention` rounds the softmax to float32 even if the rest
+  is float64.)
 
   Args:
     qkv: queries, keys and values [B, T, 3, heads, head_dim].
-    queries: how many of the T tokens ask, from the first on.
+    queries: how many of the T tokens, from the first on, are queries.
 
   Returns:
-    [B, queries, heads, head_dim], of the dtype of `qkv`.
+    [B, queries, heads, head_dim], in the dtype of `qkv`.
   """
   return _attend_forward(qkv, queries)[0]
 
@@ -105,7 +108,7 @@ def _attend_backward(queries, qkv, g):
   weights, total = recomputed(_attention_weights)(q, k)
   weights = weights / total
   g = jnp.swapaxes(g, 1, 2)
-  # The small matrix is what gets transposed, not that of T x T.
+  # Transpose the small matrices, not those of T x T.
   to_v = _transposed(jnp.matmul(_transposed(g), weights.astype(g.dtype)))
   to_weights = jnp.matmul(
       g, _transposed(v), preferred_element_type=weights.dtype
@@ -123,17 +126,17 @@ dot_product_attention.defvjp(_attend_forward, _attend_backward)
 
 
 def _matrices(qkv, queries):
-  # [B, T, 3, heads, head_dim] to three of [B, heads, T, head_dim]. Scaling the
-  # queries is cheaper than scaling the logits.
+  # Splits [B, T, 3, heads, head_dim] into three of [B, heads, T, head_dim].
+  # Scaling the queries is cheaper than scaling the logits.
   q, k, v = (jnp.swapaxes(qkv[:, :, i], 1, 2) for i in range(3))
   return q[:, :, :queries] / math.sqrt(q.shape[-1]), k, v
 
 
 def _attention_weights(q, k):
-  # The softmax before its division, and what to divide by. Dividing head_dim
-  # results is less than dividing T weights, and compilers can then make the
-  # products and what is between them one loop (Dao et al. 2022,
-  # arXiv 2205.14135).
+  # Returns the unnormalised softmax and its sum. Dividing head_dim results is
+  # cheaper than dividing T weights, and compilers can then fuse the two
+  # products and the operations between them (Dao et al. 2022, arXiv
+  # 2205.14135).
   wide = jnp.promote_types(q.dtype, jnp.float32)
   logits = jnp.matmul(q, _transposed(k), preferred_element_type=wide)
   weights = jnp.exp(logits - jnp.max(logits, -1, keepdims=True))
@@ -148,11 +151,11 @@ def einsum(
     x: jax.Array, qkv: Dense, proj: Dense, num_heads: int, tokens: Tokens,
     mesh: Mesh | None,
 ) -> jax.Array:
-  """Attends with heads before tokens from the product on: no re-layouts.
+  """Computes attention by einsums that need no changes of layout.
 
-  The products of the qkv layer come out as [B, heads, T, head_dim], which is
-  what the next product wants, and the weights are kept for the backward pass
-  in the dtype of `x`.
+  The qkv layer directly gives [B, heads, T, head_dim], the layout that the next
+  product needs. The attention weights are kept for the backward pass in the
+  dtype of `x`.
   """
   del mesh
   dim, head_dim = x.shape[-1], x.shape[-1] // num_heads
@@ -184,7 +187,7 @@ def pallas(
     x: jax.Array, qkv: Dense, proj: Dense, num_heads: int, tokens: Tokens,
     mesh: Mesh | None,
 ) -> jax.Array:
-  """Attends by `short_attention`, on TPUs."""
+  """Computes attention by `short_attention`, on TPUs."""
   dim = x.shape[-1]
   y = qkv(x).reshape(-1, tokens.rows, 3 * dim)
   y = jnp.pad(y, [(0, 0), (0, -tokens.rows % SUBLANES), (0, 0)])
@@ -192,8 +195,8 @@ def pallas(
       y, num_heads, tokens.real, tokens.queries
   )
   if mesh is not None and mesh.size > 1:
-    # XLA cannot split a kernel by itself. Images have nothing to do with each
-    # other, so this needs no communication.
+    # XLA cannot partition a kernel by itself. Images are independent, so this
+    # needs no communication.
     split = PartitionSpec(BATCH_AXES)
     attend = jax.shard_map(
         attend, mesh=mesh, in_specs=split, out_specs=split, check_vma=False
@@ -205,12 +208,12 @@ def cudnn(
     x: jax.Array, qkv: Dense, proj: Dense, num_heads: int, tokens: Tokens,
     mesh: Mesh | None,
 ) -> jax.Array:
-  """Attends by cuDNN's fused kernels, on GPUs and in half precision."""
-  if tokens.queries < tokens.real:  # One query is no work for them.
+  """Computes attention by cuDNN's fused kernels, on GPUs in half precision."""
+  if tokens.queries < tokens.real:  # The kernels do not pay off for one query.
     return reference(x, qkv, proj, num_heads, tokens, mesh)
   dim = x.shape[-1]
   y = qkv(x).reshape(-1, tokens.rows, 3, num_heads, dim // num_heads)
-  # JAX refuses odd lengths in training.
+  # JAX rejects odd sequence lengths in training.
   y = jnp.pad(y, [(0, 0), (0, tokens.rows % 2)] + [(0, 0)] * 3)
   q, k, v = (y[:, :, i] for i in range(3))
   lengths = jnp.full(len(y), tokens.real, jnp.int32)
@@ -233,9 +236,9 @@ class DenseParams(nn.Module):
   """The parameters of a linear layer, under the names of `nn.Dense`.
 
   Attributes:
-    features: its outputs.
-    kernel_init: of the kernel; the bias starts at zero.
-    dtype: in which they are returned; kept in float32.
+    features: number of outputs.
+    kernel_init: initialiser of the kernel; the bias starts at zero.
+    dtype: dtype of the returned arrays; the parameters stay float32.
   """
 
   features: int
@@ -244,7 +247,7 @@ class DenseParams(nn.Module):
 
   @nn.compact
   def __call__(self, inputs: int) -> Dense:
-    """Returns the parameters, for so many inputs."""
+    """Returns the parameters for this number of inputs."""
     shape = inputs, self.features
     kernel = self.param('kernel', self.kernel_init, shape)
     bias = self.param('bias', nn.initializers.zeros, shape[1:])
@@ -254,7 +257,7 @@ class DenseParams(nn.Module):
 
 
 class Attention(nn.Module):
-  """Multi-head self-attention; q, k and v from one matrix."""
+  """Multi-head self-attention; one matrix gives queries, keys and values."""
 
   num_heads: int
   dtype: jnp.dtype
@@ -264,7 +267,7 @@ class Attention(nn.Module):
   def __call__(self, x: jax.Array, tokens: Tokens) -> jax.Array:
     """Maps [B * rows, D] to [B * queries, D]."""
     dim = x.shape[-1]
-    # One matrix for speed; its thirds are initialised as three matrices.
+    # One matrix is faster; each third is initialised like a matrix of its own.
     init = xavier(dim, dim)
     qkv = DenseParams(3 * dim, init, self.dtype, name='qkv')(dim)
     proj = DenseParams(dim, init, self.dtype, name='proj')(dim)

@@ -1,4 +1,4 @@
-"""A transformer block: attention and MLP, sparing with memory."""
+"""A transformer block: attention and an MLP that saves memory."""
 
 import flax.linen as nn
 import jax
@@ -11,7 +11,13 @@ from mocov3_jax.models.recompute import gelu_dense, gelu_dense_kept
 
 
 class Mlp(nn.Module):
-  """The two-layer perceptron of a block."""
+  """The two-layer perceptron of a block.
+
+  Attributes:
+    hidden_dim: width of the hidden layer.
+    dtype: dtype of the computation.
+    keep_gelu: see `Execution`.
+  """
 
   hidden_dim: int
   dtype: jnp.dtype
@@ -19,7 +25,7 @@ class Mlp(nn.Module):
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
-    """Maps [N, D] to the same."""
+    """Maps [N, D] to [N, D]."""
     dim, hidden = x.shape[-1], self.hidden_dim
     x = nn.Dense(
         hidden, dtype=self.dtype, kernel_init=xavier(dim, hidden), name='fc1'
@@ -33,12 +39,14 @@ class Block(nn.Module):
   """A pre-norm transformer block.
 
   Attributes:
-    num_heads, mlp_dim: attention heads, hidden width of the MLP.
-    mlp_norm: before the MLP, 'layer' or 'batch' (ViT-BN, paper s6.3).
-    drop_path: probability with which an image skips a branch in training
-      (stochastic depth, Huang et al. 2016); draws from the rng 'drop_path'.
-    dtype: of the arithmetic.
-    execution: how attention and MLP run.
+    num_heads: number of attention heads.
+    mlp_dim: hidden width of the MLP.
+    mlp_norm: the normalisation before the MLP: 'layer', or 'batch' (ViT-BN,
+      paper s6.3).
+    drop_path: probability that an image skips a branch in training (stochastic
+      depth, Huang et al. 2016); uses the rng 'drop_path'.
+    dtype: dtype of the computation.
+    execution: how attention and MLP are computed.
   """
 
   num_heads: int
@@ -53,9 +61,9 @@ class Block(nn.Module):
     """Maps [B * rows, D] to [B * queries, D].
 
     Args:
-      x: the rows of each image in turn.
-      tokens: of an image.
-      train: whether BatchNorm and stochastic depth are those of training.
+      x: the tokens of all images, one image after the other.
+      tokens: the numbers of rows, real tokens and queries of an image.
+      train: whether BatchNorm and stochastic depth run in training mode.
     """
     rows, _, queries = tokens
     y = LayerNorm(dtype=self.dtype, name='norm1')(x)
@@ -80,5 +88,5 @@ class Block(nn.Module):
     images = jax.random.bernoulli(
         self.make_rng('drop_path'), keep, (len(y) // rows, 1)
     )
-    # Scaled, so that the mean is that of evaluation.
+    # Scaled, so that the expected value is the same as in evaluation.
     return y * (jnp.repeat(images, rows, axis=0) / keep).astype(y.dtype)

@@ -1,8 +1,8 @@
-"""How a network computes what it computes: a choice that changes no result.
+"""How a network is computed: choices that do not change the result.
 
-Each choice depends on the platform, the dtype and the shapes alone, and not on
-a measurement: all hosts of a run must choose the same, and so must the run when
-it is continued.
+Each choice depends only on the platform, the dtype and the shapes, not on
+measurements: all hosts of a run must choose the same, and so must a run that is
+continued.
 """
 
 import dataclasses
@@ -12,28 +12,29 @@ from jax.sharding import Mesh
 
 from mocov3_jax.base.errors import UserError, unknown
 
-# What runs on which platform; 'pallas' is interpreted on a CPU, for tests.
+# The platforms of each implementation. On CPUs, 'pallas' is interpreted, for
+# tests.
 PLATFORMS = {
     'reference': ('cpu', 'gpu', 'tpu'),
     'einsum': ('cpu', 'gpu', 'tpu'),
     'pallas': ('cpu', 'tpu'),
     'cudnn': ('gpu',),
 }
-# For which the kernels of models/short_attention.py have been compiled, for
-# v4, v5e, v5p and v6e: widths of a head, and the most tokens of an image.
+# Head widths, and the most tokens per image, for which the kernels of
+# models/short_attention.py have been compiled, for TPU v4, v5e, v5p and v6e.
 PALLAS_HEADS = (32, 64, 80)
 PALLAS_TOKENS = 584
 
 
 @dataclasses.dataclass(frozen=True)
 class Execution:
-  """How a ViT runs; any other way gives the same, up to rounding.
+  """How a ViT is computed; all ways give the same result up to rounding.
 
   Attributes:
-    attention: one of `attention.ATTENTION`.
-    keep_gelu: whether the backward pass of an MLP keeps the output of its GELU
-      instead of computing it again: more memory traffic or more arithmetic.
-    mesh: over which the batch is split; None = one device.
+    attention: a name in `attention.ATTENTION`.
+    keep_gelu: whether to keep the output of an MLP's GELU for the backward pass
+      (more memory traffic) instead of recomputing it (more arithmetic).
+    mesh: the mesh that the batch is split over; None = one device.
   """
 
   attention: str = 'reference'
@@ -41,25 +42,25 @@ class Execution:
   mesh: Mesh | None = None
 
   def for_images(self, count: int) -> 'Execution':
-    """Returns how to run on a batch of this many images.
+    """Returns the execution for a batch of this many images.
 
-    A batch that the mesh does not divide, as the one that initialises the
-    parameters, is not split over it.
+    If the batch size is not a multiple of the mesh size, as in the batch that
+    initialises the parameters, the batch is not split: REFERENCE runs it.
     """
     if self.mesh is None or count % self.mesh.size == 0:
       return self
     return REFERENCE
 
   def padded(self, tokens: int) -> int:
-    """Returns how many rows an image's tokens are to take.
+    """Returns the number of rows for an image's tokens, with padding.
 
-    With a multiple of 8 rows, a TPU need not move anything between [B * T, D]
-    and [B, T, D].
+    With a multiple of 8 rows, a TPU moves no data to reshape between
+    [B * T, D] and [B, T, D].
     """
     return -(-tokens // 8) * 8 if self.attention == 'pallas' else tokens
 
 
-# On any device, in any precision.
+# Works on any device and in any precision.
 REFERENCE = Execution()
 
 
@@ -67,18 +68,19 @@ def choose(
     asked: str, platform: str, dtype: str, tokens: int, head_dim: int,
     capability: str = '',
 ) -> str:
-  """Returns the implementation of attention to run.
+  """Returns the name of the attention implementation to use.
 
   Args:
     asked: `config.model.attention`: a name, or 'auto'.
-    platform: of the devices: 'cpu', 'gpu' or 'tpu'.
+    platform: platform of the devices: 'cpu', 'gpu' or 'tpu'.
     dtype: `config.model.dtype`.
-    tokens: of an image.
+    tokens: number of tokens per image.
     head_dim: width of a head.
-    capability: CUDA's compute capability of a GPU, such as '9.0'.
+    capability: CUDA compute capability of a GPU, such as '9.0'.
 
   Raises:
-    UserError: for a name that is unknown, or cannot run there.
+    UserError: if the name is unknown, or cannot run on the platform or with
+      the dtype.
   """
   if asked == 'auto':
     return _auto(platform, dtype, tokens, head_dim, capability)
@@ -105,8 +107,9 @@ def _auto(
   if platform == 'tpu':
     short = tokens <= PALLAS_TOKENS and head_dim in PALLAS_HEADS
     return 'pallas' if short else 'einsum'
-  # cuDNN wants Ampere or newer, and heads of whole 16 bytes. Its backward pass
-  # gives NaN for 64 keys more than a multiple of 128; odd ones are padded.
+  # cuDNN needs Ampere or newer, and heads of a multiple of 16 bytes. Its
+  # backward pass gives NaN if the number of keys is 64 more than a multiple of
+  # 128. Odd numbers of tokens are padded by one.
   has_cudnn = re.fullmatch(r'([89]|1\d)\.\d+', capability) is not None
   fits = head_dim % 8 == 0 and head_dim <= 128
   breaks = (tokens + tokens % 2) % 128 == 64

@@ -1,4 +1,4 @@
-"""The projection and prediction MLPs (paper s5), and prototypes."""
+"""Projection and prediction MLPs (paper s5), and SwAV's prototypes."""
 
 import flax.linen as nn
 import jax
@@ -8,19 +8,18 @@ from mocov3_jax.models.layers import BatchNorm, torch_default, unit
 
 
 class MlpHead(nn.Module):
-  """Bias-free linear layers, each hidden one followed by BatchNorm and ReLU.
+  """An MLP of bias-free linear layers; with 0 layers, the identity.
 
-  Without layers it is the identity.
-
-  Each call normalises by the batch it is given, so the two views must come in
-  two calls (paper App. A, option ii).
+  BatchNorm and ReLU follow each hidden layer. Each call uses the statistics of
+  the batch that it is given, so each view needs its own call (paper App. A,
+  option ii).
 
   Attributes:
-    num_layers: linear layers.
+    num_layers: number of linear layers.
     hidden_dim, out_dim: width of the hidden layers and of the output.
-    out_bn: whether a BatchNorm without scale and offset ends it.
-    hidden_bn: whether there is one, with both, before each ReLU.
-    dtype: of the arithmetic.
+    out_bn: whether a BatchNorm without scale and offset follows the last layer.
+    hidden_bn: whether a BatchNorm with scale and offset precedes each ReLU.
+    dtype: dtype of the computation.
   """
 
   num_layers: int
@@ -52,14 +51,15 @@ class MlpHead(nn.Module):
 
 
 class Prototypes(nn.Module):
-  """Cosines with learned directions: the last layer of SwAV.
+  """Cosine similarities to learned prototypes: the last layer of SwAV.
 
-  Caron et al. 2020 (arXiv 2006.09882), section 3.1. Scaled here at every use,
-  where the original scales the parameters themselves before every step: the
-  function is the same, a step along the sphere not quite.
+  See Caron et al. 2020 (arXiv 2006.09882), section 3.1. Prototypes are
+  normalised here at each use, whereas the original code normalises the
+  parameters before each step. The function is the same, but the steps of the
+  optimizer differ slightly.
 
   Attributes:
-    count: of prototypes.
+    count: number of prototypes.
   """
 
   count: int

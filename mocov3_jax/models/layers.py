@@ -1,4 +1,4 @@
-"""Initialisers, normalisations, and what to compute again in the backward."""
+"""Initialisers and normalisation layers."""
 
 import math
 
@@ -10,7 +10,7 @@ from mocov3_jax.models.recompute import layer_norm
 
 
 def uniform(bound: float) -> nn.initializers.Initializer:
-  """Returns an initialiser drawing from U(-bound, bound)."""
+  """Returns an initialiser that draws from U(-bound, bound)."""
 
   def init(key, shape, dtype=jnp.float32):
     return jax.random.uniform(key, shape, dtype, -bound, bound)
@@ -29,19 +29,19 @@ def xavier(fan_in: int, fan_out: int) -> nn.initializers.Initializer:
 
 
 def unit(x: jax.Array) -> jax.Array:
-  """Scales vectors (the last axis) to length 1.
+  """Scales vectors (along the last axis) to length 1.
 
-  The bound is PyTorch's: a zero vector stays zero instead of becoming NaN.
+  A zero vector stays zero instead of becoming NaN, with the bound of PyTorch.
   """
   norm = jnp.sqrt(jnp.maximum(jnp.sum(x * x, -1, keepdims=True), 1e-24))
   return x / norm
 
 
 class LayerNorm(nn.Module):
-  """`layer_norm` with its parameters, under the names of flax's.
+  """`layer_norm` with parameters that have the same names as in flax.
 
   Attributes:
-    dtype: of the output.
+    dtype: dtype of the output.
     epsilon: added to the variance.
   """
 
@@ -59,16 +59,16 @@ class LayerNorm(nn.Module):
 class BatchNorm(nn.Module):
   """BatchNorm with the running statistics of PyTorch.
 
-  `flax.linen.BatchNorm` keeps the biased variance; PyTorch, and with it every
-  published checkpoint, the unbiased one. Under `jax.jit` over a mesh the batch
-  is the global one, so this is synchronised BatchNorm (paper App. A) without a
-  collective in the code.
+  PyTorch, and so every published checkpoint, keeps the unbiased variance, while
+  `flax.linen.BatchNorm` keeps the biased one. Under `jax.jit` over a mesh, the
+  batch is the global batch, so this is synchronised BatchNorm (paper App. A)
+  without a collective in the code.
 
   Attributes:
     affine: whether to learn a scale and an offset.
     zero_scale: start the scale at 0 instead of 1 (Goyal et al. 2017).
-    dtype: of the output; statistics are float32 or wider.
-    momentum: share of the new batch in the running statistics.
+    dtype: dtype of the output; statistics are float32 or wider.
+    momentum: weight of the new batch in the running statistics.
     epsilon: added to the variance.
   """
 

@@ -1,4 +1,4 @@
-"""Backward passes that compute again what they need."""
+"""Functions whose backward pass recomputes values instead of keeping them."""
 
 from collections.abc import Callable
 import functools
@@ -11,7 +11,9 @@ import jax.numpy as jnp
 
 @jax.custom_vjp
 def gelu_dense(x: jax.Array, kernel: jax.Array) -> jax.Array:
-  """Multiplies the exact (erf) GELU of x with a matrix, keeping both arguments.
+  """Multiplies the exact (erf) GELU of x by a matrix.
+
+  Only the arguments are kept for the backward pass, which recomputes the GELU.
 
   Args:
     x: [N, D].
@@ -27,7 +29,7 @@ def _gelu_dense_backward(kept, g):
 
 
 def _gelu(x):
-  # The sum would lose the small values in half precision.
+  # In half precision, 1 + erf would lose small values.
   wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
   return (wide * (1 + jax.lax.erf(wide / math.sqrt(2))) / 2).astype(x.dtype)
 
@@ -37,11 +39,11 @@ gelu_dense.defvjp(lambda x, w: (gelu_dense(x, w), (x, w)), _gelu_dense_backward)
 
 @jax.custom_vjp
 def gelu_dense_kept(x: jax.Array, kernel: jax.Array) -> jax.Array:
-  """Does what `gelu_dense` does, but keeps the output of the GELU as well.
+  """Computes `gelu_dense`, but also keeps the output of the GELU.
 
-  The TPU compiler puts an elementwise function into the operand of a product
-  if it can, and so would compute the GELU for each tile of the result again.
-  The barrier makes it compute the GELU once.
+  The TPU compiler fuses an elementwise function into the operand of a product
+  if it can. It would then recompute the GELU for each tile of the result. The
+  barrier makes it compute the GELU once.
   """
   return _gelu_dense_kept_forward(x, kernel)[0]
 
@@ -60,16 +62,16 @@ gelu_dense_kept.defvjp(_gelu_dense_kept_forward, _gelu_dense_kept_backward)
 
 
 def recompute_barrier(x: jax.Array, g: jax.Array) -> jax.Array:
-  """Returns `x`, so that a backward pass computes anew what it makes of it.
+  """Returns `x` in a form that makes a backward pass recompute from it.
 
-  Without this, the compiler sees that the forward pass had computed the same,
-  and keeps that in memory; `jax.checkpoint` has a barrier for it, but XLA for
-  CPUs drops barriers. So there the result is made to need the gradient, by
-  adding a zero of which XLA does not know that it is one.
+  Without a barrier, the compiler sees that the forward pass has computed the
+  same values, and keeps those in memory. `jax.checkpoint` also uses a barrier
+  for this, but XLA for CPUs drops barriers. On CPUs, the result is therefore
+  made to depend on the gradient, by adding a zero that XLA cannot recognise.
 
   Args:
     x: [B, ...], kept from the forward pass.
-    g: [B, ...], the gradient that the backward pass was given.
+    g: [B, ...], the incoming gradient of the backward pass.
   """
 
   def needing_g(x, g):
@@ -83,7 +85,7 @@ def recompute_barrier(x: jax.Array, g: jax.Array) -> jax.Array:
 
 
 def recomputed(f: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
-  """Marks `f` for `is_recomputed`: its result had been computed before."""
+  """Marks calls of `f` as recomputation, to be found by `is_recomputed`."""
 
   def _recomputed(*args):
     return f(*args)
@@ -92,7 +94,7 @@ def recomputed(f: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
 
 
 def is_recomputed(eqn: core.JaxprEqn) -> bool:
-  """Returns whether this is a call of a function that `recomputed` marked."""
+  """Returns whether an equation calls a function marked by `recomputed`."""
   return 'name' in eqn.params and eqn.params['name'] == '_recomputed'
 
 
@@ -100,9 +102,9 @@ def is_recomputed(eqn: core.JaxprEqn) -> bool:
 def layer_norm(
     x: jax.Array, scale: jax.Array, bias: jax.Array, epsilon: float
 ) -> jax.Array:
-  """Normalises the last axis (Ba et al. 2016); the mean square in two passes.
+  """Normalises the last axis (Ba et al. 2016); computes mean, then variance.
 
-  For the backward pass it keeps its arguments alone. Autodiff would keep three
+  Only the arguments are kept for the backward pass. Autodiff would keep three
   more arrays of the size of `x`.
 
   Args:

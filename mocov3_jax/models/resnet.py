@@ -24,14 +24,17 @@ def _conv(
 
 
 class ResidualBlock(nn.Module):
-  """A residual block; the last BatchNorm starts at 0, so it as the identity.
+  """A residual block whose last BatchNorm starts with scale 0.
+
+  So the residual branch initially contributes nothing.
 
   Attributes:
-    channels: of the inner convolutions.
-    bottleneck: 1x1, 3x3, 1x1 with four times the channels at the end; else
-      3x3, 3x3. The stride is in the first 3x3 convolution (the "v1.5").
-    stride: of the block.
-    dtype: of the arithmetic.
+    channels: channels of the inner convolutions.
+    bottleneck: whether the convolutions are 1x1, 3x3, 1x1, with four times the
+      channels at the end; else 3x3, 3x3. The first 3x3 convolution has the
+      stride ("v1.5").
+    stride: stride of the block.
+    dtype: dtype of the computation.
   """
 
   channels: int
@@ -66,17 +69,17 @@ class ResidualBlock(nn.Module):
 
 
 class ResNet(nn.Module):
-  """Images to the average over the last feature map.
+  """Maps each image to the mean over its last feature map.
 
   Attributes:
-    stage_sizes: blocks in each stage; every stage but the first halves the
-      resolution and doubles the channels.
-    bottleneck: kind of block.
+    stage_sizes: number of blocks in each stage; every stage but the first
+      halves the resolution and doubles the channels.
+    bottleneck: the kind of block; see `ResidualBlock`.
     width: channels of the stem and of the first stage's inner convolutions.
-    small_images: a 3x3 stem without stride and pooling, for images of 64
-      pixels and less (Chen et al. 2020, arXiv 2002.05709, B.9), instead of
-      7x7 with stride 2 and max-pooling.
-    dtype: of the arithmetic; parameters stay float32.
+    small_images: whether the stem is a 3x3 convolution without stride and
+      pooling, for images of 64 pixels and less (Chen et al. 2020, arXiv
+      2002.05709, B.9), instead of 7x7 with stride 2 and max-pooling.
+    dtype: dtype of the computation; parameters stay float32.
   """
 
   stage_sizes: tuple[int, ...]
@@ -85,7 +88,7 @@ class ResNet(nn.Module):
   small_images: bool = False
   dtype: jnp.dtype = jnp.float32
 
-  # What the training step needs to know of a backbone: see `ViT`.
+  # What the training step needs to know about a backbone: see `ViT`.
   has_batch_norm = True
   clip_patch_embed = False
   frozen = ()
@@ -93,7 +96,7 @@ class ResNet(nn.Module):
 
   @property
   def blocks(self) -> tuple[str, ...]:
-    """Names of the blocks' parameters, in their order."""
+    """Names of the blocks in the parameter tree, in order."""
     return tuple(
         f'layer{stage + 1}_{block}'
         for stage, blocks in enumerate(self.stage_sizes)

@@ -1,28 +1,29 @@
-"""Attention for short sequences on a TPU: one Pallas kernel each way.
+"""Attention for short sequences on a TPU, in two Pallas kernels.
 
-The kernels read the product of the qkv layer as it lies, [B, T, 3 * D], and
-write [B, queries, D]: one image a program, all of its heads inside. The [T, T]
-weights live in VMEM alone. Neither they nor a head-major copy of q, k and v
-reach HBM, which is what XLA's own attention of 197 tokens spends most of its
-time on (docs/scaling.md).
+One kernel computes the forward pass, the other the backward pass. They read the
+output of the qkv layer in its own layout, [B, T, 3 * D], and write
+[B, queries, D]. Each program handles one image with all of its heads. The
+[T, T] attention weights exist only in VMEM. Neither they nor a head-major copy
+of q, k and v go through HBM, where XLA's own attention spends most of its time
+at 197 tokens (docs/scaling.md).
 
-Layout. Whatever has the size [T, T] is kept transposed: keys are rows
-(sublanes), queries are columns (lanes). The softmax's maximum and sum then run
-over sublanes, which is elementwise work but for the last 8 rows. Padded keys
-are the last rows, so that only the last tile needs the mask. In the backward
-pass, dV = P' g and dK = dS' q need P' and dS' as they are. Only matrices of
-[T, head_dim] get transposed.
+Layout. All [T, T] matrices are kept transposed: keys are rows (sublanes),
+queries are columns (lanes). The maximum and the sum of the softmax then run
+over sublanes, which is elementwise work except for the last 8 rows. Padded keys
+are the last rows, so only the last tile needs the mask. The products of the
+backward pass, dV = P' g and dK = dS' q, need the transposed P' and dS' anyway.
+Only matrices of [T, head_dim] have to be transposed.
 
-Heads are not sliced out of the lanes where their width divides 128: 128 lanes
-(2 heads of 64, 4 of 32) form a group, and one operand of each product is set
-to zero outside the head. The matrix unit pads a contraction of 64 to 128
-anyway.
+If the width of a head divides 128, heads are not sliced out of the lanes.
+Instead, 128 lanes (2 heads of 64, 4 of 32) form a group, and one operand of
+each product is set to zero outside the head. This costs nothing extra, because
+the matrix unit pads a contraction of 64 to 128.
 
-Order. A kernel names all products of a group of heads first, then their
-softmax, then the products with the weights; the forward pass names the logits
-of the next group before the softmax of this one. The compiler schedules close
-to the order it is given, so this is what keeps the matrix units and the vector
-unit busy together.
+Order. A kernel first issues all products of a group of heads, then their
+softmax, then the products with the weights. The forward pass issues the logits
+of the next group before the softmax of the current one. The compiler mostly
+keeps this order, which lets the matrix units and the vector unit work at the
+same time.
 """
 
 from collections.abc import Callable, Sequence
@@ -37,7 +38,7 @@ import jax.numpy as jnp
 
 LOG2E = math.log2(math.e)
 LANES = 128
-# Rows of a tile of float32: the padding of T that makes a reshape free.
+# Rows of a float32 tile; with T a multiple of this, the reshape is free.
 SUBLANES = 8
 # Which axis of each operand a product contracts.
 ROWS_ROWS = ((1,), (1,))  # a b'
@@ -53,15 +54,15 @@ def short_attention(
   On a CPU the kernels are interpreted, which is slow and for tests.
 
   Args:
-    qkv: [B, T, 3 * D]: queries, keys, values, and the heads within each. T is
-      a multiple of `SUBLANES`.
-    num_heads: D // num_heads is the width of a head.
-    real: tokens from here on are padding. What they hold does not matter, as
-      long as it is finite.
-    queries: how many tokens ask, from the first on.
+    qkv: [B, T, 3 * D]: queries, keys and values, each with its heads one after
+      the other. T is a multiple of `SUBLANES`.
+    num_heads: number of heads; the width of a head is D // num_heads.
+    real: number of real tokens; the rest is padding, whose values do not matter
+      as long as they are finite.
+    queries: how many tokens, from the first on, are queries.
 
   Returns:
-    [B, queries, D], of the dtype of `qkv`.
+    [B, queries, D], in the dtype of `qkv`.
   """
   return _forward(qkv, num_heads, real, queries)[0]
 
@@ -96,7 +97,7 @@ def _call(
     kernel: Callable[..., None], name: str, num_heads: int, real: int,
     flops: int, outs: Sequence[jax.ShapeDtypeStruct], *args: jax.Array,
 ) -> Any:
-  """Runs a kernel, one program an image."""
+  """Runs a kernel with one program per image."""
   whole_image = lambda x: pl.BlockSpec((1, *x.shape[1:]), lambda i: (i, 0, 0))
   nbytes = lambda x: x.size * x.dtype.itemsize
   batch, tokens, _ = args[0].shape
@@ -185,7 +186,8 @@ def _backward_kernel(qkv_ref, lse_ref, g_ref, to_ref, *, num_heads, real):
     v = qkv_ref[0, :, pl.ds(2 * dim + start, lanes)]
     g = _to_whole_lanes(g_ref[0, :, pl.ds(start, lanes)])
     k_t = k.T
-    # In turns: all of one kind first makes a longer program.
+    # The two kinds of product alternate. Computing all of one kind first makes
+    # a longer program.
     products = [
         (_dot(k, _only(q, h, head_dim)[low:high], ROWS_ROWS),
          _dot(v, _only(g, h, head_dim)[low:high], ROWS_ROWS))
@@ -201,8 +203,8 @@ def _backward_kernel(qkv_ref, lse_ref, g_ref, to_ref, *, num_heads, real):
       mean = jnp.sum(product, 0, keepdims=True)
       to_logits = product - weights * mean
       both.append((weights.astype(dtype), to_logits.astype(dtype)))
-    # All three as [head_dim, T]: the small matrix goes through the matrix
-    # unit, and that of T x T is what the unit holds.
+    # All three are computed as [head_dim, T]: the matrix unit holds the T x T
+    # operand, and the small one streams through it.
     q_t, g_t = q.T, g.T
     to_q, to_k, to_v = [], [0] * group, [0] * group
     for (h, low, high), (weights, to_logits) in zip(units, both, strict=True):
@@ -222,8 +224,8 @@ def _backward_kernel(qkv_ref, lse_ref, g_ref, to_ref, *, num_heads, real):
 
 
 def _dot(a, b, contract):
-  # float32 operands are multiplied in full, for tests: the matrix unit would
-  # round them to bfloat16.
+  # float32 operands, which tests use, get full precision: by default, the
+  # matrix unit would round them to bfloat16.
   precision = jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
   return jax.lax.dot_general(
       a, b, (contract, ((), ())), preferred_element_type=jnp.float32,
@@ -232,14 +234,14 @@ def _dot(a, b, contract):
 
 
 def _groups(num_heads, head_dim):
-  """Returns the lanes of a group of heads, and how many heads it has."""
+  """Returns the number of lanes and of heads of a group of heads."""
   if LANES % head_dim == 0 and num_heads * head_dim % LANES == 0:
     return LANES, LANES // head_dim
   return head_dim, 1
 
 
 def _only(x, head, head_dim):
-  """Sets [T, lanes] to zero outside one head of its group."""
+  """Sets [T, lanes] to zero outside of one head of the group."""
   if x.shape[1] == head_dim:
     return x
   lane = jax.lax.broadcasted_iota(jnp.int32, (1, x.shape[1]), 1)
@@ -248,13 +250,13 @@ def _only(x, head, head_dim):
 
 
 def _scaled(q, head_dim):
-  """Scales the queries, rounding once (exact for 64: the factor is 1 / 8)."""
+  """Scales the queries, rounding once; exact for heads of 64 (factor 1 / 8)."""
   scaled = q.astype(jnp.float32) * (1 / math.sqrt(head_dim))
   return scaled.astype(q.dtype)
 
 
 def _masked(logits, real):
-  """Takes the padded keys, the last rows, out of logits [keys, queries]."""
+  """Masks the padded keys, which are the last rows of [keys, queries]."""
   if logits.shape[0] == real:
     return logits
   first = real // SUBLANES * SUBLANES
@@ -265,7 +267,7 @@ def _masked(logits, real):
 
 
 def _to_whole_lanes(x):
-  """Appends rows of zeros up to whole 128s of queries, in VMEM only."""
+  """Pads the queries with zero rows to a multiple of 128, in VMEM only."""
   return jnp.pad(x, ((0, -len(x) % LANES), (0, 0)))
 
 

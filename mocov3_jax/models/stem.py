@@ -1,4 +1,4 @@
-"""What makes tokens of images: a patch projection, or convolutions."""
+"""Layers that turn images into tokens: patch projection and conv stem."""
 
 import flax.linen as nn
 import jax
@@ -11,12 +11,13 @@ class PatchEmbed(nn.Module):
   """A linear projection of each patch, with a bias.
 
   Attributes:
-    patch_size: side of a patch, pixels.
-    dim: of a token.
-    batch_norm: whether to normalise the tokens over batch and places.
+    patch_size: side of a patch in pixels.
+    dim: width of a token.
+    batch_norm: whether to normalise the tokens over batch and positions.
     weight_norm: whether to learn direction and length of each output's weights
-      apart (Salimans & Kingma 2016, arXiv 1602.07868). They start as without.
-    dtype: of the arithmetic.
+      separately (Salimans & Kingma 2016, arXiv 1602.07868). The initial weights
+      are the same with and without.
+    dtype: dtype of the computation.
   """
 
   patch_size: int
@@ -49,17 +50,16 @@ class PatchEmbed(nn.Module):
 
 
 class ConvStem(nn.Module):
-  """Patches by convolutions of stride 2: the stem of the release's ViT-Conv.
+  """A stem of stride-2 convolutions, as in ViT-Conv of the paper's release.
 
-  Xiao et al. 2021 (arXiv 2106.14881).
-
-  log2(patch_size) bias-free 3x3 convolutions, each with BatchNorm and ReLU,
-  the channels doubling up to `dim`; then a 1x1 convolution.
+  See Xiao et al. 2021 (arXiv 2106.14881). It has log2(patch_size) bias-free 3x3
+  convolutions, each followed by BatchNorm and ReLU, whose channels double up to
+  `dim`; then a 1x1 convolution.
 
   Attributes:
-    patch_size: pixels to a token and side, a power of 2.
-    dim: channels at the end.
-    dtype: of the arithmetic.
+    patch_size: side in pixels of the area per token; a power of 2.
+    dim: number of output channels.
+    dtype: dtype of the computation.
   """
 
   patch_size: int

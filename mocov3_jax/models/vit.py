@@ -11,26 +11,27 @@ from mocov3_jax.models.execution import REFERENCE, Execution
 from mocov3_jax.models.layers import LayerNorm
 from mocov3_jax.models.stem import ConvStem, PatchEmbed
 
-# See `ViT.patch_embed`.
+# The values that `ViT.patch_embed` can have.
 PATCH_EMBEDS = (
     'frozen', 'learned', 'clipped', 'batch_norm', 'weight_norm', 'conv'
 )
 
 
 def sincos_positions(height: int, width: int, dim: int) -> np.ndarray:
-  """Returns fixed 2-D sine-cosine positions, with a zero row for the class.
+  """Returns fixed 2-D sine-cosine positions, after a zero row for the class.
 
   The four quarters of the channels are sin(row), cos(row), sin(column),
   cos(column) at frequencies 10000^(-i / (dim / 4)). On square grids this is
-  the published table. On others the original pairs patches with positions of
-  the transposed grid; here token t always gets its own (t // width, t % width).
+  the published table. On other grids, the original code assigns the positions
+  of the transposed grid; here token t always gets its own position,
+  (t // width, t % width).
 
   Args:
-    height, width: of the grid of patches.
-    dim: channels, a multiple of 4.
+    height, width: the size of the grid, in patches.
+    dim: the number of channels, a multiple of 4.
 
   Returns:
-    float32 [1, 1 + height * width, dim], patches row by row.
+    float32 [1, 1 + height * width, dim], with the patches in row-major order.
   """
   omega = 10000.0 ** (-np.arange(dim // 4) / (dim // 4))  # [dim / 4]
   row, column = np.divmod(np.arange(height * width), width)  # [T]
@@ -42,33 +43,34 @@ def sincos_positions(height: int, width: int, dim: int) -> np.ndarray:
 
 
 class ViT(nn.Module):
-  """Images to one vector each.
+  """Maps each image to one feature vector.
 
   Attributes:
-    patch_size: side of a patch, pixels; divides both sides of the image.
-    dim, depth, num_heads: width, blocks and attention heads.
+    patch_size: side of a patch in pixels; divides both sides of the image.
+    dim, depth, num_heads: width, number of blocks and of attention heads.
     patch_embed: 'frozen' = a random linear projection, with the gradient
-      stopped right after it (paper s4.2; the optimizer must leave it alone as
-      well); 'learned'; 'clipped' = learned, of a gradient that the optimizer
-      must clip; 'batch_norm', 'weight_norm' = learned, with such a
-      normalisation (paper s4.2 again); 'conv' = `ConvStem`, always learned.
-    frozen_blocks: blocks, the first ones, that are as random and frozen as a
-      'frozen' patch projection, and all that comes before them; the gradient
-      stops right after them.
+      stopped right after it (paper s4.2; the optimizer must not update it
+      either); 'learned'; 'clipped' = learned, with a gradient that the
+      optimizer must clip; 'batch_norm', 'weight_norm' = learned, with that
+      normalisation (also paper s4.2); 'conv' = `ConvStem`, always learned.
+    frozen_blocks: how many of the first blocks stay random and frozen, like a
+      'frozen' patch projection, together with everything before them. The
+      gradient stops right after them.
     positions: 'sincos' (fixed), 'learned' or 'none' (paper s6.2).
     readout: 'cls' = class token after the final LayerNorm; 'norm_pool' = mean
-      over the tokens after it; 'pool' = mean over the tokens, no final
-      LayerNorm (paper s6.2). There is no class token in the last two.
-    mlp_norm, drop_path: of the blocks; the latter grows linearly from 0 in
-      the first block to this in the last.
+      over the tokens after the final LayerNorm; 'pool' = mean over the tokens
+      without a final LayerNorm (paper s6.2). Only 'cls' has a class token.
+    mlp_norm: see `Block`.
+    drop_path: see `Block`; the rate in the last block. It grows linearly from
+      0 in the first one.
     remat: recompute each block in the backward pass instead of keeping its
       inner activations.
-    scan: run the blocks as one compiled loop. Compiles faster by as many
-      times as there are blocks; copies their weights in every step. The tree
-      of parameters is the same.
-    mlp_ratio: hidden width of a block's MLP over `dim`.
-    dtype: of the arithmetic; parameters stay float32.
-    execution: how the blocks run, where the result is the same.
+    scan: run the blocks as one compiled loop. This divides the compile time by
+      the number of blocks, but copies their weights in every step. The
+      parameter tree is the same.
+    mlp_ratio: hidden width of a block's MLP divided by `dim`.
+    dtype: dtype of the computation; parameters stay float32.
+    execution: how the blocks are computed; it does not change the result.
   """
 
   patch_size: int
@@ -87,12 +89,12 @@ class ViT(nn.Module):
   dtype: jnp.dtype = jnp.float32
   execution: Execution = REFERENCE
 
-  # What the training step needs to know of a backbone.
+  # From here on: what the training step needs to know about a backbone.
   first_layer = 'patch_embed'
 
   @property
   def blocks(self) -> tuple[str, ...]:
-    """Names of the blocks' parameters, in their order."""
+    """Names of the blocks in the parameter tree, in order."""
     return tuple(f'blocks_{i}' for i in range(self.depth))
 
   def tokens(self, image_size: int) -> int:
@@ -102,13 +104,13 @@ class ViT(nn.Module):
 
   @property
   def has_batch_norm(self) -> bool:
-    """Whether an image's features depend on the others of its batch."""
+    """Whether an image's features depend on the other images of its batch."""
     normed = self.patch_embed in ('conv', 'batch_norm')
     return normed or self.mlp_norm == 'batch'
 
   @property
   def frozen(self) -> tuple[str, ...]:
-    """Names of the parameters that must not be updated."""
+    """Names of the backbone's parameters that must not be updated."""
     if self.patch_embed != 'frozen':
       return ()
     if not self.frozen_blocks:
@@ -130,12 +132,13 @@ class ViT(nn.Module):
     execution = self.execution.for_images(batch)
     x = self._embed(images, train)  # [B, T, D]
     real = rows = x.shape[1]
-    # Padding would count in the statistics of a BatchNorm.
+    # Padding would distort the statistics of a BatchNorm.
     if self.mlp_norm == 'layer':
       rows = execution.padded(real)
     x = jnp.pad(x, [(0, 0), (0, rows - real), (0, 0)])
-    # Tokens as rows of one matrix: on CPU, a gradient that contracts over two
-    # axes takes a third longer than over one. Elsewhere it is all the same.
+    # All tokens become the rows of one matrix: on CPUs, a gradient that
+    # contracts over two axes takes a third longer than one over a single axis.
+    # On other devices it makes no difference.
     x = self._blocks(
         x.reshape(-1, self.dim), Tokens(rows, real, rows), train, execution
     )
@@ -181,7 +184,7 @@ class ViT(nn.Module):
   def _blocks(
       self, x: jax.Array, tokens: Tokens, train: bool, execution: Execution
   ) -> jax.Array:
-    # Arguments from 2 on (after self and x) are Python values.
+    # `tokens` and `train` (arguments 2 and 3, counting self) are static.
     block = nn.remat(Block, static_argnums=(2, 3)) if self.remat else Block
     arguments = self.num_heads, self.dim * self.mlp_ratio, self.mlp_norm
     if self.scan and not self.is_initializing():
@@ -202,7 +205,8 @@ class ViT(nn.Module):
       return run(x, self.blocks[self.frozen_blocks:])
     for i in range(self.depth):
       rate = self.drop_path * i / max(self.depth - 1, 1)
-      # Of the last block, only what is read; BatchNorm needs all the tokens.
+      # The last block computes only the class token if nothing else is read.
+      # BatchNorm needs all tokens.
       last = i == self.depth - 1 and self.mlp_norm == 'layer'
       if last and self.readout == 'cls':
         tokens = tokens._replace(queries=1)

@@ -1,4 +1,4 @@
-"""Checkpoints of a run, by Orbax: async save, newest intact restore."""
+"""Checkpoints by Orbax: saved in the background, newest intact one restored."""
 
 from collections.abc import Callable
 import json
@@ -21,35 +21,35 @@ from mocov3_jax.base.errors import UserError, is_of_environment
 PyTree = Any
 # Name of the state within checkpoints/<step>/.
 ITEM = 'state'
-# Bytes that the arrays of a checkpoint may have for each byte of its files, and
-# those that they may have in any case. Trained weights hardly compress; what is
-# constant, such as fresh moments, compresses to almost nothing.
+# The most bytes that the arrays of a checkpoint may take per byte of its files,
+# and the bytes that are always allowed. Trained weights hardly compress, but
+# constant arrays, such as fresh moments, compress to almost nothing.
 MOST_GROWTH, ALWAYS_ALLOWED = 64, 2**26
 
 
-# By which Orbax tells a complete checkpoint of a bucket, and what it knows of
-# any; there, the time at which a checkpoint was complete.
+# The file by which Orbax recognises a complete checkpoint in a bucket; the file
+# of its metadata; and the entry in that file of the time of completion.
 MARK, METADATA = 'commit_success.txt', '_CHECKPOINT_METADATA'
 COMPLETE = 'commit_timestamp_nsecs'
 
 
 class Checkpoints:
-  """The checkpoints/<step> folders of a run, <step> being updates done."""
+  """The folders checkpoints/<step> of a run; <step> counts updates done."""
 
   def __init__(
       self, workdir: epath.Path, keep_latest: int, keep_best: int,
       warn: Callable[[str], None], best_metric: str | None = None,
       keep_initial: bool = False,
   ):
-    """Opens checkpoints/ in `workdir`, removing what a kill left half-written.
+    """Opens checkpoints/ in `workdir`, and removes incomplete checkpoints.
 
     Args:
-      workdir: of the run.
-      keep_latest: newest checkpoints kept.
-      keep_best: best ones kept beside those.
-      warn: is told of each damaged checkpoint.
-      best_metric: by which they are the best; None = by none.
-      keep_initial: whether one of step 0 is kept beside all of them.
+      workdir: the run's workdir.
+      keep_latest: how many of the newest checkpoints to keep.
+      keep_best: how many of the best checkpoints to keep in addition.
+      warn: called with a message for each damaged checkpoint.
+      best_metric: the metric that decides which are the best; None = no metric.
+      keep_initial: whether to keep a checkpoint of step 0 in addition.
     """
     self._warn = warn
     self._folder = workdir / 'checkpoints'
@@ -68,8 +68,8 @@ class Checkpoints:
         preservation_policy=policies,
         best_fn=best,
         cleanup_tmp_directories=True,
-        # A checkpoint is complete once its folder has its name; where folders
-        # cannot be renamed in one piece, once a file in it says so.
+        # On a disk, a complete checkpoint is renamed to its final name. Where
+        # renaming is not atomic, a file in it marks it as complete.
         temporary_path_class=None if files.is_on_disk(workdir) else (
             ocp.path.atomicity.CommitFileTemporaryPath
         ),
@@ -85,7 +85,8 @@ class Checkpoints:
     )
 
   def _check_metrics(self) -> None:
-    # Orbax reads all of them when it starts, and gives up at a broken one.
+    # Orbax reads the metrics of all checkpoints when it starts, and fails if
+    # one file is broken.
     for folder in files.entries(self._folder):
       file = folder / 'metrics' / 'metrics'
       if _is_step(folder.name) and file.exists():
@@ -98,9 +99,10 @@ class Checkpoints:
     """Saves in the background; the state may be donated right after.
 
     Args:
-      step: updates done.
-      state: of jax.Arrays.
-      metrics: the best metric among them makes it a candidate for the best.
+      step: the number of updates done.
+      state: a pytree of jax.Arrays.
+      metrics: if they contain the best metric, the checkpoint is a candidate
+        for the best ones.
     """
     known = None
     if self._best_metric in metrics:
@@ -113,7 +115,7 @@ class Checkpoints:
     self._manager.save(step, args=args, metrics=known, force=True)
 
   def _add_metrics(self, step: int, metrics: dict[str, float]) -> None:
-    """Adds what was measured after the save, as when a stop came between."""
+    """Adds metrics to a saved checkpoint, such as one saved before a stop."""
     self.wait()
     if jax.process_index() == 0:
       folder = self._folder / str(step) / 'metrics'
@@ -129,15 +131,15 @@ class Checkpoints:
   ) -> tuple[PyTree, int] | None:
     """Restores the newest checkpoint that can be read.
 
-    Damaged newer ones are moved to checkpoints_damaged/. If none can be read,
-    none is moved: then the cause may be another than damage.
+    Newer checkpoints that are damaged are moved to checkpoints_damaged/. If
+    none can be read, none is moved, because the cause may not be damage.
 
     Args:
-      abstract_state: of jax.ShapeDtypeStruct with shardings; any number of
-        devices.
+      abstract_state: a pytree of jax.ShapeDtypeStruct with shardings; the
+        number of devices may differ from that of the save.
       init: makes a fresh state.
-      monitors: fields of the state that are taken from a fresh one where a
-        checkpoint lacks them, such as one that was converted.
+      monitors: fields of the state that are taken from a fresh state if the
+        checkpoint lacks them; a converted checkpoint does, for example.
 
     Returns:
       The state and its step, or None if there is no checkpoint.
@@ -156,7 +158,7 @@ class Checkpoints:
         continue
       for damaged, reason in failures.items():
         if jax.process_count() > 1:
-          # Another process may have read it; they must not part here.
+          # Another process may have read it; all must restore the same step.
           raise UserError(
               f'checkpoint {self._folder / str(damaged)} is damaged '
               f'({reason}). Move it away, and start all processes '
@@ -192,9 +194,9 @@ class Checkpoints:
     return self._manager.restore(step, args=args)[ITEM]
 
   def newest_before(self, step: int) -> int | None:
-    """Returns the newest checkpoint before `step`; later ones are moved aside.
+    """Returns the newest checkpoint before `step`, and moves later ones away.
 
-    For a run whose state was found broken at `step`.
+    It is used when the state turns out to be broken at `step`.
     """
     self.wait()
     if jax.process_index() == 0:
@@ -220,17 +222,17 @@ class Checkpoints:
     self._manager.wait_until_finished()
 
   def close(self) -> None:
-    """Waits and releases the threads."""
+    """Waits for saves and releases the threads."""
     self._manager.close()
 
 
 def _mark_copies(folder: epath.Path) -> None:
-  """Marks complete checkpoints that lack the file by which buckets tell them.
+  """Adds the file MARK to complete checkpoints that lack it.
 
-  Where folders cannot be renamed, Orbax takes a checkpoint without that file
-  for one that a kill cut off, and removes it. Older versions of Orbax wrote no
-  such file on a disk, from where a run may have been copied. (METADATA has the
-  time at which a checkpoint was complete, in all versions.)
+  Where folders cannot be renamed, Orbax takes a checkpoint without MARK for an
+  incomplete one and removes it. Older versions of Orbax did not write MARK on a
+  disk, and the run may have been copied from there. (METADATA records the time
+  of completion in all versions.)
   """
   for step in files.entries(folder):
     if _is_step(step.name) and _has_ended(step):
@@ -239,7 +241,7 @@ def _mark_copies(folder: epath.Path) -> None:
 
 
 def _has_ended(step: epath.Path) -> bool:
-  """Returns whether the metadata of a checkpoint say that it is complete."""
+  """Returns whether a checkpoint is complete according to its metadata."""
   try:
     found = files.read_object(step / METADATA)
   except UserError:  # Cut off, or damaged.
@@ -250,7 +252,7 @@ def _has_ended(step: epath.Path) -> bool:
 def _is_complete(step: epath.Path) -> bool:
   """Returns whether a checkpoint is no longer being written.
 
-  Where a folder can be renamed, one of that name is complete.
+  On a disk, a folder gets its final name only when it is complete.
   """
   return (
       files.is_on_disk(step) or (step / MARK).exists() or _has_ended(step)
@@ -264,7 +266,7 @@ def _all_arrive(where: str) -> None:
 
 
 def first_line(error: Exception) -> str:
-  """Returns the kind of an error and the first line of its text, shortened."""
+  """Returns an error's type and the first line of its message, shortened."""
   lines = str(error).strip().splitlines() or ['']
   text = textwrap.shorten(lines[0], 160, placeholder=' ...')
   return f'{type(error).__name__}: {text}'
@@ -312,12 +314,12 @@ def _found(path: str) -> tuple[epath.Path, epath.Path]:
 
 
 def _is_step(name: str) -> bool:
-  # Other digits, such as a superscript two, are no numbers to int().
+  # int() rejects other characters that are digits, such as a superscript two.
   return name.isascii() and name.isdigit() and len(name) <= 10
 
 
 def held(folder: epath.Path) -> set[tuple[str, str]]:
-  """Returns what a checkpoint holds: ('params', 'backbone'), ...
+  """Returns the parts of a checkpoint, such as ('params', 'backbone').
 
   Raises:
     UserError: if it cannot be read.
@@ -326,7 +328,7 @@ def held(folder: epath.Path) -> set[tuple[str, str]]:
 
 
 def shapes(folder: epath.Path) -> dict[tuple[str, ...], tuple[int, ...]]:
-  """Returns the shape of each array of a checkpoint, by its path.
+  """Returns the shape of each array in a checkpoint, by path.
 
   Raises:
     UserError: if it cannot be read.
@@ -338,7 +340,7 @@ def shapes(folder: epath.Path) -> dict[tuple[str, ...], tuple[int, ...]]:
 
 
 def _claimed_bytes(array: ArrayMetadata) -> int:
-  # A chunk is read whole, even where the array has less.
+  # A chunk is read as a whole, even if the array is smaller.
   chunk = array.storage.chunk_shape if array.storage else None
   values = max(math.prod(array.shape), math.prod(chunk or ()))
   return values * array.dtype.itemsize
@@ -352,7 +354,7 @@ def _arrays(tree: PyTree) -> dict[tuple[str, ...], Any]:
 
 
 def _metadata(folder: epath.Path) -> PyTree:
-  """Returns the tree of a checkpoint, without its arrays.
+  """Returns the metadata tree of a checkpoint, without reading its arrays.
 
   Raises:
     UserError: if it cannot be read, or claims arrays that its files cannot
@@ -383,7 +385,7 @@ def _unreadable(folder: epath.Path, e: Exception) -> UserError:
 
 
 def restore_part(folder: epath.Path, abstract_part: PyTree) -> PyTree:
-  """Restores the named part of a checkpoint alone, such as the parameters.
+  """Restores only a part of a checkpoint, such as the parameters.
 
   Args:
     folder: a checkpoints/<step>.
@@ -421,7 +423,7 @@ def restore_part(folder: epath.Path, abstract_part: PyTree) -> PyTree:
 
 
 def restore_whole(folder: epath.Path) -> PyTree:
-  """Restores all of a checkpoint on the host, whatever it holds.
+  """Restores a whole checkpoint to the host, whatever it contains.
 
   Args:
     folder: a checkpoints/<step>.

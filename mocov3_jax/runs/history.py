@@ -1,4 +1,4 @@
-"""Reads back what runs have left in their workdirs."""
+"""Finds runs, and reads what they have written to their workdirs."""
 
 from collections.abc import Iterable, Iterator, Sequence
 import dataclasses
@@ -14,24 +14,25 @@ from mocov3_jax.runs import locks, metrics
 from mocov3_jax.runs import workdir as workdir_lib
 
 SWEEP = 'sweep.json'
-# What no run is without, in any version.
+# Config fields that every run has, in all versions.
 NEEDED = 'batch_size', 'data.source', 'seed'
 
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-  """A pre-training run, as its workdir tells it.
+  """A pre-training run, as read from its workdir.
 
   Attributes:
     folder: the workdir.
-    config: flat, 'optimizer.lr_per_256': 1e-4, as config.json has it.
-    rows: of metrics.jsonl, where they were asked for.
+    config: config.json as a flat dictionary, {'optimizer.lr_per_256': 1e-4}.
+    rows: the rows of metrics.jsonl; empty if they were not asked for.
     status: see `status`.
-    result: of result.json; empty until the run is done.
-    evaluations: the lines of results.jsonl, in the order they were made.
-    data: of data.json: 'images' and 'classes' of the training set.
-    environment: of environment.json: versions and devices; empty where the
-      run recorded none.
+    result: the content of result.json; empty until the run is done.
+    evaluations: the lines of results.jsonl, in the order they were written.
+    data: the content of data.json, such as 'images' and 'classes' of the
+      training set.
+    environment: versions and devices from environment.json; empty if the run
+      recorded none.
   """
 
   folder: epath.Path
@@ -49,7 +50,7 @@ def read(folder: epath.Path, rows: bool = True) -> Run:
 
   Args:
     folder: the workdir.
-    rows: whether to read the metrics of all steps as well.
+    rows: whether to read the metrics of all steps, too.
 
   Raises:
     UserError: if the folder is not the workdir of a pre-training run.
@@ -93,7 +94,7 @@ def read(folder: epath.Path, rows: bool = True) -> Run:
           if _is_evaluation(line)
       ],
       data=data,
-      # What a run writes there, and nothing that somebody else put there.
+      # Only entries that a run writes there; others are ignored.
       environment={
           name: value for name, value in environment.items()
           if name in workdir_lib.ENVIRONMENT
@@ -107,7 +108,7 @@ def _is_number(value: Any) -> bool:
 
 
 def _is_evaluation(line: dict[str, Any]) -> bool:
-  """Returns whether a line of results.jsonl is what `evaluate` writes."""
+  """Returns whether a line of results.jsonl has the format of `evaluate`."""
   try:
     return (
         isinstance(line['checkpoint_step'], int)
@@ -123,11 +124,12 @@ def _is_evaluation(line: dict[str, Any]) -> bool:
 
 
 def status(folder: epath.Path) -> str:
-  """Returns what has become of the run in a folder.
+  """Returns the status of the run in a folder.
 
   Returns:
-    'absent' (not begun), 'running' (a process holds it), 'done', 'diverged'
-    (a metric became NaN or infinite), or 'stopped' (to be continued).
+    'absent' (not begun), 'running' (a process holds the folder), 'done',
+    'diverged' (a metric became NaN or infinite), or 'stopped' (can be
+    continued).
   """
   if not (folder / 'config.json').exists():
     return 'absent'
@@ -140,13 +142,16 @@ def status(folder: epath.Path) -> str:
 
 
 def find(paths: Iterable[str]) -> list[epath.Path]:
-  """Finds runs: workdirs, or folders of them (a sweep), in order.
+  """Finds runs, in order.
+
+  Args:
+    paths: workdirs, or folders that contain workdirs, such as a sweep.
 
   Returns:
-    Their workdirs, each once.
+    The workdirs, without duplicates.
 
   Raises:
-    UserError: for a path that is neither.
+    UserError: if a path is neither.
   """
   return list(dict.fromkeys(
       run for path in paths
@@ -172,17 +177,17 @@ def _folders(path: str, folder: epath.Path) -> Iterator[epath.Path]:
 
 
 def _is_evaluations(folder: epath.Path) -> bool:
-  # Evaluations may lie beside the runs.
+  # The workdirs of evaluations may be in the same folder as the runs.
   try:
     return 'protocol' in workdir_lib.read_config(folder)
   except UserError:
-    return False  # Whoever reads it hears of it.
+    return False  # Reading it will report the error.
 
 
 def aligned(runs: Sequence[Run]) -> list[Run]:
-  """Returns the same runs, with None for each field that only others have.
+  """Returns the runs with None for each config field that only others have.
 
-  Those of another version have other fields.
+  Runs of different versions can have different fields.
   """
   none = dict.fromkeys(field for run in runs for field in run.config)
   return [

@@ -1,10 +1,10 @@
-"""Who may write into a folder: one process at a time, on disks and in buckets.
+"""Lets only one process at a time write into a folder, on disks and in buckets.
 
-On a disk that is a lock on a file, which the kernel drops with the process. A
-bucket has no locks, but of several who create an object of a name exactly one
-succeeds. So claims are numbered objects there, and the highest one counts. Its
-owner writes it anew every few seconds; where that has ended, whoever creates
-the next number has the folder.
+On a disk, this is a lock on a file, which the kernel releases when the process
+ends. A bucket has no locks, but if several processes create an object of the
+same name, exactly one succeeds. There, claims are numbered objects, and the
+highest number counts. Its owner rewrites it every few seconds. Once that stops,
+the process that creates the next number gets the folder.
 """
 
 from collections.abc import Iterator
@@ -26,16 +26,17 @@ from etils import epath
 from mocov3_jax.base import buckets, console, files
 from mocov3_jax.base.errors import UserError
 
-# What file systems without locks answer: Lustre without -o flock, some FUSE
+# Errors of file systems without locks: Lustre without -o flock, some FUSE
 # mounts, NFS without its lock daemon.
 NO_LOCKS = {errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK}
-# Seconds between two signs of life of a claim in a bucket; without one, for how
-# long it is watched before it counts as left; and the age of the last sign at
-# which it is not even watched, longer than clocks differ.
+# All in seconds: the interval between signs of life of a claim in a bucket; how
+# long a claim is watched without one before it counts as abandoned; and the age
+# of the last sign at which it counts as abandoned at once, which is longer than
+# clocks differ.
 SIGN, PATIENCE, OLD = 10.0, 60.0, 900.0
-# Where claims lie in the folder, and how they are called.
+# The subfolder of the claims, and the pattern of their names.
 CLAIMS, NUMBER = '.claims', r'\d{6}\.json'
-# Exit code of a process whose claim another one has taken over.
+# Exit code of a process whose claim another process has taken over.
 LOST_CLAIM = 1
 
 
@@ -43,15 +44,15 @@ LOST_CLAIM = 1
 def held(
     folder: epath.Path, path: str, wait: bool = False
 ) -> Iterator[None]:
-  """Holds a folder, so that no other process can.
+  """Holds a folder, so that no other process can hold it.
 
   Args:
-    folder: of a run or a sweep.
-    path: the same, as it was given.
-    wait: whether to wait for another process that holds it.
+    folder: the folder of a run or a sweep.
+    path: the same folder as the user gave it, for messages.
+    wait: whether to wait if another process holds the folder.
 
   Raises:
-    UserError: if another process holds it, without `wait`.
+    UserError: if another process holds the folder, and `wait` is False.
   """
   hold = _claim if buckets.is_in_bucket(folder) else _lock_file
   with hold(folder, path, wait):
@@ -67,7 +68,8 @@ def is_held(folder: epath.Path) -> bool:
     )
   try:
     with files.open_own(folder / '.lock', 'r') as file:
-      # Shared, so that two who ask do not take each other for the run.
+      # Shared, so that two processes that ask do not mistake each other for
+      # the run.
       _lock(file, shared=True)
   except FileNotFoundError:
     pass
@@ -97,7 +99,7 @@ def _lock_file(folder: epath.Path, path: str, wait: bool) -> Iterator[None]:
       except BlockingIOError as e:
         if attempt == 19:
           raise _in_use(path) from e
-        # Somebody may be looking whether a run is going on, for a moment.
+        # `is_held` in another process may hold the lock for a moment.
         time.sleep(0.05)
     yield
 
@@ -105,18 +107,18 @@ def _lock_file(folder: epath.Path, path: str, wait: bool) -> Iterator[None]:
 def _lock(file: IO[str], shared: bool = False, wait: bool = False) -> bool:
   """Locks an open file until it is closed.
 
-  The kernel drops the lock with the process, however that ends.
+  The kernel releases the lock when the process ends, for whatever reason.
 
   Args:
-    file: open.
-    shared: whether others may hold such a lock as well.
-    wait: whether to wait for those who hold it.
+    file: the open file.
+    shared: whether other processes may hold a shared lock at the same time.
+    wait: whether to wait if another process holds the lock.
 
   Returns:
-    Whether it is locked; False where the file system has no locks.
+    Whether the file is locked; False if the file system has no locks.
 
   Raises:
-    BlockingIOError: if another process holds it, without `wait`.
+    BlockingIOError: if another process holds the lock, and `wait` is False.
   """
   kind = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
   try:
@@ -130,14 +132,14 @@ def _lock(file: IO[str], shared: bool = False, wait: bool = False) -> bool:
 
 @dataclasses.dataclass(frozen=True)
 class _Claim:
-  """What an object of CLAIMS says.
+  """The content of one object in CLAIMS.
 
   Attributes:
     file: the object.
-    number: of the claim.
-    owner: host and process, for people.
-    time: of the last sign of life, seconds, by the clock of the owner.
-    has_ended: whether the owner has given the folder back.
+    number: the number of the claim.
+    owner: host and process, for messages.
+    time: the time of the last sign of life in seconds, by the owner's clock.
+    has_ended: whether the owner has released the folder.
   """
 
   file: epath.Path
@@ -148,15 +150,15 @@ class _Claim:
 
   @property
   def age(self) -> float:
-    """Seconds since the last sign of life, by the clocks."""
+    """Seconds since the last sign of life, if the clocks agree."""
     return time.time() - self.time
 
 
 def _last_claim(folder: epath.Path) -> _Claim | None:
-  """Returns the claim that counts; None if there has been none.
+  """Returns the claim with the highest number; None if there is none.
 
   Raises:
-    UserError: if it is damaged.
+    UserError: if the claim is damaged.
   """
   found = [
       path for path in files.entries(folder / CLAIMS)
@@ -166,7 +168,7 @@ def _last_claim(folder: epath.Path) -> _Claim | None:
     return None
   file = found[-1]
   data = buckets.read(file)
-  if data is None:  # It has been tidied away: there is a later one.
+  if data is None:  # It was removed, so there is a later one.
     return _last_claim(folder)
   try:
     value = files.parse(data)
@@ -201,7 +203,7 @@ def _claim(folder: epath.Path, path: str, wait: bool) -> Iterator[None]:
     file = folder / CLAIMS / f'{number:06d}.json'
     if buckets.create(file, value(ended=False)):
       break
-    # The answer to a request that did succeed may have been lost.
+    # The request may have succeeded although its answer was lost.
     if own.encode() in (buckets.read(file) or b''):
       break
     if not wait:
@@ -215,8 +217,8 @@ def _claim(folder: epath.Path, path: str, wait: bool) -> Iterator[None]:
 
   def show_life() -> None:
     while not ended.wait(SIGN):
-      # What fails here is tried again; who cannot reach the bucket for long
-      # may find that another process has taken over.
+      # A failure here is retried. If the bucket is out of reach for long,
+      # another process may take over.
       with contextlib.suppress(Exception):
         last = _last_claim(folder)
         if last is not None and last.number > number:
@@ -239,7 +241,7 @@ def _claim(folder: epath.Path, path: str, wait: bool) -> Iterator[None]:
 
 
 def _is_left(folder: epath.Path, claim: _Claim) -> bool:
-  """Returns whether nobody holds a claim any more; may take PATIENCE."""
+  """Returns whether a claim is abandoned; this may take PATIENCE seconds."""
   if claim.has_ended or claim.age > OLD:
     return True
   console.say(

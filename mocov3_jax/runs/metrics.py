@@ -1,4 +1,4 @@
-"""Numbers out of a run: metrics.jsonl, TensorBoard, progress, throughput."""
+"""Writes metrics to metrics.jsonl and TensorBoard, and reads metrics.jsonl."""
 
 import json
 import os
@@ -12,22 +12,22 @@ from mocov3_jax.base import files
 from mocov3_jax.base.errors import UserError
 
 Values = dict[str, float]
-# Bytes of a row of metrics.jsonl, at most.
+# The most bytes of a row of metrics.jsonl.
 LONGEST_ROW = 2**20
-# Names of metrics in a file, at most; a run with 40 blocks logs about 200.
+# The most metric names in a file; a run with 40 blocks logs about 200.
 MOST_NAMES = 4096
-# Bytes of a TensorBoard file in a bucket, after which another one is begun.
+# Bytes of a TensorBoard file in a bucket, after which a new one is begun.
 LARGE_EVENTS = 2**23
 
 
 def read_metrics(path: epath.Path) -> list[dict[str, Any]]:
-  """Reads the rows of a metrics.jsonl as `read_lines`.
+  """Reads the rows of a metrics.jsonl.
 
   Returns:
-    Dicts of numbers; 'step', an int, is in each.
+    Dicts of numbers. Each has 'step', an int.
 
   Raises:
-    UserError: as `read_lines`, or if it has more than MOST_NAMES metrics.
+    UserError: see `read_lines`; or if there are more than MOST_NAMES metrics.
   """
   names, rows = set(), []
   for row in read_lines(path):
@@ -49,14 +49,14 @@ def _is_number(value: Any) -> bool:
 
 
 def read_lines(path: epath.Path) -> list[dict[str, Any]]:
-  """Reads a metrics.jsonl or results.jsonl, without lines a kill cut off.
+  """Reads a metrics.jsonl or results.jsonl.
 
   Returns:
-    One dict a line; empty if there is no file. Lines longer than LONGEST_ROW
-    are left out.
+    One dict per line; an empty list if there is no file. Lines that are longer
+    than LONGEST_ROW or incomplete, because the writer was killed, are left out.
 
   Raises:
-    UserError: if it is no regular file.
+    UserError: if it is not a regular file.
   """
   rows = []
   try:
@@ -78,7 +78,7 @@ def _skip_line(file: BinaryIO) -> None:
 
 
 def _row(line: bytes) -> dict[str, Any]:
-  """Returns the object of a line; empty if it holds none."""
+  """Returns the JSON object on a line; empty if there is none."""
   try:
     found = files.parse(line.decode(errors='replace'))
   except ValueError:
@@ -87,7 +87,7 @@ def _row(line: bytes) -> dict[str, Any]:
 
 
 def read_last(path: epath.Path) -> dict[str, Any]:
-  """Reads the last row of a metrics.jsonl alone; empty if there is none."""
+  """Reads only the last row of a metrics.jsonl; empty if there is none."""
   try:
     with files.open_own(path, 'rb') as file:
       file.seek(max(0, file.seek(0, os.SEEK_END) - LONGEST_ROW))
@@ -95,7 +95,7 @@ def read_last(path: epath.Path) -> dict[str, Any]:
   except FileNotFoundError:
     return {}
   for line in reversed(lines):
-    if row := _row(line):  # Or cut off by a kill, or where reading began.
+    if row := _row(line):  # Else it is incomplete.
       return row
   return {}
 
@@ -103,23 +103,23 @@ def read_last(path: epath.Path) -> dict[str, Any]:
 class MetricWriter:
   """Appends to metrics.jsonl and to TensorBoard event files in a workdir.
 
-  A row of step s tells of the state after s updates: its loss, before the
-  next update, and what evaluators say of it.
+  A row of step s describes the state after s updates: its loss, computed in the
+  next step before the update, or the values of evaluators.
   """
 
   def __init__(self, workdir: epath.Path, step: int, active: bool = True):
-    """Opens the files, dropping what a continued run will write again.
+    """Opens the files, and drops rows that a continued run will write again.
 
     Args:
-      workdir: of the run; exists.
-      step: updates done in the state that training starts from.
+      workdir: the run's workdir; it exists.
+      step: the number of updates done in the state that training starts from.
       active: whether to write at all; only one process of a run does.
     """
     self._path = workdir / 'metrics.jsonl'
     rows = [
         row for row in read_metrics(self._path)
         if row['step'] < step
-        # Training at `step` comes again; evaluation was done before saving.
+        # Training at `step` is logged again. Evaluation was done before saving.
         or (0 < row['step'] == step and 'train/loss' not in row)
     ]
     self.first: Values = {}
@@ -131,7 +131,7 @@ class MetricWriter:
       return
     text = ''.join(json.dumps(row) + '\n' for row in rows)
     self._file = files.AppendedFile(self._path, text.encode())
-    # TensorBoard drops all it has of this step and later.
+    # TensorBoard discards its values from this step on.
     self._board = _Board(workdir / 'tensorboard', purge_step=step)
     for row in rows:
       if row['step'] == step:
@@ -156,9 +156,9 @@ class MetricWriter:
         self._board.draw(name, value, row['step'])
 
   def flush(self) -> None:
-    """Puts on disk what a continuation from here will not write again."""
+    """Writes to disk what a run continued from here will not write again."""
     if self._active:
-      # A checkpoint is on the disk after a crash of the machine; so are these.
+      # Checkpoints survive a crash of the machine, so metrics must, too.
       self._file.flush()
       self._board.flush()
 
@@ -170,18 +170,18 @@ class MetricWriter:
 
 
 class _Board:
-  """TensorBoard's event files in a folder of a run.
+  """The TensorBoard event files of a run.
 
-  Where files do not grow in sight, as in a bucket, they are written in the
-  machine's own temporary folder and copied whole at each flush.
+  Where readers do not see files grow, as in a bucket, the files are written to
+  a temporary folder of this machine and copied as a whole at each flush.
   """
 
   def __init__(self, folder: epath.Path, purge_step: int):
     """Begins a file.
 
     Args:
-      folder: of the files.
-      purge_step: TensorBoard drops all it has of this step and later.
+      folder: the folder of the files.
+      purge_step: TensorBoard discards its values from this step on.
     """
     self._folder = folder
     self._staging, self._ended, self._next = None, 0, 0.0
@@ -194,14 +194,14 @@ class _Board:
     )
 
   def _begin(self, suffix: str) -> None:
-    # Imports PyTorch where that is installed: seconds, and 0.4 GiB.
+    # Imported here, because it imports PyTorch if that is installed, which
+    # takes seconds and 0.4 GiB.
     from tensorboardX import event_file_writer, summary
     from tensorboardX.proto import event_pb2
 
     self._proto, self._scalar = event_pb2, summary.scalar
     where = self._staging.name if self._staging else str(self._folder)
-    # Not SummaryWriter, whose flush leaves out what its thread has still to
-    # write.
+    # Not SummaryWriter: its flush omits what its thread has not written yet.
     self._writer = event_file_writer.EventsWriter(
         os.path.join(where, 'events'), suffix
     )
@@ -214,28 +214,28 @@ class _Board:
   def draw(self, name: str, value: float, step: int) -> None:
     """Adds a value."""
     self._event(step, summary=self._scalar(name, value))
-    if time.monotonic() > self._next:  # For who follows a run.
+    if time.monotonic() > self._next:  # For those who follow a run.
       self.flush()
 
   def flush(self) -> None:
-    """Puts on disk, or in the bucket, what was drawn."""
+    """Writes the added values to disk or to the bucket."""
     began = time.monotonic()
     self._writer.flush()
     if self._staging:
       large = self._copy() > LARGE_EVENTS
-      if large:  # What is in a file that has ended is not copied again.
+      if large:  # A finished file is not copied again.
         self._writer.close()
         for path in epath.Path(self._staging.name).iterdir():
           path.unlink()
         self._ended += 1
-        # Several of one second would have one name.
+        # The suffix separates files that are begun in the same second.
         self._begin(f'.{self._ended}')
     now = time.monotonic()
-    # The longer it takes, the rarer.
+    # The longer a flush takes, the less often it is repeated.
     self._next = now + max(files.FOLLOWED, files.MOST_SHARE * (now - began))
 
   def _copy(self) -> int:
-    """Copies the files that are written here; returns their bytes."""
+    """Copies the files to the run's folder; returns their size in bytes."""
     total = 0
     files.make_folder(self._folder)
     for path in epath.Path(self._staging.name).iterdir():

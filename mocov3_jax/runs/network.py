@@ -1,4 +1,4 @@
-"""The network of a checkpoint: found, restored, written."""
+"""Finds, restores and writes the network of a checkpoint."""
 
 from collections.abc import Sequence
 import contextlib
@@ -25,9 +25,9 @@ from mocov3_jax.runs.checkpoints import PyTree
 
 Path = tuple[str, ...]
 
-# One network has three vocabularies. The paper and TrainState have an online
-# and a target network; the release's checkpoints call their encoders
-# base_encoder and momentum_encoder; `--encoder` says query and momentum.
+# The two encoders have three pairs of names. The paper and TrainState call the
+# networks online and target, the release's checkpoints call the encoders
+# base_encoder and momentum_encoder, and `--encoder` says query and momentum.
 ENCODERS = {'query': 'base_encoder', 'momentum': 'momentum_encoder'}
 # The fields of TrainState for the collections of each encoder.
 FIELDS = {
@@ -36,18 +36,18 @@ FIELDS = {
         'params': 'target_params', 'batch_stats': 'target_batch_stats'
     },
 }
-# An evaluation that trained leaves its network in this folder of its workdir.
+# An evaluation that trains saves its network in this folder of its workdir.
 NETWORK = 'network'
 CLASSES = 'classes.json'
 
 
 @dataclasses.dataclass(frozen=True)
 class Trained:
-  """A checkpoint and what its config describes.
+  """A checkpoint, with its config and network.
 
   Attributes:
-    config: of the run.
-    folder: of the checkpoint, checkpoints/<step>.
+    config: the run's config.
+    folder: the checkpoint's folder, checkpoints/<step>.
     model: the network.
   """
 
@@ -57,7 +57,7 @@ class Trained:
 
   @property
   def step(self) -> int:
-    """Updates done."""
+    """The number of updates done."""
     return int(self.folder.name)
 
 
@@ -66,14 +66,14 @@ def locate(path: str) -> tuple[ConfigDict, epath.Path]:
 
   Args:
     path: a workdir (then its newest checkpoint) or one checkpoints/<step>. For
-      the workdir of a linear probe or a fine-tuning, this is the network that
-      it left.
+      the workdir of a linear probe or fine-tuning, the checkpoint is the
+      network that it saved.
 
   Returns:
     The config, and the folder of the checkpoint.
 
   Raises:
-    UserError: if there is none, or its config is not one of this version.
+    UserError: if there is no checkpoint, or this version cannot use its config.
   """
   run, folder = checkpoints.find(path)
   if run == files.run_path(path) and 'protocol' in workdir_lib.read_config(run):
@@ -100,13 +100,13 @@ def write(
     path: str, config: ConfigDict, step: int, tree: PyTree,
     classes: Sequence[str] = (),
 ) -> None:
-  """Writes a workdir with one checkpoint, in all processes of a run together.
+  """Writes a workdir with one checkpoint; call it in all processes of a run.
 
   Args:
-    path: of the workdir; one that has this checkpoint is left as it is.
-    config: of the network.
-    step: updates done.
-    tree: fields of a TrainState, or all of it.
+    path: the workdir; left unchanged if it already has this checkpoint.
+    config: the network's config.
+    step: the number of updates done.
+    tree: some or all fields of a TrainState.
     classes: names of the classes, if `tree` has a classifier.
 
   Raises:
@@ -127,17 +127,17 @@ def restore(
   """Restores some parts of one encoder onto every device.
 
   Args:
-    trained: as `find` returns it.
-    mesh: to restore onto.
+    trained: the checkpoint, from `find`.
+    mesh: the mesh to restore onto.
     encoder: 'query' or 'momentum'.
-    parts: 'backbone', 'projector'.
+    parts: 'backbone', 'projector' or both.
 
   Returns:
-    Their params and batch_stats.
+    The params and batch_stats of these parts.
 
   Raises:
-    UserError: if they cannot be read, do not fit the config, are not finite,
-      or for another encoder.
+    UserError: if the parts cannot be read, do not fit the config or are not
+      finite, or if the encoder is unknown.
   """
   if encoder not in ENCODERS:
     raise unknown('encoder', encoder, ENCODERS)
@@ -167,15 +167,15 @@ def restore_classifier(
   """Restores the linear classifier on top of the backbone's features.
 
   Args:
-    trained: as `find` returns it.
-    mesh: to restore onto.
+    trained: the checkpoint, from `find`.
+    mesh: the mesh to restore onto.
 
   Returns:
-    'kernel' [D, C] and 'bias' [C], float32; and the names of the classes,
-    empty if they are not known.
+    'kernel' [D, C] and 'bias' [C], float32; and the names of the classes, empty
+    if they are not known.
 
   Raises:
-    UserError: if the checkpoint has none, or it cannot be read.
+    UserError: if the checkpoint has no classifier, or it cannot be read.
   """
   parts = checkpoints.shapes(trained.folder)
   shapes = {
@@ -204,13 +204,13 @@ def restore_classifier(
 
 
 def class_names(folder: epath.Path) -> Any:
-  """Returns what the file beside a checkpoint says of the classes' names.
+  """Returns the class names stored in the workdir of a checkpoint.
 
   Args:
     folder: a checkpoints/<step>.
 
   Returns:
-    An empty list if there is none.
+    The content of the file, unchecked; an empty list if there is no file.
   """
   found = files.read_object(folder.parent.parent / CLASSES)
   return found['classes'] if 'classes' in found else []
@@ -247,10 +247,10 @@ def _all_finite(x: jax.Array) -> jax.Array:
 
 
 def network_shapes(config: ConfigDict) -> dict[Path, jax.ShapeDtypeStruct]:
-  """Returns shapes of all parameters and statistics of the network, by path.
+  """Returns the shapes of the network's parameters and statistics, by path.
 
   Raises:
-    UserError: if the config describes none.
+    UserError: if the config does not describe a valid network.
   """
   size, channels = config.data.image_size, len(config.data.mean)
   network = models.build(config.model, config.head, size)

@@ -1,4 +1,4 @@
-"""What the runs of a grid came to: a row a grid point, over its seeds."""
+"""Summarises the runs of a grid: one row per grid point, over its seeds."""
 
 from collections.abc import Iterable, Sequence
 import json
@@ -19,22 +19,22 @@ Row = dict[str, Any]
 def aggregate(
     runs: Iterable[runs_lib.Run], fields: Sequence[str]
 ) -> list[Row]:
-  """Averages over runs that differ in their seed alone.
+  """Averages over runs that differ only in their seed.
 
   Args:
-    runs: of the grid.
-    fields: the fields of the config that span the grid, without the seed.
+    runs: the runs of the grid.
+    fields: the config fields that span the grid, without the seed.
 
   Returns:
-    A row a grid point, in the order in which the runs name them:
+    One row per grid point, in the order of their first runs, with these keys:
     - each field, with its value;
-    - 'seeds', the number of runs, of which so many are 'done', 'diverged', or
-      neither ('unfinished');
-    - of each metric that a done run has, 'METRIC_mean' and 'METRIC_sd' over
-      the done runs that have it. Metrics are shares, from 0 to 1: 'knn/top1',
-      what the run's own kNN monitor said last (runs without labels have
-      none), and those of `evaluated`. The standard deviation is that of a
-      sample; None for a single run.
+    - 'seeds', the number of runs; and how many of them are 'done', 'diverged'
+      or neither ('unfinished');
+    - 'METRIC_mean' and 'METRIC_sd' of each metric, over the done runs that have
+      it. Metrics are accuracies from 0 to 1: 'knn/top1', the last value of the
+      run's kNN monitor (absent in runs without labels), and those of
+      `evaluated`. The standard deviation is that of a sample; None for a
+      single run.
   """
   points: dict[str, list[runs_lib.Run]] = {}
   for run in runs:
@@ -71,24 +71,25 @@ def measured(run: runs_lib.Run) -> dict[str, float]:
 
 
 def evaluated(run: runs_lib.Run) -> dict[str, float]:
-  """Returns the newest of each of the `evaluations` of a run."""
+  """Returns the newest value of each of a run's `evaluations`."""
   return {name: values[-1] for name, values in evaluations(run).items()}
 
 
 def evaluations(run: runs_lib.Run) -> dict[str, list[float]]:
-  """Returns the top-1 accuracies of each evaluation of a run's last step.
+  """Returns the top-1 accuracies of the evaluations of a run's last step.
 
   Returns:
-    {'eval_linear_small/top1': [...]}, by the folder of the evaluation where
-    that lies in the run's own, as a sweep has it; {'eval_PROTOCOL/top1': ...}
-    else. Else, those of the target network or of a few labels are left out.
+    Accuracies by name. If the evaluation's folder is inside the run's, as in a
+    sweep, its name is part of the key: {'eval_linear_small/top1': [...]}.
+    Otherwise the key is 'eval_PROTOCOL/top1', and evaluations of the target
+    network or with few labels are left out.
   """
   found: dict[str, dict[tuple[str, float], float]] = {}
   for line in run.evaluations:
     if run.result and line['checkpoint_step'] != run.result['step']:
       continue
     folder = epath.Path(line['workdir'])
-    # By name, so that runs may be moved.
+    # Compared by name only, so that runs can be moved.
     inside = folder.parent.name == run.folder.name
     few = line['settings']['data']['labels_per_class']
     if not inside and (few or line['encoder'] != 'query'):
@@ -101,7 +102,7 @@ def evaluations(run: runs_lib.Run) -> dict[str, list[float]]:
 
 
 def metrics_of(rows: Iterable[Row]) -> list[str]:
-  """Returns the metrics of which any row has a mean, the monitor's first."""
+  """Returns the metrics that have a mean in any row, the monitor's first."""
   ending = '_mean'
   names = dict.fromkeys(
       key.removesuffix(ending) for row in rows for key in row
@@ -114,8 +115,8 @@ def as_text(rows: Sequence[Row], names: dict[str, str]) -> str:
   """Returns the rows of `aggregate` as an aligned table, in per cent.
 
   Args:
-    rows: of `aggregate`.
-    names: {field: the head of its column}.
+    rows: from `aggregate`.
+    names: {field: column heading}.
   """
   metrics = metrics_of(rows)
   table = [[*names.values(), *COUNTS[1:], *metrics]]
@@ -135,7 +136,7 @@ def as_text(rows: Sequence[Row], names: dict[str, str]) -> str:
 
 
 def show_value(value: Any) -> str:
-  """Returns a value as one would type it: 0.0001, (0.3,0.5), frozen."""
+  """Returns a value as a user would type it: 0.0001, (0.3,0.5), frozen."""
   if isinstance(value, (list, tuple)):
     comma = ',' if len(value) == 1 else ''
     return f'({",".join(map(show_value, value))}{comma})'
@@ -143,11 +144,11 @@ def show_value(value: Any) -> str:
 
 
 def show_field(field: str, value: Any) -> str:
-  """Returns the value of a field; where a 0 is no number, what it stands for.
+  """Returns a field's value as text; for a 0 with a meaning, that meaning.
 
   Args:
-    field: its dotted name.
-    value: what the config of a pre-training run has.
+    field: the dotted name of the field.
+    value: the value in the config of a pre-training run.
   """
   knob = KNOBS[field] if field in KNOBS else None
   if knob is not None and knob.zero and value == 0:

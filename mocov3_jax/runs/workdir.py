@@ -1,4 +1,4 @@
-"""The folder of a run: who may write into it, and what its config was."""
+"""The workdir of a run: claiming it, and its config, data and result files."""
 
 from collections.abc import Iterator
 import contextlib
@@ -19,21 +19,21 @@ from mocov3_jax.config import training as config_lib
 from mocov3_jax.parallel import processes
 from mocov3_jax.runs import locks
 
-# What a command writes beside config.json, and must not write over.
+# What commands write beside config.json, and must not overwrite.
 OUTPUTS = (
     'bad_images.txt', 'checkpoints', 'data.json', 'environment.json',
     'metrics.jsonl', 'network', 'result.json', 'results.jsonl', 'tensorboard',
     'tracker.json',
 )
 
-# What environment.json holds: versions of these packages, and the machine.
+# The entries of environment.json: versions of these packages, and the machine.
 PACKAGES = 'jax', 'jaxlib', 'flax', 'optax', 'numpy'
 ENVIRONMENT = (
     *PACKAGES, 'python', 'backend', 'device', 'devices', 'processes',
     'attention', 'init', 'init_sha256',
 )
 
-# In data.json, which version of reading images a run began with.
+# The entry of data.json for the version of image reading that a run began with.
 READING = 'reading'
 LONGER = (
     ' A run cannot be prolonged: the learning rate falls to 0 at the end of '
@@ -53,23 +53,24 @@ def claimed(
 ) -> Iterator[epath.Path]:
   """Makes `path` the workdir of this run, or finds that it already is.
 
-  Writes config.json on the first claim. While it is held, no other run can
-  claim the same folder. Errors of the file system inside become UserError. Of
-  several processes of a run, the first one claims it for all.
+  It writes config.json on the first claim. While a run holds its claim, no
+  other run can claim the same folder. File system errors inside become
+  UserError. If a run has several processes, the first one claims for all.
 
   Args:
-    path: of the workdir; made if absent.
-    config: of the run, after overrides.
-    schema: of the config.
-    data: what the run trains on; kept in data.json, and may not differ.
+    path: the workdir; created if absent.
+    config: the run's config with overrides applied.
+    schema: the schema of the config.
+    data: the fingerprint of the training data. It is stored in data.json and
+      must not change.
 
   Yields:
     The workdir.
 
   Raises:
-    UserError: if it cannot be written, is in use, or holds a run that
-      computes something else; the fields that differ are listed. Also if the
-      processes of the run do not agree on config and data.
+    UserError: if the workdir cannot be written, is in use, or holds a run with
+      another config, whose differences are listed; or if the processes of the
+      run do not agree on config and data.
   """
   workdir = files.run_path(path, '--workdir')
   processes.require_same(
@@ -146,7 +147,7 @@ def _check_data(workdir: epath.Path, found: dict[str, Any]) -> None:
   before = files.read_object(path)
   if before == found:
     return
-  # What an earlier version did not note cannot be compared, but from now on.
+  # Entries that an earlier version did not record are compared from now on.
   new = found.keys() - before.keys()
   differ = [
       f'{field}: {_short(value)} then, '
@@ -213,7 +214,7 @@ def read_training_config(workdir: epath.Path) -> ConfigDict:
   """Reads the config of the training run in `workdir`.
 
   Raises:
-    UserError: as `read_config`, or if this version cannot use it.
+    UserError: see `read_config`; or if this version cannot use the config.
   """
   config = read_config(workdir)
   refuse_evaluation(config, workdir)
@@ -223,14 +224,14 @@ def read_training_config(workdir: epath.Path) -> ConfigDict:
 def complete(
     config: ConfigDict, schema: knobs.Schema, where: epath.Path | str
 ) -> ConfigDict:
-  """Returns the config of this or an earlier version with all fields of today.
+  """Fills in the fields that a config of an earlier version lacks.
 
-  What it lacks is said in one line.
+  It prints one line that names these fields.
 
   Args:
-    config: as a run or a file holds it.
-    schema: of this version.
-    where: what holds it, for messages.
+    config: the config as stored in a run or a file.
+    schema: the schema of this version.
+    where: the run or file, for messages.
 
   Raises:
     UserError: see `knobs.completed` and `knobs.check`.
@@ -250,11 +251,12 @@ def complete(
 def begin(
     workdir: epath.Path, mesh: Mesh, more: dict[str, str] | None = None
 ) -> None:
-  """Notes with what a run is begun or continued, and that it is not done.
+  """Records the environment of a run, and that the run is not done.
 
-  Writes environment.json: versions, devices, and `more`.
+  It writes environment.json (versions, devices and `more`), and removes
+  result.json.
   """
-  # It may have been done before its last checkpoint was lost.
+  # result.json exists if the run was done and then lost its last checkpoint.
   (workdir / 'result.json').unlink(missing_ok=True)
   found = {
       package: importlib.metadata.version(package)
@@ -271,12 +273,13 @@ def begin(
 
 
 def write_result(results: dict[str, Any], workdir: epath.Path) -> None:
-  """Writes result.json, which says that the run is done.
+  """Writes result.json, which marks the run as done.
 
-  A run that is done and repeated does not write it again, since it knows less.
+  Repeating a finished run does not overwrite it, because the repetition has
+  fewer results.
   """
   path = workdir / 'result.json'
-  # A crash of the machine may leave an empty one.
+  # A crash of the machine may leave an empty file.
   known = path.exists() and path.stat().length
   if processes.is_primary() and not known:
     files.write_json(path, results)

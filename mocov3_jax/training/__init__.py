@@ -1,1 +1,1 @@
-"""How a run trains: what it assembles, in which order things happen."""
+"""Training: assembling a run, and the sequence of events in it."""

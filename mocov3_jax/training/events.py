@@ -1,7 +1,7 @@
-"""Events of a curve: spikes of gradients, dips of kNN, who spiked first.
+"""Finds events in curves: gradient spikes, kNN dips, which layer spikes first.
 
-See the paper's section 4. Sizes are relative to the curve's own noise, which
-is measured with medians, so that the event itself does not count as noise.
+See the paper's section 4. Sizes are relative to the curve's own noise. Medians
+measure that noise, so that the event itself does not count as noise.
 """
 
 import collections
@@ -12,50 +12,56 @@ from typing import NamedTuple
 
 import numpy as np
 
-# Logged values before a spike that say what is normal. Short against the
-# schedule, long against a spike (tens of steps in paper Fig. 4).
+# How many logged values before a spike define what is normal. The window is
+# short compared with the schedule, and long compared with a spike (tens of
+# steps in paper Fig. 4).
 WINDOW = 100
-# With fewer values than this there is no saying what is normal. As many are
-# left out at the start of a run, where gradients shrink fast.
+# Fewer values than this do not define what is normal. The same number is
+# skipped at the start of a run, where gradients shrink fast.
 MIN_HISTORY = 20
-# A spike reaches so many times the median before it: that of the first layer in
-# the paper's Fig. 4 reaches 8 (read off the figure). Real ones flicker, so that
-# one may begin with two lesser values within SPIKE_GAP.
+# A spike reaches SPIKE_RATIO times the median before it. (In paper Fig. 4,
+# that of the first layer reaches 8, read off the figure.) Real spikes flicker,
+# so one may also begin with two smaller values within SPIKE_GAP. Values of the
+# window count as at most PAIR_RATIO times the median.
 SPIKE_RATIO, PAIR_RATIO = 5.0, 3.0
-# And so many standard deviations of the log; noise has tails, and these differ
-# from layer to layer, so that a value must also be above all of the window, one
-# that stands alone by so much.
+# The first value of a spike is also SPIKE_SIGMAS standard deviations of the log
+# above the median; each of two smaller values, PAIR_SIGMAS. The tails of the
+# noise differ from layer to layer, so these values must also exceed the whole
+# window; a single one by a factor of ABOVE_ALL.
 SPIKE_SIGMAS, PAIR_SIGMAS = 4.0, 3.0
 ABOVE_ALL = 1.5
-# It lasts as long as values are so many times the median, with gaps of so many
-# values at most.
+# A spike ends after SPIKE_GAP consecutive values below LASTING_RATIO times the
+# median or below LASTING_SIGMAS standard deviations.
 LASTING_RATIO, LASTING_SIGMAS = 2.0, 2.0
 SPIKE_GAP = 5
-# What lasts longer is another level, unless it has come down by half.
+# After this many values, a stretch is a new level and no spike, unless its log
+# height has fallen by half.
 LONGEST = 50
-# Steps from layer to layer: twice the 20 to 25 of the paper's Fig. 4.
+# Most steps between the spikes of two layers in one event: twice the 20 to 25
+# of the paper's Fig. 4.
 MAX_LAG = 50
 
-# kNN of some hundreds of images has a binomial standard error of 0.01 to 0.02,
-# and the dips of the paper's Figs. 1 to 6 are of 0.03 to 0.25.
+# The binomial standard error of kNN accuracy on some hundreds of images is 0.01
+# to 0.02. The dips in the paper's Figs. 1 to 6 are 0.03 to 0.25 deep.
 DIP_DEPTH = 0.03
-# The highest of a hundred values is 2.5 deviations up, the lowest 2.5 down:
-# 5 are no fall at all, and the other 2 make it sure.
+# Of a hundred noisy values, the highest is 2.5 standard deviations above the
+# mean and the lowest 2.5 below. So 5 can be noise; the other 2 are a margin.
 DIP_SIGMAS = 7.0
-# A dip is over once this share of the fall is made good. Not all: the level
-# before is the luckiest of many noisy values. And in most of so many
-# evaluations from there on: a crash may come near that level for a moment.
+# A dip is over once the curve has recovered this share of the fall. All of it
+# would be too much, since the level before is the highest of many noisy values.
+# Most of the next LASTING evaluations must have recovered, too, since a curve
+# that has crashed may come near that level for a moment.
 RECOVERED, LASTING = 0.75, 5
 
 
 class Spike(NamedTuple):
-  """A stretch in which a gradient is far above what it was before.
+  """A stretch of steps in which a gradient is far above what it was before.
 
   Attributes:
-    onset: the first step of it.
+    onset: the first step.
     peak: the step of the highest value.
-    end: the last step of it.
-    ratio: the highest value over the median before the onset.
+    end: the last step.
+    ratio: the highest value divided by the median before the onset.
   """
 
   onset: int
@@ -66,13 +72,13 @@ class Spike(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Dip:
-  """A fall of a curve from its best level; a dip proper if it comes back.
+  """A fall of a curve from its best level, and its recovery if there is one.
 
   Attributes:
-    start: the last step near the level before.
+    start: the last step near the level before the fall.
     low: the step of the lowest value.
-    end: the first step back near that level; None if there is none.
-    depth: of the fall, in the curve's own unit.
+    end: the first step back near that level; None if it never recovers.
+    depth: the depth of the fall, in the unit of the curve.
   """
 
   start: int
@@ -88,14 +94,15 @@ class Dip:
 
 @dataclasses.dataclass(frozen=True)
 class Lead:
-  """In which layer the spikes begin (paper Fig. 4).
+  """The layer in which spikes begin (paper Fig. 4).
 
   Attributes:
-    first: the layer that is first in most events; None if none is.
-    lags: median steps from it to each other layer; if there is none, from the
-      beginning of the event to each layer.
-    events: groups of spikes of at least two layers.
-    led: of these, how many `first` began.
+    first: the layer that spikes first in more than half of the events; None if
+      there is none.
+    lags: median number of steps from the spike of `first` to that of each other
+      layer. If `first` is None, from the start of the event to each layer.
+    events: number of events, which are groups of spikes of at least two layers.
+    led: number of events in which `first` was first.
   """
 
   first: str | None
@@ -105,10 +112,11 @@ class Lead:
 
 
 def noise_bound(deviations: np.ndarray) -> float:
-  """Returns a bound of the standard deviation of [n] numbers around 0.
+  """Returns an upper bound on the standard deviation of [n] numbers around 0.
 
-  1.4826 medians of the absolute value are one, of normal numbers; that is off
-  by 1.16 / sqrt(n) of itself (one standard error), so two of these are added.
+  For normal numbers, 1.4826 times the median absolute value estimates it. The
+  relative standard error of that estimate is 1.16 / sqrt(n); two of them are
+  added.
   """
   sigma = 1.4826 * float(np.median(np.abs(deviations)))
   return sigma * (1 + 2 * 1.16 / math.sqrt(len(deviations)))
@@ -117,33 +125,34 @@ def noise_bound(deviations: np.ndarray) -> float:
 class SpikeFinder:
   """Finds the spikes of one curve, value by value.
 
-  Against the values before alone: what follows a real spike may have another
-  level, and while a run goes on it is not known.
+  Each value is compared only with earlier ones. Later values are not known
+  while a run goes on, and may be at another level after a real spike.
   """
 
   def __init__(self):
-    self._past = np.zeros(WINDOW)  # Logs; a ring, without those of spikes.
-    self._places = self._count = 0  # Values that went into it, and are in it.
-    self._high = collections.deque(maxlen=2)  # (place, step, height), perhaps.
-    self._place = -1  # Of the last value; a frozen layer has none.
+    self._past = np.zeros(WINDOW)  # A ring of logs, without spikes.
+    self._places = self._count = 0  # Values added to the ring, and now in it.
+    self._high = collections.deque(maxlen=2)  # Candidates: place, step, height.
+    self._place = -1  # Index of the last value; zeros (frozen) do not count.
     self._begun: _Begun | None = None
-    self._usual, self._until = -math.inf, 0  # Not looked at below, until then.
+    # Values up to `_usual` are accepted as normal until `_places` is `_until`.
+    self._usual, self._until = -math.inf, 0
     self.ended: list[Spike] = []
 
   @property
   def current(self) -> Spike | None:
-    """The spike that has not ended, as far as it is known."""
+    """The spike that has not ended, as far as it is known; else None."""
     return self._begun.spike() if self._begun and self._begun.sure else None
 
   def see(self, step: int, value: float) -> Spike | None:
     """Takes in the next value of the curve.
 
     Args:
-      step: of the value.
-      value: at least 0; of a layer that is frozen, 0.
+      step: the step of the value.
+      value: at least 0; 0 for a frozen layer.
 
     Returns:
-      The spike, if it has just become certain that this is one.
+      The spike, if this value makes it certain that there is one; else None.
     """
     if not 0 < value < math.inf:
       return None
@@ -161,7 +170,7 @@ class SpikeFinder:
     past = self._past[:self._count]
     middle = float(np.median(past))
     sigma = noise_bound(past - middle)
-    # What was higher is no measure of what is to come.
+    # Earlier high values must not raise the bar for later ones.
     highest = middle + math.log(PAIR_RATIO)
     np.minimum(past, highest, out=past)
     self._usual = middle + math.log(LASTING_RATIO)
@@ -198,7 +207,7 @@ class SpikeFinder:
       return self.current if not before else None
     if spike.sure and (over or spike.came_down()):
       self.ended.append(spike.spike())
-    # What a spike was made of is no part of what is normal.
+    # The values of a spike do not count as normal; those of a new level do.
     for value in spike.logs[-SPIKE_GAP:] if over else spike.logs:
       self._remember(value)
     self._begun = None
@@ -241,18 +250,18 @@ class _Begun:
 
 
 def spikes(steps: np.ndarray, values: np.ndarray) -> list[Spike]:
-  """Finds stretches of a gradient that are far above what was before.
+  """Finds the stretches in which a gradient is far above what it was before.
 
-  The first 2 MIN_HISTORY values are never in one.
+  The first 2 * MIN_HISTORY values never belong to one.
 
   Args:
-    steps: int [n], of the values; need not be even.
+    steps: int [n], the steps of the values; need not be evenly spaced.
     values: [n], at least 0.
   """
   finder = SpikeFinder()
   for step, value in zip(steps.tolist(), values.tolist(), strict=True):
     finder.see(step, value)
-  # A run may end in a spike because it diverged.
+  # A run that diverges may end within a spike.
   return finder.ended + ([finder.current] if finder.current else [])
 
 
@@ -262,14 +271,14 @@ def dips(
 ) -> list[Dip]:
   """Finds falls from the best level so far, each up to its recovery.
 
-  A curve that never comes back, however slowly it falls, has one dip without
-  an end.
+  A curve that falls and never recovers, however slowly it falls, has one dip
+  without an end.
 
   Args:
-    steps: int [n], of the values; need not be even.
-    values: [n]; the higher the better.
-    min_depth: smaller ones are noise, whatever the curve looks like.
-    sigmas: smaller ones, in standard deviations of the curve's noise, are too.
+    steps: int [n], the steps of the values; need not be evenly spaced.
+    values: [n]; higher is better.
+    min_depth: smaller falls are ignored.
+    sigmas: falls of fewer standard deviations of the curve's noise are ignored.
   """
   if len(values) < 3:
     return []
@@ -295,7 +304,7 @@ def dips(
 
 
 def _is_back(values: np.ndarray, level: float) -> bool:
-  """Returns whether a curve is at a level, and not for a moment alone."""
+  """Returns whether a curve has reached a level for more than a moment."""
   return values[0] >= level and np.median(values[:LASTING]) >= level
 
 
@@ -303,8 +312,8 @@ def _dip(
     steps: np.ndarray, values: np.ndarray, best: int, low: int, end: int | None
 ) -> Dip:
   depth = float(values[best] - values[low])
-  # The best value may be long before the fall, on a noisy plateau; after the
-  # fall the curve may come near it for a moment.
+  # The best value may be long before the fall, on a noisy plateau. During the
+  # fall, the curve may come near it again for a moment.
   level = values[best] - (1 - RECOVERED) * depth
   start = max(
       i for i in range(best, low) if i == best or values[i] >= level
@@ -319,15 +328,15 @@ def _dip(
 def together(
     by_layer: Mapping[str, Sequence[Spike]], max_lag: int = MAX_LAG
 ) -> list[dict[str, int]]:
-  """Groups the spikes of all layers that are one event, in order.
+  """Groups the spikes of all layers into events, in order.
 
   Args:
     by_layer: the spikes of each layer.
-    max_lag: spikes that begin within so many steps of the earliest are one
-      event.
+    max_lag: spikes that begin within this many steps of the earliest one belong
+      to the same event.
 
   Returns:
-    Of each event, where each layer that takes part begins to spike.
+    One dict per event: the step at which each layer in it begins to spike.
   """
   events, start = [], -math.inf
   for step, layer in sorted(
@@ -356,7 +365,7 @@ def lead(
   led = {layer: 0 for layer in by_layer}
   for start, event in events:
     first = [layer for layer, step in event.items() if step == start]
-    if len(first) == 1:  # Several at the same step: nobody leads.
+    if len(first) == 1:  # If several tie, none leads.
       led[first[0]] += 1
   leader = max(led, key=lambda layer: led[layer], default=None)
   if leader is None or 2 * led[leader] <= len(events):

@@ -1,4 +1,4 @@
-"""How a run computes: chosen at its start, kept when it goes on, checked."""
+"""Chooses the implementation of attention for a run, and checks it."""
 
 import math
 from typing import Any
@@ -17,8 +17,8 @@ from mocov3_jax.models.execution import PLATFORMS, Execution
 from mocov3_jax.models.vit import ViT
 from mocov3_jax.parallel import processes
 
-# How much further from exact products than the reference an implementation
-# may be: each has its own roundings.
+# An implementation's error may be this many times that of the reference: each
+# rounds differently.
 MOST_ROUNDING = 2.0
 
 
@@ -26,20 +26,21 @@ MOST_ROUNDING = 2.0
 def choose(
     config: ConfigDict, mesh: Mesh, path: str
 ) -> tuple[Execution, list[str]]:
-  """Returns how a run computes on a mesh, and what to say of that.
+  """Returns how a run computes on a mesh, and lines to print about it.
 
-  A run that is continued on the same kind of device keeps what it had, so that
-  it computes the same. On an accelerator, what is chosen is first compared
-  with the reference on a small batch, in values and gradients.
+  With `model.attention=auto`, a run that continues on the same kind of device
+  keeps its implementation, so that it computes the same. On an accelerator, the
+  chosen implementation is first compared with the reference on a small batch,
+  in values and gradients.
 
   Args:
-    config: of the run.
-    mesh: to train on.
+    config: the run's config.
+    mesh: the mesh to train on.
     path: the workdir.
 
   Raises:
-    UserError: for an implementation that is unknown, cannot run there, or was
-      asked for by name and does not agree with the reference.
+    UserError: if the implementation is unknown, cannot run on these devices,
+      or was asked for by name and does not agree with the reference.
   """
   asked = config.model.attention
   processes.require_same({'model.attention': asked})
@@ -71,18 +72,19 @@ def choose(
 
 
 def _recorded(path: str, device: jax.Device) -> tuple[str, list[str]]:
-  """Returns what a begun run computes with, if it can go on with that.
+  """Returns the implementation that a run has used so far, if it can go on.
 
   Returns:
-    '' if the run is not begun yet, or was elsewhere; and what to say of that.
-    A run of a version that recorded nothing has the reference.
+    The implementation's name, and lines to print. The name is '' if the run
+    has not begun, was on another kind of device, or recorded an unknown name.
+    It is 'reference' for runs of versions that did not record one.
   """
   file = files.run_path(path, '--workdir') / 'environment.json'
   found = processes.from_primary(lambda: _environment(file))
   if not found:
     return '', []
   kept = found['attention'] if 'attention' in found else 'reference'
-  if kept not in list(PLATFORMS):  # Whatever a file may hold.
+  if kept not in list(PLATFORMS):  # The file may hold anything.
     return '', [f'{file} names no attention that this version knows']
   elsewhere = 'device' not in found or found['device'] != device.device_kind
   if elsewhere or device.platform not in PLATFORMS[kept]:
@@ -96,7 +98,7 @@ def _recorded(path: str, device: jax.Device) -> tuple[str, list[str]]:
 def _environment(file: epath.Path) -> dict[str, Any]:
   try:
     return files.read_object(file)
-  except OSError:  # Whoever claims the workdir says what is wrong with it.
+  except OSError:  # Claiming the workdir will report it.
     return {}
 
 
@@ -104,25 +106,26 @@ def disagreement(execution: Execution, backbone: ViT, image_size: int) -> str:
   """Compares an implementation of attention with the reference.
 
   Args:
-    execution: what is to be compared.
-    backbone: of which the shapes and the dtype are.
-    image_size: side of the images, pixels.
+    execution: the implementation to compare.
+    backbone: gives the shapes and the dtype.
+    image_size: side of the images in pixels.
 
   Returns:
-    What is wrong; '' if they agree up to the rounding of the dtype.
+    A description of the disagreement; '' if the two agree up to the rounding
+    of the dtype.
   """
   if execution.attention == 'reference':
     return ''
   real = backbone.tokens(image_size)
   rows = execution.padded(real)
-  # The last block asks for the class token alone.
+  # With readout 'cls', the last block computes only the class token.
   asked = [rows] + [1] * (backbone.readout == 'cls')
   try:
     for queries in asked:
       why = _difference(execution, backbone, Tokens(rows, real, queries))
       if why:
         return why
-  except Exception as e:  # Compilers have many kinds.
+  except Exception as e:  # Compilers raise many kinds.
     return f'{type(e).__name__}: {(str(e).splitlines() or [""])[0][:200]}'
   return ''
 
@@ -136,7 +139,7 @@ def _difference(execution: Execution, backbone: ViT, tokens: Tokens) -> str:
       normal(key, dim, width) / math.sqrt(dim)
       for key, width in ((keys[1], 3 * dim), (keys[2], dim))
   ]
-  queries = min(tokens.real, tokens.queries)  # Of the real tokens alone.
+  queries = min(tokens.real, tokens.queries)  # Without padding.
   weights = normal(keys[3], images, queries, dim)
 
   def outcome(attention, dtype):
@@ -155,13 +158,13 @@ def _difference(execution: Execution, backbone: ViT, tokens: Tokens) -> str:
     grad = jax.grad(loss, argnums=(0, 1), has_aux=True)
     return jax.tree.leaves(jax.jit(grad)(x, kernels))
 
-  # Accelerators round the operands of float32 products, if they may.
+  # By default, accelerators round the operands of float32 products.
   with jax.default_matmul_precision('highest'):
     exact = outcome('reference', jnp.float32)
   usual = outcome('reference', backbone.dtype)
   found = outcome(execution.attention, backbone.dtype)
   for a, b, c in zip(exact, usual, found, strict=True):
-    # Where the reference is exact, 1e-5 is what another order of sums does.
+    # The 1e-5 allows for another order of summation if the reference is exact.
     allowed = MOST_ROUNDING * _distance(b, a) + 1e-5
     if not _distance(c, a) <= allowed:
       return (
@@ -172,6 +175,6 @@ def _difference(execution: Execution, backbone: ViT, tokens: Tokens) -> str:
 
 
 def _distance(a: jax.Array, b: jax.Array) -> float:
-  """Returns the root mean square of a - b over that of b."""
+  """Returns the RMS of a - b divided by the RMS of b."""
   a, b = a.astype(jnp.float32), b.astype(jnp.float32)
   return float(jnp.sqrt(jnp.mean((a - b) ** 2) / jnp.mean(b**2)))

@@ -1,4 +1,4 @@
-"""What a network costs, read off its trace: nothing is computed."""
+"""The cost of a network, counted in its trace without running it."""
 
 from collections.abc import Iterator
 import dataclasses
@@ -24,11 +24,12 @@ class NetworkCost:
   """Size and cost of a network.
 
   Attributes:
-    backbone, heads: parameters.
+    backbone, heads: number of parameters.
     macs: multiply-adds of the backbone for one image (one crop).
-    activations: bytes that the backward pass needs of one image's two views,
-      in the online network: what autodiff keeps, before XLA fuses or shares.
-      With `micro_batch`, those of one micro-batch at a time are kept.
+    activations: bytes that autodiff keeps for the backward pass, for the two
+      views of one image in the online network, before XLA fuses or shares
+      buffers. With `micro_batch`, only those of one micro-batch are kept at a
+      time.
   """
 
   backbone: int
@@ -48,9 +49,9 @@ class NetworkCost:
 def network_cost(
     model: Network, image_shape: tuple[int, int, int]
 ) -> NetworkCost:
-  """Returns size and cost of a network for images [H, W, C]."""
-  # One image cannot be split. All implementations of attention do the same
-  # work; what they keep is told of the reference.
+  """Returns the size and cost of a network for images [H, W, C]."""
+  # One image cannot be split into micro-batches. All implementations of
+  # attention do the same work; the activations are those of the reference.
   model = model.clone(micro_batches=ONE_BATCH)
   if isinstance(model.backbone, ViT):
     model = model.clone(backbone=model.backbone.clone(execution=REFERENCE))
@@ -66,7 +67,7 @@ def network_cost(
   forward = jax.make_jaxpr(
       lambda v, x: model.apply(v, x[:, 0], train=False, method='features')
   )(variables, views(1))
-  # What does not grow with the batch, such as the weights, drops out.
+  # The difference drops what does not grow with the batch, such as weights.
   one, two = (kept_bytes(model, variables, views(n)) for n in (1, 2))
   return NetworkCost(
       backbone=backbone,
@@ -79,7 +80,7 @@ def network_cost(
 def kept_bytes(
     model: Network, variables: PyTree, views: jax.ShapeDtypeStruct
 ) -> int:
-  """Returns the bytes that autodiff keeps of the forward pass."""
+  """Returns the bytes that autodiff keeps from the forward pass."""
   def residuals(variables, views):
     def forward(params):
       online, _ = model.apply(
@@ -88,7 +89,7 @@ def kept_bytes(
       )
       return online.predictions
 
-    # The pullback is a tree, and its leaves are what it holds.
+    # The pullback is a pytree; its leaves are the arrays that it keeps.
     return jax.vjp(forward, variables['params'])[1]
 
   kept = jax.tree.leaves(jax.eval_shape(residuals, variables, views))
@@ -98,17 +99,17 @@ def kept_bytes(
 def step_flops(
     method: Method, image_shape: tuple[int, int, int], batch_size: int
 ) -> float:
-  """Operations that a training step needs, all devices together.
+  """Returns the floating-point operations of a training step on all devices.
 
-  Each product once forward and twice backward: without augmentation, and
-  without what is computed again for want of memory.
+  Each product counts once in the forward and twice in the backward pass.
+  Augmentation does not count, nor does recomputation that saves memory.
   """
   model = method.model.clone(micro_batches=ONE_BATCH)
   if isinstance(model.backbone, ViT):
     model = model.clone(
         backbone=model.backbone.clone(remat=False, execution=REFERENCE)
     )
-  # The views come in whole.
+  # The views are given, so no augmentation is traced.
   plain = method.replace(model=model, augment=lambda images, key: images)
   views = jax.ShapeDtypeStruct((batch_size, 2, *image_shape), jnp.float32)
   return traced_flops(plain, views, recomputed=False)
@@ -117,10 +118,11 @@ def step_flops(
 def traced_flops(
     method: Method, images: jax.ShapeDtypeStruct, recomputed: bool = True
 ) -> float:
-  """Operations in the matrix products of a step as it is traced.
+  """Returns the operations of the matrix products in the trace of a step.
 
   Args:
-    method, images: of the step.
+    method: the parts of the step.
+    images: shape and dtype of its images.
     recomputed: whether to count what `recompute.recomputed` marks.
   """
   state = abstract_state(method, images.shape[2:])
@@ -131,10 +133,9 @@ def traced_flops(
 
 
 def macs(jaxpr: core.Jaxpr, recomputed: bool = True) -> int:
-  """Multiply-adds in the matrix products and convolutions of a program.
+  """Returns the multiply-adds of matrix products and convolutions in a program.
 
-  Bodies of loops count as often as they run, which XLA's own analysis does
-  not do.
+  Unlike in XLA's own analysis, the body of a loop counts once per iteration.
 
   Args:
     jaxpr: the program.
@@ -154,21 +155,22 @@ def macs(jaxpr: core.Jaxpr, recomputed: bool = True) -> int:
     elif name == 'conv_general_dilated':
       kernel = eqn.invars[1].aval.shape
       outputs = kernel[eqn.params['dimension_numbers'].rhs_spec[0]]
-      # The gradient of a strided convolution has zeros between its inputs.
+      # The gradient of a strided convolution inserts zeros between its
+      # inputs, which do not count.
       zeros = math.prod(eqn.params['lhs_dilation'])
       total += (
           math.prod(eqn.outvars[0].aval.shape) * math.prod(kernel)
           // (outputs * zeros)
       )
     each = [macs(inner, recomputed) for inner in inner_jaxprs(eqn)]
-    # Of the branches of a condition, one runs.
+    # Only one branch of a conditional runs.
     once = max(each) if name == 'cond' else sum(each)
     total += once * _times(eqn)
   return total
 
 
 def _times(eqn: core.JaxprEqn) -> int:
-  """Returns how often what is inside of an equation runs."""
+  """Returns how often the inner programs of an equation run."""
   if eqn.primitive.name == 'scan':
     return eqn.params['length']
   if eqn.primitive.name == 'shard_map':
@@ -179,7 +181,7 @@ def _times(eqn: core.JaxprEqn) -> int:
 
 
 def pallas_grids(jaxpr: core.Jaxpr) -> dict[str, int]:
-  """Returns how many programs each Pallas kernel has, by the kernel's name."""
+  """Returns the number of grid programs of each Pallas kernel, by name."""
   found = {}
   for eqn in jaxpr.eqns:
     if eqn.primitive.name == 'pallas_call':
@@ -191,7 +193,7 @@ def pallas_grids(jaxpr: core.Jaxpr) -> dict[str, int]:
 
 
 def inner_jaxprs(eqn: core.JaxprEqn) -> Iterator[core.Jaxpr]:
-  """Yields the programs that an equation holds."""
+  """Yields the jaxprs inside an equation."""
   for value in eqn.params.values():
     for part in value if isinstance(value, (tuple, list)) else (value,):
       if isinstance(part, core.ClosedJaxpr):

@@ -1,10 +1,10 @@
-"""What a host tells all others at a step: to stop, to save, what was bad.
+"""Flags that each process shares with all others: stop, save, unreadable.
 
 The flags enter the jitted step with the batch and come back as metrics. Since
-the batch is a global array, all processes learn of both at the same step, on
-any number of hosts, and no collective of our own is needed. (JAX's preemption
-sync point hears SIGTERM alone, and only where processes were joined; this
-serves Ctrl-C and a single process as well.)
+the batch is a global array, all processes learn of them at the same step, on
+any number of hosts, without a collective of our own. (JAX's preemption sync
+point reacts only to SIGTERM, and only if jax.distributed is initialised; the
+flags also work for Ctrl-C and for a single process.)
 """
 
 from collections.abc import Callable
@@ -20,12 +20,12 @@ STOP, SAVE, UNREADABLE = 'train/stop', 'train/save', 'data/unreadable'
 
 
 class FlaggedBatch(NamedTuple):
-  """A part of the global batch, and a host's wishes.
+  """A part of the global batch with a process's flags.
 
   Attributes:
-    batch: as read.
+    batch: the batch as read.
     stop: int32 [B], 1 if this process has been asked to stop.
-    save: int32 [B], 1 if this process finds that it is time to save.
+    save: int32 [B], 1 if it is time to save by this process's clock.
   """
 
   batch: Batch
@@ -34,7 +34,7 @@ class FlaggedBatch(NamedTuple):
 
 
 def flagged(batch: Batch, stop: bool, save: bool) -> FlaggedBatch:
-  """Adds whether this process was asked to stop, and whether it is to save."""
+  """Adds the flags of this process to its part of the batch."""
   size = len(batch.unreadable)
   return FlaggedBatch(
       batch, np.full(size, stop, np.int32), np.full(size, save, np.int32)
@@ -42,7 +42,7 @@ def flagged(batch: Batch, stop: bool, save: bool) -> FlaggedBatch:
 
 
 def reporting(step: Callable[..., Any]) -> Callable[..., Any]:
-  """Returns a step of `FlaggedBatch` whose metrics have all three flags.
+  """Returns a step on a `FlaggedBatch` that adds the flags to the metrics.
 
   Args:
     step: (state, Batch, ...) -> (state, metrics).

@@ -1,8 +1,9 @@
-"""Weights that a pre-training begins with, instead of random ones.
+"""Pre-trained weights that a pre-training run starts from.
 
-The backbone of another run, of what `convert` makes of a file, or of a folder
-of timm becomes that of both networks. Heads are fresh unless the checkpoint has
-them and the config asks for them. The state of the optimizer is fresh.
+The backbone comes from another run, from a file that `convert` has converted,
+or from a timm folder. It is copied into the online and the target network. The
+heads are initialised at random unless the config asks for those of the
+checkpoint. The optimizer state is always fresh.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -30,11 +31,11 @@ from mocov3_jax.weights import state_dict, timm_folder
 PyTree = Any
 Path = tuple[str, ...]
 Shapes = Mapping[Path, tuple[int, ...]]
-# Learned positions, which are resized to another number of patches.
+# Learned positions, which are resized if the number of patches differs.
 POSITIONS = 'backbone', 'pos_embed'
-# Tensors that a message names.
+# How many tensors an error message names, at most.
 NAMED = 4
-# What environment.json has of it.
+# The entries of environment.json about the initial weights.
 SOURCE, SHA256 = 'init', 'init_sha256'
 
 
@@ -43,11 +44,12 @@ class _Source:
   """Where weights come from.
 
   Attributes:
-    name: of it, for people.
-    config: of its network.
-    parts: 'backbone' and the heads that it has.
+    name: a name for messages.
+    config: the config of its network.
+    parts: 'backbone' and the heads that the source has.
     read: (mesh, parts) -> params and batch_stats on every device of the mesh.
-    assumed: what it does not tell of the network, in words.
+    assumed: settings of the network that the source does not specify and that
+      are therefore assumed, in words.
   """
 
   name: str
@@ -58,10 +60,10 @@ class _Source:
 
 
 def _open(given: str) -> _Source:
-  """Finds what `init.checkpoint` names.
+  """Opens the source that `init.checkpoint` names.
 
   Raises:
-    UserError: if there is none, or it cannot be read.
+    UserError: if there is no such source, or it cannot be read.
   """
   if given.startswith(timm_folder.PREFIX):
     return _timm(given)
@@ -101,13 +103,13 @@ def _timm(given: str) -> _Source:
 
 
 def config_of(given: str) -> ConfigDict:
-  """Returns the config of the run that a checkpoint is of, with fresh weights.
+  """Returns the config of a checkpoint's run, without its own `init` settings.
 
   Args:
-    given: as `init.checkpoint`.
+    given: a value of `init.checkpoint`.
 
   Raises:
-    UserError: if there is none.
+    UserError: if there is no such checkpoint.
   """
   if not given:
     raise UserError(
@@ -121,29 +123,30 @@ def config_of(given: str) -> ConfigDict:
 
 
 class Initial:
-  """The weights that `config.init` names, found and read when they are needed.
+  """The weights that `config.init` names; found and read when needed.
 
   Attributes:
-    environment: what environment.json is to have of them; empty if it is not
-      known any more.
-    notes: lines to say of them, if the run begins.
+    environment: their entries for environment.json; empty for a run that has
+      begun without recording them.
+    notes: lines to print about them when the run begins.
   """
 
   def __init__(
       self, config: ConfigDict, mesh: Mesh,
       environment: dict[str, str] | None = None,
   ):
-    """Notes what is to be found.
+    """Prepares the weights; for a new run, reads and checks them.
 
     Args:
-      config: of the run, with `init.checkpoint`.
-      mesh: to restore onto.
-      environment: what the run has noted when it began; None = it begins now.
+      config: the run's config, with `init.checkpoint` set.
+      mesh: the mesh to restore onto.
+      environment: the entries that the run recorded when it began; None = it
+        begins now.
     """
     self._config, self._mesh = config, mesh
     self.notes = ()
     if environment is None:
-      # Whatever is wrong with them is said before a workdir is made.
+      # Reading the weights here reports errors before a workdir is made.
       environment = {
           SHA256: network.digest(self.weights),
           SOURCE: self._source.name,
@@ -157,7 +160,7 @@ class Initial:
 
   @functools.cached_property
   def _parts(self) -> tuple[str, ...]:
-    """What is taken: 'backbone', and the heads if they are asked for."""
+    """The parts to take: 'backbone', and the heads if asked for."""
     if not self._config.init.heads:
       return ('backbone',)
     heads = sorted({path[0] for path in _shapes(self._config)} - {'backbone'})
@@ -171,7 +174,7 @@ class Initial:
     return ('backbone', *heads)
 
   def _check(self) -> None:
-    """Raises UserError with what does not fit, if there is anything."""
+    """Raises UserError, with the differences, if the weights do not fit."""
     wanted, found = (
         {p: s for p, s in _shapes(config).items() if p[0] in self._parts}
         for config in (self._config, self._source.config)
@@ -184,7 +187,7 @@ class Initial:
             wanted[path] == found[path] or path == POSITIONS
         ))
     ]
-    # Two networks of the same tensors, which compute different things.
+    # Networks with equal shapes can still compute different things.
     theirs, ours = map(_settings, (self._source.config, self._config))
     differ += [
         f'model.{name}: {theirs[name]!r} there, {ours[name]!r} here'
@@ -202,11 +205,11 @@ class Initial:
 
   @functools.cached_property
   def weights(self) -> tuple[PyTree, PyTree]:
-    """Params and batch_stats of the parts that are taken, on every device.
+    """Params and batch_stats of the parts to take, on every device.
 
     Raises:
-      UserError: if there is no such checkpoint, it does not fit, cannot be
-        read, or holds values that are not finite.
+      UserError: if the checkpoint does not exist, does not fit, cannot be read,
+        or holds values that are not finite.
     """
     self._check()
     params, batch_stats = self._source.read(self._mesh, self._parts)
@@ -241,10 +244,13 @@ class Initial:
       yield f'init.checkpoint does not tell the {text}, as of its width'
 
   def begin(self, state: TrainState) -> TrainState:
-    """Returns a fresh state with these weights in both networks.
+    """Copies the weights into both networks of a fresh state.
 
     Args:
-      state: is donated.
+      state: the fresh state; it is donated.
+
+    Returns:
+      The state with these weights.
     """
     where = jax.tree.map(lambda x: x.sharding, state)
 
@@ -265,7 +271,7 @@ class Initial:
 
 
 def _settings(config: ConfigDict) -> dict[str, Any]:
-  """Returns what no tensor of a backbone tells, and its features depend on."""
+  """Returns the settings that affect features but not the tensors' shapes."""
   backbone = models.build_backbone(config.model, config.data.image_size)
   if not isinstance(backbone, ViT):
     return {}
@@ -295,17 +301,17 @@ def _resized(table: jax.Array, size: int, has_class: bool) -> jax.Array:
 def find(config: ConfigDict, mesh: Mesh, path: str) -> Initial | None:
   """Returns the weights to begin with; None without `init.checkpoint`.
 
-  A run that has begun does not need its beginning: the checkpoint may be gone
-  by then, and is looked for only where there turns out to be nothing to
-  continue.
+  A run that has begun no longer needs them, and the checkpoint they came from
+  may be gone. They are then read only if the run turns out to have no
+  checkpoint to continue from.
 
   Args:
-    config: of the run.
-    mesh: to restore onto.
+    config: the run's config.
+    mesh: the mesh to restore onto.
     path: the workdir.
 
   Raises:
-    UserError: as `Initial.weights`.
+    UserError: see `Initial.weights`.
   """
   if not config.init.checkpoint:
     return None
@@ -326,7 +332,7 @@ def _noted(path: str) -> dict[str, Any]:
 
 
 def _shapes(config: ConfigDict) -> Shapes:
-  """Returns the shape of each parameter of a network, by its path."""
+  """Returns the shape of each parameter of the network, by path."""
   return {
       path[1:]: x.shape
       for path, x in network.network_shapes(config).items()

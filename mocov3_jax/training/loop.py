@@ -1,7 +1,7 @@
-"""The training loop. It knows nothing of self-supervision.
+"""The training loop. It knows nothing about self-supervision.
 
-One loop serves pre-training, probes and fine-tuning: what differs is the step
-function, the batches and the hooks.
+Pre-training, probes and fine-tuning share it. They differ in the step function,
+the batches and the hooks.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -18,9 +18,9 @@ class Hook(NamedTuple):
   """Something to do between steps, such as evaluate or save.
 
   Attributes:
-    due: whether it is time, of the number of updates done.
-    run: does it, with that number and the state, which it must not keep: the
-      next step donates it.
+    due: (updates done) -> whether to run the hook now.
+    run: (updates done, state) -> None. It must not keep the state, which the
+      next step donates.
   """
 
   due: Callable[[int], bool]
@@ -31,7 +31,7 @@ class NonFinite(Exception):
   """A metric became NaN or infinite.
 
   Attributes:
-    step: at which it did.
+    step: the step at which it did.
     values: all metrics of that step.
   """
 
@@ -54,26 +54,26 @@ def run(
 ) -> tuple[State, int]:
   """Runs steps start .. stop - 1.
 
-  The metrics of step n - 1 are fetched after step n was dispatched, so the
-  device never waits for the log. Before a hook they are fetched at once: no
-  state is evaluated or saved after a step whose metrics are not finite.
+  The metrics of step n - 1 are fetched after step n is dispatched, so that the
+  device never waits for the log. Before a hook, all metrics are fetched first,
+  so that no state is evaluated or saved after a step with non-finite metrics.
 
   Args:
     state: donated to the first step.
     step_fn: (state, batch) -> (state, scalar metrics), jitted.
-    batches: one on-device batch a step; the run ends early with them.
-    start, stop: updates done before, and after.
-    log: gets the metrics of every step, in order.
-    hooks: run in order where due.
-    should_stop: asked after each step; True ends the run early.
+    batches: one on-device batch per step. The loop ends early if they run out.
+    start, stop: the number of updates done before and after the loop.
+    log: called with the metrics of every step, in order.
+    hooks: run in this order when due.
+    should_stop: called after each step; True ends the loop early.
 
   Returns:
-    The state and the updates done.
+    The state and the number of updates done.
 
   Raises:
     NonFinite: for the first step with a non-finite metric.
   """
-  pending = None  # (step, metrics) dispatched, not yet fetched.
+  pending = None  # (step, metrics) of the step that was not fetched yet.
   done = start
   while done < stop:
     with jax.transfer_guard('disallow'):

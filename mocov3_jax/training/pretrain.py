@@ -1,4 +1,4 @@
-"""Pre-training: what it is made of, from the config to the trainer."""
+"""Pre-training: builds everything a run needs from its config, and trains."""
 
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -31,15 +31,15 @@ def pretrain(config: ConfigDict, path: str) -> dict[str, Any]:
   """Trains to the end, from the newest checkpoint in `path` if there is one.
 
   Args:
-    config: as `default_config()`, after overrides.
+    config: `default_config()` with any overrides applied.
     path: the workdir.
 
   Returns:
-    The results, flat.
+    The results, as a flat dictionary.
 
   Raises:
-    UserError: for bad input, before anything is written to the workdir; or on
-      divergence.
+    UserError: if the input is bad, before anything is written to the workdir;
+      or if training diverges.
     Preempted: after SIGTERM or Ctrl-C, once the state is saved.
   """
   checks.validate(config, jax.device_count())
@@ -86,13 +86,13 @@ def pretrain(config: ConfigDict, path: str) -> dict[str, Any]:
 def make_step(
     config: ConfigDict, method: Method, watched: sources.Source | None = None
 ) -> tuple[Callable[[], Any], Callable[..., Any]]:
-  """Returns what is to be jitted: the functions init and step.
+  """Returns the functions init and step, not yet jitted.
 
   Args:
-    config: of the run.
+    config: the run's config.
     method: the parts of a step.
-    watched: the images to train on, if the queue of `knn.queue_share` is to
-      watch them.
+    watched: the training images, if the kNN queue of `knn.queue_share` is to
+      monitor the run; else None.
 
   Returns:
     () -> TrainState, and (TrainState, Batch) -> (TrainState, scalar metrics).
@@ -107,25 +107,25 @@ def make_step(
 
   if watched is not None:
     return knn_queue.watching(init, step, config, method.model, watched)
-  # Nobody sees the features, so the compiler drops them.
+  # Without the queue nothing uses the features, so the compiler drops them.
   return init, lambda state, batch: step(state, batch)[:2]
 
 
 def build_step(
     config: ConfigDict, plan: config_lib.Plan, mesh: Mesh
 ) -> tuple[Method, sharding.JittedStep]:
-  """Returns the step of a run that does not begin: to be planned or measured.
+  """Returns the training step alone, to plan or benchmark it without a run.
 
   Args:
-    config: of the run.
-    plan: its steps.
-    mesh: that it would run on.
+    config: the run's config.
+    plan: the run's schedule in steps.
+    mesh: the mesh to run on.
 
   Returns:
     The parts of the step, and the step jitted over the mesh.
 
   Raises:
-    UserError: for a config that describes none.
+    UserError: if no step can be built from the config.
   """
   method = build_method(
       config, plan, mesh.size,
@@ -138,11 +138,11 @@ def load_splits(config: ConfigDict) -> sources.Splits:
   """Opens the data, and checks that the config fits it.
 
   Args:
-    config: of the run.
+    config: the run's config.
 
   Raises:
-    UserError: for an unknown source, the wrong number of channels, or a
-      monitor that needs labels where there are none.
+    UserError: if the source is unknown, the number of channels is wrong, or a
+      monitor needs labels and the source has none.
   """
   splits = catalog.load(
       config.data.source, config.data.labels,
@@ -166,7 +166,7 @@ def load_splits(config: ConfigDict) -> sources.Splits:
 def make_reader(
     config: ConfigDict, source: sources.Source, positions: np.ndarray
 ) -> pipeline.BatchReader:
-  """Returns the reader of the places `positions` of each global batch."""
+  """Returns a reader of the examples at `positions` in each global batch."""
   return pipeline.BatchReader(
       source, positions, config.batch_size, config.seed,
       augment.both_views(config.augment), config.data.image_size,
@@ -177,7 +177,7 @@ def make_reader(
 def _notes(
     config: ConfigDict, splits: sources.Splits, method: Method
 ) -> Iterator[str]:
-  """Yields what to say of a run as it begins."""
+  """Yields the lines to print when a run begins."""
   if splits.note:
     yield splits.note
   if splits.test is None:

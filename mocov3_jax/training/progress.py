@@ -1,4 +1,4 @@
-"""Throughput, and the line of progress."""
+"""Throughput and the progress line."""
 
 from collections.abc import Iterator
 import contextlib
@@ -10,7 +10,7 @@ from mocov3_jax.runs.metrics import Values
 
 
 class Throughput:
-  """Images a second, between steps and without the pauses."""
+  """Measures images per second between steps, without pauses."""
 
   def __init__(self, images_per_step: int):
     self._images = images_per_step
@@ -19,7 +19,7 @@ class Throughput:
     self._seconds = 0.0
 
   def tick(self) -> float:
-    """Marks the end of a step; returns the img/s of it, 0 for the first."""
+    """Marks the end of a step; returns its images/s, 0 for the first step."""
     now = time.perf_counter()
     last, self._last = self._last, now
     if last is None:
@@ -30,12 +30,12 @@ class Throughput:
 
   @property
   def average(self) -> float:
-    """Images per second over all steps but the first, which compiles, or 0."""
+    """Images per second without the first step, which compiles; 0 if none."""
     return self._steps * self._images / self._seconds if self._steps else 0.0
 
   @contextlib.contextmanager
   def paused(self) -> Iterator[None]:
-    """Leaves what happens inside (evaluation, saving) out of the count."""
+    """Excludes the time spent inside (evaluation, saving)."""
     start = time.perf_counter()
     yield
     if self._last is not None:
@@ -43,7 +43,7 @@ class Throughput:
 
 
 class Progress:
-  """One line of status: rewritten on a terminal, every 10 s when piped."""
+  """The status line: rewritten on a terminal, printed every 10 s otherwise."""
 
   def __init__(
       self, total_steps: int, stream: TextIO | None = None,
@@ -59,14 +59,14 @@ class Progress:
   def update(
       self, step: int, values: Values, images_per_step: int, words: str = ''
   ) -> None:
-    """Shows the newest values, if it is time.
+    """Shows the newest values, if enough time has passed since the last ones.
 
     Args:
-      step: the step these values are of.
-      values: with 'train/loss', 'train/loss_chance',
-        'train/images_per_second'; 'train/mfu' where known.
-      images_per_step: to turn images a second into the time left.
-      words: what evaluators last found.
+      step: the step of the values.
+      values: must have 'train/loss', 'train/loss_chance' and
+        'train/images_per_second'; 'train/mfu' is optional.
+      images_per_step: images per step, to estimate the time left.
+      words: the evaluators' last results, in words.
     """
     now = time.monotonic()
     if now < self._next:
@@ -87,12 +87,12 @@ class Progress:
     self._show(text, end='' if self._live else '\n')
 
   def note(self, text: str) -> None:
-    """Prints a line that stays."""
+    """Prints a line that stays on the screen."""
     self._show(text, end='\n')
 
   def _show(self, text: str, end: str) -> None:
     if not self._active:
       return
-    # Return to the start of the line and erase it, on a terminal.
+    # On a terminal, return to the start of the line and erase it.
     start = '\r\x1b[K' if self._live else ''
     print(start + text, end=end, file=self._stream, flush=True)

@@ -1,8 +1,8 @@
-"""What went wrong in a run, from its metrics: afterwards, and as it happens.
+"""Finds what went wrong in a run from its metrics, live or afterwards.
 
-`analyse` reads the rows of a metrics.jsonl: the instabilities of the
-paper's section 4 (`events`), and the ends of a run that has failed. `Watch`
-says the same while the run goes on.
+`analyse` reads the rows of a metrics.jsonl. It finds the instabilities of the
+paper's section 4 (see `events`), and whether the run collapsed, got stuck or
+diverged. `Watch` warns of the same while the run goes on.
 """
 
 import collections
@@ -18,36 +18,38 @@ from mocov3_jax.training.events import Dip, Lead, Spike, dips, lead, spikes
 Rows = Sequence[Mapping[str, float]]
 NOTHING = np.empty(0, np.int64), np.empty(0)
 
-GRADIENTS = 'grad_max/'  # The names of the curves to look for spikes in.
+GRADIENTS = 'grad_max/'  # Prefix of the metrics to search for spikes.
 FIRST_LAYER = 'grad_max/patch_embed'
 
-# Of train/feature_std: the spacing of bfloat16 numbers below 1. In that
-# arithmetic nothing is left to tell images apart. Not higher: images that look
-# alike have features that do (docs/what-normal-looks-like.md).
+# Below this train/feature_std, the features are collapsed. It is the spacing of
+# bfloat16 numbers below 1: in that dtype, such features no longer tell images
+# apart. A higher bound would be wrong, because images that look alike have
+# features that are alike (docs/what-normal-looks-like.md).
 COLLAPSED_STD = 2.0**-8
-# A loss this near (as a share of chance) to that of equal embeddings, or not
-# even this far below chance, is the same.
+# Tolerance, as a fraction of the chance level, within which a loss counts as
+# equal to that of equal embeddings, or as not below chance.
 SAME_LOSS = 0.01
-# Logged rows in a row: a network may pass a bad moment.
+# How many consecutive logged rows a failure must last: a network may recover
+# from a shorter one.
 LASTING_ROWS = 20
-# So many steps at chance are no slow start: the digits take 20. Of a shorter
-# run, a third.
+# A loss at chance for this many steps is not just a slow start: the digits need
+# 20. In shorter runs the limit is a third of the run.
 STUCK_STEPS = 1000
 
-# Steps from row to row, at most, to tell a lag of 20 (paper Fig. 4).
+# Largest distance of rows, in steps, that resolves a lag of 20 (paper Fig. 4).
 COARSEST = 5
-# Steps for which Watch does not repeat itself: one event spans fewer.
+# Steps for which Watch does not repeat a warning; one event spans fewer.
 SILENCE = 200
-# Evaluations in a row by which kNN has to be below the first one.
+# How many consecutive kNN values must be below the first one for a warning.
 BELOW = 3
 
-# One more than afterwards: it is asked again at every evaluation.
+# One more than in `analyse`, because the test is repeated at every evaluation.
 LIVE_DIP_SIGMAS = events.DIP_SIGMAS + 1
 
 CALMER = 'a lower optimizer.lr_per_256 or a longer schedule.warmup_epochs'
-# Of a ResNet or a stem of convolutions there is none to freeze (paper s4.2).
+# ResNets and convolutional stems have no projection to freeze (paper s4.2).
 FREEZE = 'model.patch_embed=frozen (where that is a linear projection), '
-# Of fresh heads on a backbone that was trained (configs/continue.py).
+# For fresh heads on a trained backbone (configs/continue.py).
 WARM = 'a longer init.freeze_backbone_epochs, '
 APART = (
     'BatchNorm in the heads, a predictor (BYOL), objective.momentum near 1, '
@@ -82,10 +84,11 @@ def series(rows: Rows, name: str) -> tuple[np.ndarray, np.ndarray]:
 
 
 def is_collapsed(row: Mapping[str, float]) -> bool:
-  """Returns whether the features, or the embeddings, of all images are one.
+  """Returns whether all images have the same features or the same embeddings.
 
-  The embeddings can be with features that are not: BYOL's heads do it alone.
-  Its loss shows that. A contrastive loss is at chance then: see `is_stuck`.
+  The embeddings can collapse while the features do not: in BYOL, the heads can
+  do so alone, and the loss shows it. A contrastive loss is then at chance: see
+  `is_stuck`.
   """
   if row['train/feature_std'] < COLLAPSED_STD:
     return True
@@ -97,24 +100,28 @@ def is_collapsed(row: Mapping[str, float]) -> bool:
 
 
 def is_stuck(row: Mapping[str, float]) -> bool:
-  """Returns whether the loss is that of a network which tells nothing apart.
+  """Returns whether the loss is at the chance level, or above it.
 
-  Above counts as well: embeddings that differ, but say nothing.
+  Above it, the embeddings differ but are not informative.
   """
   return row['train/loss'] >= (1 - SAME_LOSS) * row['train/loss_chance']
 
 
 def collapsed(rows: Rows) -> int | None:
-  """Returns the step since which all images are one, up to the end."""
+  """Returns the step since which the run has been collapsed, or None.
+
+  The collapse must last up to the end, for at least LASTING_ROWS rows.
+  """
   rows = [row for row in rows if 'train/feature_std' in row]
   bad = _last_run([is_collapsed(row) for row in rows])
   return rows[-bad]['step'] if bad >= LASTING_ROWS else None
 
 
 def stuck(rows: Rows) -> int | None:
-  """Returns the step since which, up to the end, the loss is at chance.
+  """Returns the step since which the loss has been at chance, or None.
 
-  Only if that lasts for STUCK_STEPS, or for a third of the run.
+  That must last up to the end, for at least LASTING_ROWS rows, and for
+  STUCK_STEPS steps or a third of the run, whichever is less.
   """
   rows = [row for row in rows if 'train/loss_chance' in row]
   bad = _last_run([is_stuck(row) for row in rows])
@@ -126,7 +133,7 @@ def stuck(rows: Rows) -> int | None:
 
 
 def _last_run(bad: list[bool]) -> int:
-  """Returns how many of the last are True, without a gap."""
+  """Returns how many values at the end of the list are True."""
   return (bad[::-1] + [False]).index(False)
 
 
@@ -138,14 +145,17 @@ def diverged(rows: Rows) -> int | None:
 
 @dataclasses.dataclass(frozen=True)
 class Analysis:
-  """What one run went through.
+  """The instabilities and failures of one run.
 
   Attributes:
-    dips: of kNN, those that it came back from.
-    fall: of kNN, the one that it did not come back from; None without one.
-    spikes: of each layer whose gradient is logged, by the layer's name.
-    lead: in which layer they begin.
-    collapsed, stuck, diverged: since (at) which step; None = not so.
+    dips: the dips of kNN accuracy from which it recovered.
+    fall: the fall of kNN accuracy from which it did not recover; None if there
+      is none.
+    spikes: the gradient spikes of each logged layer, by the layer's name.
+    lead: the layer in which the spikes begin.
+    collapsed, stuck: the step since which the run is collapsed or stuck at
+      chance; None = it is not.
+    diverged: the step at which it diverged; None = it did not.
   """
 
   dips: list[Dip]
@@ -165,7 +175,7 @@ def analyse(rows: Rows) -> Analysis:
       for name, curve in every.items() if name.startswith(GRADIENTS)
   }
   steps, _ = every.setdefault(FIRST_LAYER, NOTHING)
-  # Rows too far apart do not tell which layer was first.
+  # Rows that are too far apart do not show which layer was first.
   coarse = len(steps) > 1 and np.median(np.diff(steps)) > COARSEST
   falls = dips(*every.setdefault('knn/top1', NOTHING))
   return Analysis(
@@ -177,39 +187,40 @@ def analyse(rows: Rows) -> Analysis:
 
 
 class Watch:
-  """Looks at a run as it goes on; keeps the last WINDOW values of a curve.
+  """Watches a run as it goes on; keeps the last WINDOW values of each curve.
 
-  A gradient that rises for good is a spike here, the future being unknown.
+  A gradient that rises and stays high counts as a spike here, because later
+  values are not known yet.
   """
 
   def __init__(self, has_weights: bool = False):
-    """Sees nothing yet.
+    """Starts without any values.
 
     Args:
-      has_weights: whether the run begins with those of a checkpoint, and not
-        with a random network.
+      has_weights: whether the run begins with the weights of a checkpoint and
+        not with a random network.
     """
     self._has_weights = has_weights
     self._finders = collections.defaultdict(events.SpikeFinder)  # By layer.
     self._knn = collections.deque(maxlen=events.WINDOW)
-    self._dip_said = -math.inf  # Step of the last warning of one.
+    self._dip_said = -math.inf  # Step of the last warning of a dip.
     self._first = None  # kNN of the network before its first step.
-    self._below = 0  # Evaluations in a row that are below it.
+    self._below = 0  # Consecutive evaluations below it.
     self._first_learns = False
-    self._collapsed = 0  # Rows in a row.
+    self._collapsed = 0  # Consecutive collapsed rows.
     self._stuck_since = None
     self._stuck_said = False
-    self._spoken = {}  # Kind -> [step of the last warning, held back since].
+    self._spoken = {}  # Kind -> (step of the last warning, held back since).
 
   def see(self, step: int, values: Mapping[str, float]) -> list[str]:
-    """Takes in what is logged at one step; in order, each row once.
+    """Takes in the values logged at one step; call it once per row, in order.
 
     Args:
-      step: of the values.
-      values: all, some or none of those that `analyse` uses.
+      step: the step of the values.
+      values: metrics by name; those that `analyse` does not use are ignored.
 
     Returns:
-      Warnings, a line each; mostly none.
+      Warnings, one line each; usually none.
     """
     warnings = self._spikes(step, values)
     if 'knn/top1' in values:
@@ -254,7 +265,8 @@ class Watch:
     return self._fall(step, value) + self._below_first(step, value)
 
   def _below_first(self, step: int, value: float) -> list[str]:
-    # A short run has too few values to tell a fall from noise; this it tells.
+    # A short run has too few values to tell a fall from noise, but enough for
+    # this test.
     if self._first is None:
       self._first = value if step == 0 else math.nan
     low = value < self._first - events.DIP_DEPTH
@@ -272,7 +284,7 @@ class Watch:
     found = dips(*np.asarray(self._knn).T, sigmas=LIVE_DIP_SIGMAS)
     if not found or found[-1].end is not None:
       return []
-    # Of a fall that goes on, or comes and goes with the noise, once is enough.
+    # Warn once of a fall that goes on, or that comes and goes with the noise.
     if found[-1].start <= self._dip_said:
       return []
     self._dip_said = step
@@ -283,7 +295,7 @@ class Watch:
     ))
 
   def _stuck(self, step: int, values: Mapping[str, float]) -> list[str]:
-    # A collapsed network is at chance, too; it has been reported.
+    # A collapsed network can be at chance, too; that has been reported already.
     if not is_stuck(values) or self._collapsed >= LASTING_ROWS:
       self._stuck_since, self._stuck_said = None, False
       return []
@@ -298,7 +310,7 @@ class Watch:
     ))
 
   def _say(self, kind: str, step: int, text: str) -> list[str]:
-    """Returns a list of the warning; empty if its kind was given just now."""
+    """Returns [warning]; [] if one of its kind was given recently."""
     last, held = self._spoken.setdefault(kind, (-math.inf, 0))
     if step - last < SILENCE:
       self._spoken[kind] = last, held + 1

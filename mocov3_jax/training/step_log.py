@@ -1,4 +1,4 @@
-"""What a training run logs: metrics, warnings and the line of progress."""
+"""Logging of a training run: metrics, warnings and the progress line."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -19,12 +19,12 @@ Values = dict[str, float]
 
 
 class StepLog:
-  """Logs a run; in all processes but the first it writes and shows nothing.
+  """Logs a run. Only the first process writes files and prints.
 
   Attributes:
-    rows: of metrics.jsonl, those of an earlier part of the run.
-    throughput: of the steps logged.
-    last_step: metrics of the last one; empty before the first.
+    rows: rows of metrics.jsonl from an earlier part of the run.
+    throughput: throughput of the logged steps.
+    last_step: metrics of the last step; empty before the first.
   """
 
   def __init__(
@@ -32,15 +32,15 @@ class StepLog:
       evaluators: Sequence[Evaluator], start: int,
       mfu_of_rate: float | None = None,
   ):
-    """Opens the files, and reads what an earlier part of the run has logged.
+    """Opens the files and reads what an earlier part of the run logged.
 
     Args:
-      workdir: of the run; exists.
-      config: of the run.
-      plan: its steps.
-      evaluators: whose values are put into words.
-      start: updates done.
-      mfu_of_rate: MFU of one image per second; None where it is not known.
+      workdir: the run's workdir; it exists.
+      config: the run's config.
+      plan: the run's schedule in steps.
+      evaluators: the evaluators whose values are shown in words.
+      start: the number of updates done.
+      mfu_of_rate: MFU at one image per second; None if it is not known.
     """
     self._config, self._plan, self._workdir = config, plan, workdir
     self._evaluators = evaluators
@@ -48,10 +48,10 @@ class StepLog:
     self._progress = progress.Progress(plan.total_steps, active=is_primary())
     self._record = trackers.Record('', workdir, {}, self.note)
     if config.log.tracker:
-      # All processes hear of what is wrong with it.
+      # If it fails, it fails in all processes.
       processes.from_primary(self._begin_record)
     self._writer = metrics.MetricWriter(workdir, start, is_primary())
-    # Read after the writer has dropped what comes again.
+    # The writer has dropped the rows that will be written again.
     self.rows = metrics.read_metrics(workdir / 'metrics.jsonl')
     self._watch = stability.Watch(
         has_weights='init' in config and bool(config.init.checkpoint)
@@ -70,7 +70,7 @@ class StepLog:
     return {}
 
   def note(self, text: str) -> None:
-    """Shows a line that stays."""
+    """Prints a line that stays on the screen."""
     self._progress.note(text)
 
   def step(self, step: int, values: Values) -> None:
@@ -81,7 +81,7 @@ class StepLog:
       values['train/mfu'] = rate * self._mfu_of_rate
     if step % self._config.log.every_steps == 0:
       self._write(step, values)
-      # Of what is written alone, so that a continued run warns alike.
+      # Only written values count, so that a continued run warns alike.
       self._warn(step, values)
     self.last_step = values
     known = self._writer.latest | values
@@ -90,13 +90,13 @@ class StepLog:
     )
 
   def evaluation(self, step: int, values: Values) -> None:
-    """Logs what evaluators found of the state after `step` updates."""
+    """Logs the evaluators' values for the state after `step` updates."""
     self._write(step, values)
     self.note(f'step {step}/{self._plan.total_steps}{self._words(values)}')
     self._warn(step, values)
 
   def lacks_evaluation(self, step: int) -> bool:
-    """Returns whether no row tells of the state at `step`, where one should."""
+    """Returns whether the evaluation at `step` is missing from the rows."""
     mains = {e.main for e in self._evaluators}
     return bool(mains) and not any(
         row['step'] == step and mains & row.keys() for row in self.rows
@@ -121,7 +121,7 @@ class StepLog:
       self.note(warning)
 
   def compare_with_start(self) -> None:
-    """Warns where training has made a value no better than it was before."""
+    """Warns of metrics that training has not improved."""
     for e in self._evaluators:
       if not e.best or e.main not in self._writer.first:
         continue
@@ -135,10 +135,10 @@ class StepLog:
         )
 
   def results(self) -> dict[str, Any]:
-    """Returns the last value of everything, and the evaluators' first ones.
+    """Returns the last value of each metric, and the evaluators' first values.
 
-    Of an evaluator's main metric, NAME_init is what the network had before
-    training; rates are averages over the steps of this process.
+    NAME_init is the value of an evaluator's main metric before training. Rates
+    are averages over the steps since this process started.
     """
     last = self._writer.latest | self.last_step
     for e in self._evaluators:
@@ -152,15 +152,15 @@ class StepLog:
     return last
 
   def flush(self) -> None:
-    """Puts on disk what a continuation from here will not write again."""
+    """Writes to disk what a run continued from here will not log again."""
     self._writer.flush()
     self._record.flush()
 
   def finish(self, results: dict[str, Any]) -> None:
-    """Gives the results of a run that is done to its tracker."""
+    """Passes the results of a finished run to its tracker."""
     self._record.finish(results)
 
   def close(self) -> None:
-    """Flushes and closes the files, and what a tracker has of the run."""
+    """Flushes and closes the files and the tracker's record of the run."""
     self._writer.close()
     self._record.close()

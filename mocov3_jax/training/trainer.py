@@ -1,8 +1,9 @@
-"""The order of events in a training, once for all kinds of it.
+"""The sequence of events that all kinds of training share.
 
-Pre-training, a linear probe and fine-tuning differ in what a `Trainer` is made
-of. What happens is the same: claim the workdir, restore or initialise, loop,
-evaluate and save between steps, save once more when stopped.
+Pre-training, linear probes and fine-tuning give a `Trainer` different parts.
+The sequence is the same for all: claim the workdir, restore or initialise the
+state, run the loop, evaluate and save between steps, and save once more when
+asked to stop.
 """
 
 import collections
@@ -39,30 +40,29 @@ Results = dict[str, Any]
 
 @dataclasses.dataclass(frozen=True)
 class Trainer:
-  """A training, assembled.
+  """All parts of a training run, ready to run.
 
   Attributes:
-    config: as the workdir will hold it; with `log`, `save`, `batch_size`,
-      `data.prefetch` and `data.max_unreadable`.
-    schema: of the config.
-    plan: its steps.
-    mesh: to train on.
+    config: the config to store in the workdir. The fields `log`, `save`,
+      `batch_size`, `data.prefetch` and `data.max_unreadable` are used here.
+    schema: the schema of the config.
+    plan: the schedule in steps.
+    mesh: the mesh to train on.
     init: (*constants) -> state.
     step: (state, Batch, *constants) -> (state, scalar metrics).
-    reader: of this process's part of the batches.
-    fingerprint: of the data.
-    evaluators: of the state, between steps.
-    advice: what helps if the training diverges.
-    notes: lines to begin with.
-    constants: arrays that `init` and `step` are given, such as a frozen
-      backbone.
-    monitors: fields of the state that only a monitor uses. Where a checkpoint
-      lacks them, they start afresh.
-    begin: what is done to a fresh state before its first step.
-    environment: further entries of environment.json.
-    stop: whether this process has been asked to end; the evaluators may ask
-      it as well.
-    flops_per_image: () -> operations of a step per image; None = no MFU is
+    reader: reads this process's part of the batches.
+    fingerprint: identifies the data.
+    evaluators: measure the state between steps.
+    advice: what to try if training diverges; part of the error message.
+    notes: lines to print at the start.
+    constants: arrays passed to `init` and `step`, such as a frozen backbone.
+    monitors: fields of the state that only a monitor uses. If a checkpoint
+      lacks them, they start from their initial values.
+    begin: changes a fresh state before its first step.
+    environment: additional entries of environment.json.
+    stop: tells whether this process has been asked to stop. The evaluators may
+      check it, too.
+    flops_per_image: () -> operations of a step per image; None = MFU is not
       logged.
   """
 
@@ -95,21 +95,21 @@ class Trainer:
 
     Args:
       path: the workdir.
-      finish: is given the results, the workdir, and the last state, while
-        the workdir is still claimed.
+      finish: called at the end with the results, the workdir and the final
+        state, while the workdir is still claimed.
 
     Returns:
-      The results, flat.
+      The results, as a flat dictionary.
 
     Raises:
-      UserError: for a workdir that cannot be used, before anything is written;
-        or on divergence.
+      UserError: if the workdir cannot be used, before anything is written; or
+        if training diverges.
       Preempted: after SIGTERM or Ctrl-C, once the state is saved.
     """
     total, save = self.plan.total_steps, self.config.save
     trackers.check(self.config.log.tracker)
     with contextlib.ExitStack() as stack:
-      # From before anything is written until all is saved.
+      # Signals are caught from before the first write until all is saved.
       stack.enter_context(self.stop.caught())
       workdir = stack.enter_context(workdir_lib.claimed(
           path, self.config, self.schema, self.fingerprint
@@ -135,7 +135,7 @@ class Trainer:
           workdir, self.reader, self.config, self.plan, log.rows, start
       )))
       self._announce(log, start)
-      waits = collections.deque()  # Seconds; of batches not yet logged.
+      waits = collections.deque()  # Seconds, for batches not yet logged.
       stopping = overdue = False
       saved_at = time.monotonic()
 
@@ -174,14 +174,15 @@ class Trainer:
           return evaluator.measure(state)
         except NonFiniteFeatures as e:
           if not log.last_step:
-            raise  # The state was broken before this start.
+            raise  # The state was already broken at the start.
           raise loop.NonFinite(step, log.last_step) from e
         except Preempted as e:
           save_now(step, state)
           checkpoints.wait()
           raise Preempted(f'stopped: saved step {step} in {workdir}') from e
-        except UserError as e:  # Such as files that can no longer be read.
-          # All processes fail alike, but where one has lost its workers.
+        except UserError as e:  # For example, a file can no longer be read.
+          # Saving needs all processes. They all fail here together, unless
+          # one of several has lost its workers.
           if step and not (
               isinstance(e, LostWorkers) and jax.process_count() > 1
           ):
@@ -217,7 +218,8 @@ class Trainer:
             start=start, stop=total, log=log_step,
             hooks=[
                 loop.Hook(is_due, evaluate_and_save),
-                # All processes hear of it at the same step.
+                # `overdue` comes from the metrics of a step, so all processes
+                # save at the same step.
                 loop.Hook(lambda step: overdue and not saves(step), save_now),
             ],
             should_stop=lambda: stopping or unreadable.too_many,
@@ -235,7 +237,7 @@ class Trainer:
       return results
 
   def _mfu_of_rate(self) -> float | None:
-    """Returns the MFU of one image per second, where the chip is known."""
+    """Returns the MFU at one image per second; None if it is not known."""
     peak = chips.peak_flops(self.mesh.devices.flat[0].device_kind)
     if peak is None or self.flops_per_image is None:
       return None
@@ -258,11 +260,12 @@ class Trainer:
       self, start: int, unreadable: UnreadableImages,
       is_time_to_save: Callable[[], bool], waits: collections.deque[float],
   ) -> Iterator[host_flags.FlaggedBatch]:
-    """Yields the global batches from step `start` on; notes each wait."""
+    """Yields the global batches from `start` on; appends to `waits`."""
     batches = pipeline.train_batches(
         self.reader, start, self.plan.total_steps, self.config.data.prefetch
     )
-    # Several processes leave together, at a step that all of them do.
+    # Several processes must stop at the same step: there, the loop ends when
+    # the stop flag comes back in the metrics.
     if jax.process_count() == 1:
       batches = pipeline.until_asked(batches, self.stop)
     while True:
@@ -280,11 +283,11 @@ class Trainer:
   def _divergence_explained(
       self, log: StepLog, checkpoints: Checkpoints
   ) -> Iterator[None]:
-    """Turns a metric that is not finite into a message that says what helps."""
+    """Turns a non-finite metric into a UserError that says what to try."""
     try:
       yield
     except loop.NonFinite as e:
-      # What was saved at this very step is the state that broke.
+      # A checkpoint saved at this very step would hold the broken state.
       saved = checkpoints.newest_before(e.step)
       log.diverged(e.step)
       raise UserError(

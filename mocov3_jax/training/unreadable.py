@@ -1,4 +1,4 @@
-"""Images of a run that could not be read: their list, number and limit."""
+"""Unreadable images of a run: lists them, counts them, and enforces a limit."""
 
 from collections.abc import Mapping, Sequence
 import contextlib
@@ -21,32 +21,31 @@ from mocov3_jax.training.host_flags import UNREADABLE
 class UnreadableImages:
   """Lists unreadable images, and counts them against `data.max_unreadable`.
 
-  The first ones are named on stderr as they are met, as well.
-
-  The list is bad_images.txt in the workdir: name and reason, a line per image.
-  The count is that of all processes, and starts anew with each epoch.
+  The list is bad_images.txt in the workdir, with the name and the reason of one
+  image per line. The first ones are also printed to stderr. The count covers
+  all processes and starts anew with each epoch.
   """
 
   def __init__(
       self, workdir: epath.Path, reader: BatchReader, config: ConfigDict,
       plan: Plan, rows: Sequence[dict[str, Any]], start: int,
   ):
-    """Takes up list and count where an earlier part of the run left them.
+    """Restores the list and the count from an earlier part of the run.
 
     Args:
-      workdir: of the run.
-      reader: of this process's batches.
-      config: of the run.
-      plan: its steps.
-      rows: of metrics.jsonl, before `start`.
-      start: updates done.
+      workdir: the run's workdir.
+      reader: reads this process's batches.
+      config: the run's config.
+      plan: the run's schedule in steps.
+      rows: the rows of metrics.jsonl before `start`.
+      start: the number of updates done.
     """
     self._reader = reader
     self._share = config.data.max_unreadable
     self._steps_per_epoch = plan.steps_per_epoch
     self._images_per_epoch = plan.steps_per_epoch * config.batch_size
     number = jax.process_index()
-    # Each process reads other images.
+    # Each process reads different images, and has its own list.
     self._path = workdir / (
         f'bad_images.{number}.txt' if number else 'bad_images.txt'
     )
@@ -57,18 +56,19 @@ class UnreadableImages:
         self._path, 'r', errors='surrogateescape'
     ) as file:
       self._listed = {line.split('\t')[0] for line in file}
-    # What rows left out by log.every_steps had is not counted again.
+    # Steps without a row, because of log.every_steps, cannot be counted.
     self._counted_from = start - start % plan.steps_per_epoch
     self._count = sum(
         row[UNREADABLE] for row in rows
         if self._counted_from <= row['step'] < start and UNREADABLE in row
     )
     if self.too_many:
-      # That ended the run. The files may have been mended: count anew.
+      # The limit ended the run. The files may have been repaired since, so the
+      # count starts anew.
       self._counted_from, self._count = start, 0
 
   def list(self, batch: Batch) -> None:
-    """Adds what could not be read for this process's batch to the list."""
+    """Adds the unreadable images of this process's batch to the list."""
     source = self._reader.source
     for index in batch.unreadable[batch.unreadable >= 0].tolist():
       name = source.name(index)
@@ -85,18 +85,18 @@ class UnreadableImages:
       console.say(f'unreadable: more are listed in {self._path}')
 
   def add(self, unreadable: Mapping[str, str]) -> None:
-    """Adds images, names and reasons, to the list if they are not there."""
+    """Adds images (name: reason) to the list unless they are on it."""
     for name, why in unreadable.items():
       name = _escaped(name)
       if name in self._listed:
         continue
       self._listed.add(name)
-      if self._file is None:  # A run without such images has no such file.
+      if self._file is None:  # Without such images there is no file.
         self._file = files.AppendedFile(self._path)
       self._file.append(f'{name}\t{why}\n')
 
   def flush(self) -> None:
-    """Puts the list on disk, or in the bucket."""
+    """Writes the list to disk or to the bucket."""
     if self._file is not None:
       self._file.flush()
 
@@ -106,19 +106,20 @@ class UnreadableImages:
       self._file.close()
 
   def count(self, step: int, number: int) -> None:
-    """Counts the unreadable images of a step over all processes."""
-    # One more step is counted after too many, perhaps in a new epoch.
+    """Adds the number of unreadable images of a step, in all processes."""
+    # One more step may follow once the limit is exceeded; even if it begins an
+    # epoch, it must not reset the count.
     if step % self._steps_per_epoch == 0 and not self.too_many:
       self._counted_from, self._count = step, 0
     self._count += number
 
   @property
   def too_many(self) -> bool:
-    """Whether more than `data.max_unreadable` of an epoch could not be read."""
+    """Whether this epoch has exceeded the share `data.max_unreadable`."""
     return self._count > self._share * self._images_per_epoch
 
   def check(self, step: int) -> None:
-    """Raises UserError if there are `too_many`, after a save at `step`."""
+    """Raises UserError if there are `too_many`; call it after a save."""
     if self.too_many:
       raise UserError(
           f'data.max_unreadable={self._share}, but {self._count} images could '
