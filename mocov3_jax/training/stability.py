@@ -230,7 +230,7 @@ class Watch:
       if self._collapsed == LASTING_ROWS:
         warnings += self._say('collapse', step, (
             f'all images have had the same features or embeddings for '
-            f'{LASTING_ROWS} steps. What helps: {APART}'
+            f'{LASTING_ROWS} rows of the log. What helps: {APART}'
         ))
     if 'train/loss_chance' in values:
       warnings += self._stuck(step, values)
