@@ -1,7 +1,8 @@
 """MoCo v3 on CIFAR-100, 32x32 pixels, on one device.
 
-No row of the paper: configs/cifar10.py, whose docstring says what differs from
-the paper's recipe and why, with the data and the normalisation of CIFAR-100.
+This is not a row of the paper but configs/cifar10.py with the data and the
+normalisation of CIFAR-100. The docstring there says what differs from the
+paper's recipe, and why.
 
 Command:
   python -m mocov3_jax.train --config=configs/cifar100.py \\
@@ -18,7 +19,7 @@ def get_config():
   c.batch_size = 512
   c.data.source = 'tfds:cifar100'
   c.data.image_size = 32
-  # Of the training images (facts of the data set).
+  # Measured on the training images.
   c.data.mean = (0.5071, 0.4865, 0.4409)
   c.data.std = (0.2673, 0.2564, 0.2762)
   for view in (c.augment.view1, c.augment.view2):

@@ -1,23 +1,25 @@
-"""Pre-training that goes on from a checkpoint, on other images.
+"""Continues pre-training from a checkpoint, on other images.
 
-No row of the paper. It is the checkpoint's own recipe and network, with its
-backbone to begin with; what differs, and why (docs/continue.md):
-  - Fresh heads learn alone for a fifth of the training. Without that, the
+This is not a row of the paper. It uses the recipe and the network of the
+checkpoint, and starts from its backbone. What differs, and why
+(docs/continue.md):
+  - New heads learn alone for a fifth of the training. Without that, the
     features lose accuracy before they gain any.
   - A quarter of the checkpoint's learning rate.
   - Batch 256 at most, since one's own images are often few.
 
-After the colon comes the checkpoint: the workdir of a run or of what `convert`
-makes of a file, one of its checkpoints/<step>, or timm:FOLDER. The images are
-those of its run unless data.source names others.
+The checkpoint is named after the colon: a workdir (of a run, or written by
+`convert`), one of its folders checkpoints/<step>, or timm:FOLDER. The images
+are those of its run unless data.source names others.
 
 Command:
   python -m mocov3_jax.train --config=configs/continue.py:runs/vit_s \\
       --config.data.source=folder:/my/photos --workdir=runs/continued
 Hardware and time: those of the checkpoint's recipe. Tiles of photographs
   (docs/continue.md): one CPU core, three minutes for 40 epochs.
-Expected: kNN at step 0 is that of the checkpoint, and falls by no more than a
-  point (0.874 to 0.866 at the lowest of three seeds on these tiles).
+Expected: kNN accuracy at step 0 is that of the checkpoint, and then falls by no
+  more than a point (from 0.874 to 0.866 at the lowest, of three seeds on these
+  tiles).
 """
 
 from mocov3_jax.training import initial

@@ -1,29 +1,30 @@
 """MoCo v3 on 1,797 handwritten digits: the whole method in minutes.
 
-The data (scikit-learn's 8x8 digits, 17 gray levels) is no row of the paper;
-the method is its ViT recipe (section 5) in small: frozen random patch
+The data (scikit-learn's 8x8 digits, 17 gray levels) is not in the paper. The
+method is a small version of its ViT recipe (section 5): frozen random patch
 projection, AdamW, warm-up and half-cycle cosine. What differs, and why:
-  - Four patches of 4x4 pixels, width 64, four blocks: the size of the data.
-  - Two views alike, of crops, brightness and contrast only: there is no
-    colour, no blur fits into 8 pixels, and a mirrored digit is another sign.
-    Crops of 40 % and more, since less of a digit is often no digit, but
-    stretched up to twice: handwriting is.
-  - 800 steps only, hence a higher learning rate, and AdamW's b2 0.95 instead
+  - Four patches of 4x4 pixels, width 64, four blocks, to fit the data.
+  - Both views have the same augmentation: crops, brightness and contrast only.
+    There is no colour, no blur fits into 8 pixels, and a mirrored digit is
+    another sign. Crops take 40 % or more, since less of a digit is often no
+    digit. They are stretched by up to two, as handwriting is.
+  - Only 800 steps, hence a higher learning rate, and b2 0.95 for AdamW instead
     of 0.999, which would average over more steps than there are.
 
-After a colon, another method with the same network and rate: digits.py:simclr,
-digits.py:byol (heads without output BatchNorms, as the paper's appendix A has
-it for ViT), digits.py:swav (100 prototypes, codes of epsilon 0.03 instead of
-0.05; no output BatchNorm. The appendix has none at all in SwAV's heads with
-ViT; on digits its loss then stays at chance, see docs/study.md).
+A name after a colon selects another method with the same network and rate:
+digits.py:simclr; digits.py:byol (heads without output BatchNorms, as in the
+paper's appendix A for ViT); digits.py:swav (100 prototypes, codes of epsilon
+0.03 instead of 0.05, no output BatchNorm). The appendix uses no BatchNorm at
+all in SwAV's heads with ViT; on digits the loss then stays at chance, see
+docs/study.md.
 
 Command:
   python -m mocov3_jax.train --config=configs/digits.py --workdir=runs/digits
 Hardware and time: 2 CPU cores, about a minute and a half.
-Expected: kNN 0.83 to 0.87 at random initialisation, 0.964 to 0.981 at the end
-  (five seeds, 0 to 4; one standard error of such a number is 0.01). With half
-  of the epochs, means of three seeds: MoCo v3 0.953, simclr 0.968, byol 0.919,
-  swav 0.963 (docs/what-normal-looks-like.md).
+Expected: kNN accuracy 0.83 to 0.87 at random initialisation, 0.964 to 0.981 at
+  the end (five seeds, 0 to 4; the standard error of such a number is 0.01).
+  With half of the epochs, means of three seeds: MoCo v3 0.953, simclr 0.968,
+  byol 0.919, swav 0.963 (docs/what-normal-looks-like.md).
 """
 
 from mocov3_jax.config import default_config

@@ -1,9 +1,9 @@
 """Fine-tuning by the recipe of DeiT, as the paper does it (section 6.4).
 
-AdamW, 5e-4 per 512 images, decay 0.05 of matrices, 5 epochs of warm-up, half a
-cosine to 1e-5, label smoothing 0.1, mixup 0.8, cutmix 1.0, RandAugment,
-random erasing 0.25, stochastic depth 0.1 (Touvron et al. 2021, arXiv
-2012.12877); classes from the central 0.875 of the test images. The paper
+The recipe: AdamW, 5e-4 per 512 images, weight decay 0.05 of matrices, 5 epochs
+of warm-up, half a cosine to 1e-5, label smoothing 0.1, mixup 0.8, cutmix 1.0,
+RandAugment, random erasing 0.25, stochastic depth 0.1 (Touvron et al. 2021,
+arXiv 2012.12877). The central 0.875 of the test images is classified. The paper
 fine-tunes ViT-B for 150 epochs (83.2 %) and ViT-L for 100 with stochastic
 depth 0.5 (84.1 %). DeiT's repeated augmentation is left out.
 
@@ -11,8 +11,8 @@ Command:
   python -m mocov3_jax.evaluate --config=configs/eval_finetune.py \\
       --config.checkpoint=RUN --workdir=OUT
   From random weights instead: --config.finetune.from_scratch=True.
-  For digits or another small set, after a colon: eval_finetune.py:small, whose
-  augmentation is that of small images without orientation or colour.
+  For digits or another small data set use eval_finetune.py:small, whose
+  augmentation is for small images without orientation or colour.
 Hardware and time: ImageNet not run by this project. :small on the digits'
   smoke run: 2 CPU cores, see docs/evaluation.md.
 Expected: ViT-B 83.2 % (paper), not reproduced by this project.

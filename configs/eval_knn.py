@@ -2,7 +2,7 @@
 
 The protocol of Wu et al. 2018 (arXiv 1805.01978), which the paper refers to:
 cosine similarity, k = 200, votes weighted by exp(similarity / 0.07), backbone
-features of the online network, images whole. The paper does not say which k,
+features of the online network, whole images. The paper does not say which k,
 temperature or encoder it used: `knn.more_k`, `knn.more_temperatures` and
 `encoder` try others. With `knn.leave_one_out`, all images of both splits are
 classified, each by all others.

@@ -1,21 +1,22 @@
 """A linear probe (paper, section 5, and the release's main_lincls).
 
-The backbone is frozen, in evaluation mode; SGD with momentum 0.9 and no decay,
-batch 1024, 90 epochs, half a cosine by epochs, random crops and flips; classes
-from the central crop of the test images. The release's rate is 3 per 256
-images for ViT and 0.1 for ResNet-50; the paper sweeps it for each network, at
-batch 4096. Here a classifier for each of `linear.lr_per_256` is trained at
-once. The number is the last epoch's at the best rate (`linear/top1`); the
-release reports the best epoch (`linear/top1_best`).
+The backbone is frozen and in evaluation mode. Training uses SGD with momentum
+0.9 and no weight decay, batch 1024, 90 epochs, half a cosine by epochs, random
+crops and flips. The central crop of the test images is classified. The
+release's rate is 3 per 256 images for ViT and 0.1 for ResNet-50; the paper
+sweeps it for each network, at batch 4096. Here one classifier is trained for
+each rate in `linear.lr_per_256`, all at once. The result, `linear/top1`, is
+that of the last epoch at the best rate; the release reports the best epoch
+(`linear/top1_best`).
 
 Command:
   python -m mocov3_jax.evaluate --config=configs/eval_linear.py \\
       --config.checkpoint=RUN --workdir=OUT
-  For digits or another small set, after a colon: eval_linear.py:small, with
-  batch 128, narrow crops without flips, and a BatchNorm before the heads.
+  For digits or another small data set use eval_linear.py:small, with batch 128,
+  crops of 80 % and more without flips, and a BatchNorm before the heads.
 Hardware and time: ImageNet not run by this project. :small on the digits'
   smoke run: 2 CPU cores, see docs/evaluation.md.
-Expected: the rows of configs/imagenet/ name what is published.
+Expected: the recipes in configs/imagenet/ give the published numbers.
 """
 
 from mocov3_jax.config import eval_config

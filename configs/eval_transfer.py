@@ -1,19 +1,20 @@
-"""Transfer by fine-tuning: the paper's table 6, a data set after the colon.
+"""Transfer by fine-tuning (the paper's table 6), to the data set after a colon.
 
 The settings are those of the release's transfer recipe for ViT-B: DeiT's, for
 100 epochs, 3e-4 per 512 images, 3 epochs of warm-up, no repeated augmentation,
-crops from 0.05 of the image; decay, erasing, stochastic depth, mixup and cutmix
-by data set. Test images are cropped to the central 0.875, but for CIFAR's,
-which are taken whole (as all sources of one size), and there RandAugment comes
-before the crop. Its batch, "128", is a flag per GPU of eight; here 1024 in all,
-the ambiguous point of the release.
+crops from 0.05 of the image. Weight decay, erasing, stochastic depth, mixup and
+cutmix depend on the data set. Test images are cropped to the central 0.875,
+except for CIFAR's, which are taken whole (like all sources of one size). For
+CIFAR, RandAugment comes before the crop. The release is ambiguous about the
+batch: its "128" is a flag per GPU, with eight GPUs; here the batch is 1024 in
+all.
 
 Command:
   python -m mocov3_jax.evaluate --config=configs/eval_transfer.py:cifar10 \\
       --config.checkpoint=RUN --workdir=OUT
-  cifar10, cifar100, flowers102 or pets. TFDS has to prepare the set once
-  (docs/data.md). Flowers are trained on 'train' and 'validation' together and
-  tested on 'test', as in the release.
+  Allowed: cifar10, cifar100, flowers102 or pets. TFDS has to prepare the data
+  set once (docs/data.md). Flowers are trained on 'train' and 'validation'
+  together and tested on 'test', as in the release.
 Hardware and time: not run by this project.
 Expected: ViT-B of the paper 98.9, 90.5, 97.7 and 93.2 %. Not reproduced by
   this project.

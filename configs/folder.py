@@ -1,28 +1,29 @@
 """MoCo v3 on any folder of images, labelled or not, on one device.
 
-No row of the paper: its ViT-S/16 recipe (section 5, 224 pixels, frozen random
-patch projection) with a batch that one accelerator holds. What differs, and
-why:
+This is not a row of the paper but its ViT-S/16 recipe (section 5, 224 pixels,
+frozen random patch projection) with a batch that fits on one accelerator. What
+differs, and why:
   - Batch 256 instead of 4096; the learning rate per 256 images is the paper's,
-    so the peak is 1.5e-4. The paper's figure 2 has smaller batches below 4096
-    by 1 to 2 points.
+    so the peak is 1.5e-4. In the paper's figure 2, smaller batches are 1 to 2
+    points worse than 4096.
   - Heads 1024 wide instead of 4096, for the smaller batch.
-  - 100 epochs, 10 of them warm-up. For fewer than about 50,000 images, more:
+  - 100 epochs, 10 of them warm-up. Use more for fewer than about 50,000 images:
     --config.schedule.epochs=800.
-  - bfloat16, and each block computed once more in the backward pass, so that
-    the batch fits a small accelerator; docs/data.md has the memory.
-  - The monitor looks at 5,000 images, and 1,000 to classify.
+  - bfloat16, and each block is recomputed in the backward pass, so that the
+    batch fits on a small accelerator; docs/data.md says how much memory it
+    takes.
+  - The kNN monitor has a bank of 5,000 images, and classifies 1,000.
 
-`folder.py:small:PATH` is for some hundred photos and a machine without an
+`folder.py:small:PATH` is for a few hundred photos and a machine without an
 accelerator: 48 pixels, a ViT of 4 blocks of width 128 on 8-pixel patches, batch
-64. As in configs/digits.py, runs of few steps want a higher rate and a shorter
-memory of AdamW; crops have 20 % of the photo at least, and are not blurred,
+64. As in configs/digits.py, runs of few steps need a higher rate and a shorter
+memory of AdamW. Crops take at least 20 % of the photo, and are not blurred,
 since blur wipes out images of this size.
 
 Command:
   python -m mocov3_jax.train --config=configs/folder.py:/my/photos \\
       --workdir=runs/photos
-  The part after the colon is the folder. What the run will see:
+  The part after the colon is the folder. To see what the run will see:
   python -m mocov3_jax.preview --config=configs/folder.py:/my/photos \\
       --out=views.png
 Hardware and time: one GPU or TPU chip; not measured at full size. `small`: two

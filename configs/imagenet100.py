@@ -1,10 +1,10 @@
 """MoCo v3 on ImageNet-100 (127,000 images, 100 classes) or a folder like it.
 
-No row of the paper: its recipe for ViT-S/16 (section 5) on a tenth of the data
-and one machine. What differs, by rule:
+This is not a row of the paper but its recipe for ViT-S/16 (section 5) on a
+tenth of the data and one machine. What differs, by rule:
   - Batch 512 instead of 4096; lr_per_256 stays 1.5e-4, so the peak is 3e-4.
-    With 247 steps an epoch, 300 epochs are 74,000 steps, and the paper's
-    93,600 on ImageNet.
+    With 247 steps per epoch, 300 epochs are 74,000 steps; the paper's 300
+    epochs on ImageNet are 93,600.
   - bfloat16.
 None of it was tuned.
 
@@ -12,7 +12,7 @@ Command:
   python -m mocov3_jax.train \\
       --config=configs/imagenet100.py:/imagenet100/train \\
       --workdir=runs/imagenet100
-  After the colon: the folder with a subfolder a class.
+  After the colon comes the folder, with one subfolder per class.
 Hardware and time: one machine with GPUs or TPU chips; not measured.
 Expected: not measured.
 """

@@ -1,18 +1,19 @@
-"""MoCo v3 on 2,106 photo tiles: a set harder than digits, for the study.
+"""MoCo v3 on 2,106 photo tiles: a harder data set than digits, for the study.
 
-No row of the paper: the ViT recipe of its section 5 in small, for 32x32 tiles
-of fourteen pictures, which `mocov3_jax.data.photo_tiles` cuts.
-Like configs/digits.py, with colour: 16 patches of 8x8 pixels, the paper's
-jitter and grayscale, crops of 20 % and more, flips; no blur, which wipes out
-images of this size.
+This is not a row of the paper but a small version of its ViT recipe (section
+5), for the 32x32 tiles of fourteen pictures that `mocov3_jax.data.photo_tiles`
+cuts. It is like configs/digits.py, but with colour: 16 patches of 8x8 pixels,
+the paper's jitter and grayscale, crops of 20 % and more, and flips. There is no
+blur, which wipes out images of this size.
 
 Command:
   python -m mocov3_jax.data.photo_tiles runs/photo_tiles
   python -m mocov3_jax.train --config=configs/photo_tiles.py \\
       --workdir=runs/photo
 Hardware and time: 2 CPU cores, about two minutes for 40 epochs.
-Expected: kNN 0.73 at random initialisation, 0.80 after 40 epochs (0.792 to
-  0.812 over rates and seeds, with b2 0.999; docs/study.md). 80 were not run.
+Expected: kNN accuracy 0.73 at random initialisation, 0.80 after 40 epochs
+  (0.792 to 0.812 over rates and seeds, with b2 0.999; docs/study.md). 80 epochs
+  were not run.
 """
 
 from mocov3_jax.config import default_config

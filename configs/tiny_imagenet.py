@@ -1,11 +1,11 @@
 """MoCo v3 on Tiny ImageNet (100,000 images of 64x64) or a folder like it.
 
-No row of the paper: its ViT recipe (section 5) for images of 64 pixels on one
-device. What differs, by rule:
-  - ViT-Ti with patches of 8 pixels: 64 of them.
+This is not a row of the paper but its ViT recipe (section 5) for images of 64
+pixels on one device. What differs, by rule:
+  - ViT-Ti with 64 patches of 8x8 pixels.
   - Batch 512 instead of 4096; the peak learning rate is lr_per_256 * 512 / 256.
-  - lr_per_256 is 5e-4, as in configs/cifar10.py: a smaller model and batch.
-  - Blur of 0.1 to 0.6 pixels: the paper's 2 pixels are of 224.
+  - lr_per_256 is 5e-4, as in configs/cifar10.py, for a smaller model and batch.
+  - Blur of 0.1 to 0.6 pixels: the paper's blur of up to 2 pixels is for 224.
   - Heads 1024 wide.
 None of it was tuned.
 
@@ -13,7 +13,7 @@ Command:
   python -m mocov3_jax.train \\
       --config=configs/tiny_imagenet.py:/tiny-imagenet-200/train \\
       --workdir=runs/tiny_imagenet
-  After the colon: the folder with a subfolder a class.
+  After the colon comes the folder, with one subfolder per class.
 Hardware and time: one GPU or TPU chip; not measured.
 Expected: not measured.
 """

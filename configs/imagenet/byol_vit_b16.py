@@ -2,8 +2,9 @@
 
 Section 4.2: AdamW, batch 4096, learning rate 1e-4 per 256 images, weight
 decay 0.03, 100 epochs, 40 of them warm-up, frozen random patch projection.
-No BatchNorm on the outputs of the heads (appendix A). The paper gives no
-target momentum for this row: here 0.99 by a half cosine to 1, as MoCo v3.
+There is no BatchNorm on the outputs of the heads (appendix A). The paper gives
+no target momentum for this row; here it rises from 0.99 by a half cosine to 1,
+as in MoCo v3.
 
 Command:
   python -m mocov3_jax.train --config=configs/imagenet/byol_vit_b16.py \\

@@ -1,8 +1,9 @@
 """ResNet-50 on ImageNet: the comparison of the paper's section 3 and App. A.
 
-LARS, batch 4096, temperature 1, a projector of 2 layers and a predictor
-without BatchNorm at its end, crops of 20 % and more, 10 epochs of warm-up. What
-changes with the epochs, from the paper's PyTorch release (800: the paper):
+LARS, batch 4096, temperature 1, a projector of 2 layers and a predictor without
+BatchNorm at its end, crops of 20 % and more, 10 epochs of warm-up. These
+settings depend on the epochs (from the paper's PyTorch release; 800 from the
+paper):
 
   epochs  learning rate per 256  weight decay  momentum from
      100                    0.6          1e-6           0.99
@@ -14,8 +15,8 @@ Command:
   python -m mocov3_jax.train --config=configs/imagenet/resnet50.py:300 \\
       --workdir=runs/resnet50
   The number after the colon is one of the rows above (default 100). TFDS has
-  to prepare imagenet2012 once (docs/data.md); for a folder with a subfolder a
-  class: --config.data.source=folder:/imagenet/train.
+  to prepare imagenet2012 once (docs/data.md). For a folder with one subfolder
+  per class: --config.data.source=folder:/imagenet/train.
 Hardware and time: the release used 2 machines of 8 V100 (32 GB); no hours
   given. Not run by this project.
 Expected: linear probe 68.9 % (100 epochs), 72.8 % (300), 74.6 % (1000) in the

@@ -2,8 +2,8 @@
 
 Section 4.2: AdamW, batch 4096, learning rate 2e-4 per 256 images, weight
 decay 0.1, 100 epochs, 40 of them warm-up, frozen random patch projection.
-The paper gives neither temperature nor projector of this row: here those of
-MoCo v3 (0.2; three layers), without the predictor.
+The paper gives neither the temperature nor the projector of this row; here they
+are those of MoCo v3 (0.2; three layers), without the predictor.
 
 Command:
   python -m mocov3_jax.train --config=configs/imagenet/simclr_vit_b16.py \\

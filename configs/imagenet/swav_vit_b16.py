@@ -2,12 +2,13 @@
 
 AdamW, batch 4096, 100 epochs, 40 of them warm-up, frozen random patch
 projection, two crops of 224 pixels, no BatchNorm in the heads (appendix A).
-The paper gives neither learning rate nor weight decay for SwAV: here those of
-its BYOL row, 1e-4 per 256 images, and of its SimCLR row, 0.1. 3000 prototypes,
-temperature 0.1 and codes of epsilon 0.05 in 3 rounds, from SwAV's own paper
-(arXiv 2006.09882). The projector is MoCo v3's (3 layers, 4096 wide, 256 out),
-and weight decay moves the prototypes as all else. Left out: SwAV's multi-crop,
-its queue, and holding the prototypes still during the first epoch.
+The paper gives neither the learning rate nor the weight decay for SwAV. Here
+the rate is that of its BYOL row, 1e-4 per 256 images, and the decay that of its
+SimCLR row, 0.1. From SwAV's own paper (arXiv 2006.09882) come 3000 prototypes,
+temperature 0.1, and codes of epsilon 0.05 in 3 rounds. The projector is MoCo
+v3's (3 layers, 4096 wide, 256 out). Weight decay applies to the prototypes,
+too. Left out are SwAV's multi-crop, its queue, and freezing the prototypes
+during the first epoch.
 
 Command:
   python -m mocov3_jax.train --config=configs/imagenet/swav_vit_b16.py \\
@@ -15,8 +16,8 @@ Command:
   With a learned projection: --config.model.patch_embed=learned.
 Hardware and time: not stated for this row. Not run by this project.
 Expected: linear probe 65.8 with a learned projection, 66.4 frozen (paper, 100
-  epochs, the largest stable rate); 71.6 after 300. Unstable, its loss becomes
-  NaN. Not reproduced by this project.
+  epochs, the largest stable rate); 71.6 after 300. When it is unstable, its
+  loss becomes NaN. Not reproduced by this project.
 """
 
 from mocov3_jax.config import default_config

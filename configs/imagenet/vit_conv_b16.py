@@ -1,18 +1,19 @@
 """ViT-Conv-B/16 on ImageNet: a model of the release; no row of the paper.
 
 The recipe of section 5: AdamW, batch 4096, learning rate 1.5e-4 per 256 images,
-weight decay 0.1, 40 epochs of warm-up, half-cycle cosine, temperature 0.2.
-Momentum from 0.99 by a half cosine to 1, and the decay of 0.1, are those of the
-paper's PyTorch release (the paper's table has 0.99 as the default, and does not
-say how it moves).
-A stem of four 3x3 convolutions with BatchNorm instead of the patch
-projection, and a block fewer. The stem is trained.
+weight decay 0.1, 40 epochs of warm-up, half-cycle cosine, temperature 0.2. The
+momentum of the target network, from 0.99 by a half cosine to 1, and the weight
+decay of 0.1 are those of the paper's PyTorch release. (The paper's table has
+0.99 as the default, and does not say how it moves.)
+
+A trained stem of four 3x3 convolutions with BatchNorm replaces the patch
+projection, and there is one block fewer.
 
 Command:
   python -m mocov3_jax.train --config=configs/imagenet/vit_conv_b16.py \\
       --workdir=runs/vit_conv_b16
   A number after a colon sets the epochs: vit_conv_b16.py:100. TFDS has to
-  prepare imagenet2012 once (docs/data.md); for a folder with a subfolder a
+  prepare imagenet2012 once (docs/data.md). For a folder with one subfolder per
   class: --config.data.source=folder:/imagenet/train.
 Hardware and time: not published.
   Not run by this project.

@@ -1,7 +1,7 @@
-"""Checks of a config that need neither data nor model.
+"""Config checks that need neither the data nor the model.
 
-The range of each field stands beside its default; here is what depends on
-several fields, or on the number of devices.
+The range of a single field is defined beside its default. This file checks
+what depends on several fields or on the number of devices.
 """
 
 from ml_collections import ConfigDict
@@ -12,16 +12,16 @@ from mocov3_jax.config.knobs import Range, require
 
 
 def validate(config: ConfigDict, device_count: int | None = None) -> None:
-  """Checks the numbers of a `default_config()`.
+  """Checks the numeric fields of a pre-training config.
 
-  Names (model, optimizer, source, ...) are checked by what builds them.
+  Names (model, optimizer, source, ...) are checked by the code that uses them.
 
   Args:
-    config: of a run.
-    device_count: on which it is to run; None = not here.
+    config: a `default_config()`, perhaps with other values.
+    device_count: number of devices that the run will use; None = unknown.
 
   Raises:
-    UserError: for a field too many or too few, or the first out of its range.
+    UserError: for unknown or missing fields, or the first value out of range.
   """
   knobs.check(training.schema(), config)
   name, head = config.objective.name, config.head
@@ -43,7 +43,7 @@ def validate(config: ConfigDict, device_count: int | None = None) -> None:
   ))
   for name, view in config.augment.items():
     require_colour(f'augment.{name}', view, len(config.data.mean))
-  # Of any number of devices all that is known is that it is a multiple of this.
+  # An unknown number of devices is at least a multiple of this.
   device_count = device_count or config.fsdp_devices
   _require_multiple(config, device_count)
   require('fsdp_devices', config.fsdp_devices, Range(
@@ -58,17 +58,18 @@ def validate(config: ConfigDict, device_count: int | None = None) -> None:
 
 
 def require_colour(name: str, view: ConfigDict, channels: int) -> None:
-  """Checks that a view does to images only what their channels allow.
+  """Checks that the colour operations of a view suit the images' channels.
 
-  Saturation, hue and grayscale are of RGB. They leave gray as it is.
+  Saturation, hue and grayscale are defined for RGB. They leave gray images
+  unchanged.
 
   Args:
-    name: of the view's table, for the message.
-    view: its table.
-    channels: of the images.
+    name: config field of the view, for the message.
+    view: config table of the view.
+    channels: number of channels of the images.
 
   Raises:
-    UserError: with each field that needs RGB.
+    UserError: naming each active field that needs RGB.
   """
   if channels in (1, 3):
     return
@@ -85,7 +86,7 @@ def require_colour(name: str, view: ConfigDict, channels: int) -> None:
 
 
 def validate_eval(config: ConfigDict, device_count: int) -> None:
-  """Checks an `eval_config()`, as `validate` does a `default_config()`."""
+  """Checks an evaluation config, as `validate` checks a pre-training one."""
   knobs.check(evaluation.schema(), config)
   _require_multiple(config, device_count)
   if config.protocol == 'linear' and config.linear.batch_norm:

@@ -1,4 +1,4 @@
-"""Flags in, one JSON line and an exit code out: the frame of each command."""
+"""The frame of every command: flags in, one JSON line and an exit code out."""
 
 from collections.abc import Callable, Iterator
 import difflib
@@ -54,11 +54,11 @@ BUCKET = (
     'and run the same line again. What was saved before is whole.'
 )
 
-# Google's number on the PCI bus.
+# Google's PCI vendor ID.
 TPU_VENDOR = '0x1ae0'
 
-# What a command does once its flags are read: returns the results, or None in
-# all processes of a run but the first.
+# The work of a command, called after its flags are parsed. Returns the results,
+# or None in every process of a run except the first.
 Action = Callable[..., dict[str, Any] | None]
 
 
@@ -66,15 +66,16 @@ class Flags:
   """The flags of one command.
 
   Each method defines a flag and returns its holder, whose `value` is known
-  once the command line is parsed. Without a default a flag is None, and has to
-  be given if it is `required`.
+  once the command line is parsed. A flag without a default is None unless it
+  is given; a `required` flag must be given.
   """
 
   def __init__(self, argv: list[str]):
-    """Begins without flags.
+    """Starts without any flags.
 
     Args:
-      argv: the command line; it says which fields of a config are flags.
+      argv: the command line. `config` defines a flag for each config field
+        that it sets.
     """
     self._argv = argv
     self._values = flags.FlagValues()
@@ -109,7 +110,7 @@ class Flags:
     return flags.DEFINE_bool(name, default, about, flag_values=self._values)
 
   def names(self, name: str, about: str) -> flags.FlagHolder[list[str]]:
-    """Defines --name=TEXT,TEXT,...; none by default."""
+    """Defines --name=TEXT,TEXT,...; the default is an empty list."""
     return flags.DEFINE_list(name, [], about, flag_values=self._values)
 
   def repeated(self, name: str, about: str) -> flags.FlagHolder[list[str]]:
@@ -124,7 +125,7 @@ class Flags:
     """Defines --config=FILE[:argument] and --config.FIELD=VALUE.
 
     Raises:
-      UserError: if the command line names a file that is not there.
+      UserError: if the command line names a file that does not exist.
     """
     self._config_file, self._argv = _resolve_config(self._argv)
     holder = config_flags.DEFINE_config_file(
@@ -141,8 +142,8 @@ class Flags:
     """Defines the three flags of a run of several processes.
 
     Returns:
-      () -> address of the first, how many, and which this is; None where they
-      are not given.
+      A function that returns the address of process 0, the number of processes
+      and the index of this process; each is None if its flag is not given.
     """
     holders = (
         self.string(
@@ -155,23 +156,23 @@ class Flags:
 
   @property
   def config_file(self) -> str:
-    """FILE[:argument], as --config was given."""
+    """The value of --config, FILE[:argument], as it was given."""
     return self._config_file
 
   @property
   def overrides(self) -> dict[str, Any]:
-    """The fields of the config that the command line has set."""
+    """The config fields that the command line sets, and their values."""
     return self._values['config'].override_values
 
   def help(self) -> str:
-    """Returns all flags with what they are for."""
+    """Returns the help text of all flags."""
     return self._values.get_help(include_special_flags=False)
 
   def parse(self) -> list[str]:
-    """Parses the command line; whatever goes wrong is bad input.
+    """Parses the command line; every failure counts as bad input.
 
     Returns:
-      The words that are no flags.
+      The positional arguments.
 
     Raises:
       UserError: for an unknown flag or field, a wrong value, or a config file
@@ -185,8 +186,9 @@ class Flags:
       raise UserError(_config_message(e, self._argv)) from e
 
 
-# Defines flags; returns the action, or actions by the word that chooses one of
-# them, `python -m mocov3_jax.benchmark input`.
+# Defines the flags of a command and returns its action. A command with
+# subcommands, such as `python -m mocov3_jax.benchmark input`, returns a dict
+# from subcommand to action.
 Define = Callable[[Flags], Action | dict[str, Action]]
 
 
@@ -199,17 +201,21 @@ def run(
 
   Args:
     doc: what --help shows above the flags.
-    define: the command.
-    argv: the command line, the program's name first.
-    words: whether the action is given, as its one argument, the words that are
-      no flags.
+    define: defines the flags of the command and returns its action.
+    argv: the command line; its first item is the program's name.
+    words: whether the action takes the list of positional arguments as its one
+      argument.
 
   Returns:
-    The exit code: 0 done; 2 bad input, no memory, no space on the disk, or no
-    such backend (one message on stderr); 130 Ctrl-C where there is nothing to
-    save; 143 stopped by SIGTERM or Ctrl-C after a complete save; 1 a bucket
-    that may be reached again in a while. (1 is also that of a lost process, see
-    `parallel.processes`.) Anything else is a bug, and raised.
+    The exit code:
+      0: done.
+      1: a bucket cannot be reached now but may be reachable later. (A lost
+        process also exits with 1, see `parallel.processes`.)
+      2: bad input, an unusable bucket, no memory, no space on the disk, or no
+        such backend; one message is printed on stderr.
+      130: Ctrl-C, with nothing to save.
+      143: stopped by SIGTERM or Ctrl-C after a complete save.
+    Any other exception is a bug and is raised.
   """
   _quieten()
   quieten_libtpu()
@@ -228,7 +234,7 @@ def run(
           f'unexpected argument {given[0]!r}. Use flags, as --name=value.'
       )
     result = action(given) if words else action()
-    if result is not None:  # One process of several speaks for all.
+    if result is not None:  # Only the first process has a result.
       print(json.dumps(result), flush=True)
     return 0
   except UserError as e:
@@ -261,11 +267,11 @@ def run(
 
 
 def execute(main: Callable[[list[str]], int]) -> None:
-  """Runs the command of this process, and exits with its code."""
+  """Runs a command on this process's arguments and exits with its code."""
   console.hide_decoders()
   code = main(sys.argv)
   if code == INTERRUPTED:
-    # Past Python's own exit, which can crash while XLA compiles in a thread.
+    # Skips Python's own exit, which can crash while XLA compiles in a thread.
     os._exit(code)
   elif code == PREEMPTED:
     exits.leave_saved(code)
@@ -274,14 +280,15 @@ def execute(main: Callable[[list[str]], int]) -> None:
 
 
 def _quieten() -> None:
-  # Orbax's and JAX's informative messages would drown the progress. What ends
-  # one of Orbax's threads, it prints whole, and raises as well.
+  # Info messages of Orbax and JAX would drown out the progress lines. When an
+  # error ends one of its threads, Orbax logs the whole traceback and also
+  # raises the error.
   logging.set_verbosity(logging.FATAL)
-  # Pillow's remarks on damaged metadata do not say of which file.
+  # Pillow's warnings about damaged metadata do not name the file.
   warnings.filterwarnings('ignore', module=r'PIL\.')
-  # Orbax and TensorStore leave hundreds of broken asyncio tasks and coroutines
-  # behind a checkpoint that cannot be read, and each is reported beside our one
-  # message.
+  # If a checkpoint cannot be read, Orbax and TensorStore leave hundreds of
+  # broken asyncio tasks and coroutines behind. Each would be reported in
+  # addition to our one message.
   logging_lib.getLogger('asyncio').setLevel(logging_lib.CRITICAL)
   warnings.filterwarnings('ignore', message='coroutine .* was never awaited')
   default = sys.unraisablehook
@@ -299,8 +306,8 @@ def _quieten() -> None:
 def quieten_libtpu(devices: str = '/sys/bus/pci/devices') -> None:
   """Tells libtpu not to look for a TPU that this machine does not have.
 
-  Where it is installed, as `plan` wants it, each start of JAX would print
-  several lines about the host names of a slice.
+  If libtpu is installed, which the command `plan` requires, every start of JAX
+  would otherwise print several lines about the host names of a TPU slice.
 
   Args:
     devices: the folder of the machine's PCI devices.
@@ -349,8 +356,8 @@ def _flag_message(text: str, argv: list[str]) -> str:
 
 
 def _config_message(error: Exception, argv: list[str]) -> str:
-  # A locked config that is asked for a new field says its name and the
-  # nearest one, wrapped in an error or two.
+  # For an unknown field, a locked config raises an error with the name of the
+  # field and the nearest known one, wrapped in one or two other errors.
   kind, text = type(error).__name__, error
   while isinstance(text, Exception) and text.args:
     text = text.args[0]
@@ -382,8 +389,9 @@ def _advice(field: str) -> str:
       return f'It is a field of {kind}.'
     known |= fields
     beside += [f for f in fields if group and f.rpartition('.')[0] == group]
-  # By the name of the field, whole or begun, in whichever group; or as it was
-  # typed.
+  # Candidates, best kind first: fields of any group with this name, fields
+  # whose name begins with it, and close spellings of the whole field or of its
+  # name.
   names = {f: f.rpartition('.')[2] for f in known}
   near = (
       [f for f in known if names[f] == name]
@@ -406,8 +414,8 @@ def _config_path(argv: list[str]) -> str | None:
 
 
 def _config_words(argv: list[str]) -> Iterator[tuple[int, str, str]]:
-  # Where the command line has --config=FILE, or the FILE of --config FILE: the
-  # place, what stands before FILE, and FILE.
+  # Finds each --config=FILE and --config FILE. Yields the index of the word
+  # with FILE, the part of that word before FILE, and FILE.
   for place, word in enumerate(argv):
     if word.startswith(('--config=', '-config=')):
       flag, equals, given = word.partition('=')

@@ -1,9 +1,9 @@
 """Every knob of an evaluation: its default, unit, source and range.
 
-A protocol in configs/eval_*.py starts from `eval_config()` and reads the
-fields that concern it. "The paper" and "the release" are those of
-`training.py`; DeiT is Touvron et al. 2021 (arXiv 2012.12877), with whose
-defaults the paper fine-tunes.
+A recipe in configs/eval_*.py starts from `eval_config()`; its protocol reads
+only the fields that concern it. "The paper" and "the release" mean the same as
+in `training.py`. DeiT is Touvron et al. 2021 (arXiv 2012.12877), whose defaults
+the paper uses for fine-tuning.
 """
 
 from ml_collections import ConfigDict
@@ -22,7 +22,7 @@ from mocov3_jax.config.knobs import (
   within,
 )
 
-# What `protocol` may be.
+# The values of `protocol`.
 PROTOCOLS = ('knn', 'linear', 'logistic', 'finetune')
 
 
@@ -37,23 +37,25 @@ def schema() -> Schema:
   return {
       # What is measured: one of PROTOCOLS.
       'protocol': Knob('knn'),
-      # A workdir of `train` (its newest checkpoint) or one checkpoints/<step>.
+      # The network to evaluate: a workdir of `train` (its newest checkpoint is
+      # used), or one of its folders checkpoints/<step>.
       'checkpoint': Knob(''),
-      # Whose backbone: 'query', the online network's; 'momentum', the
-      # target's; or 'random', as the run had it before its first step.
+      # Which backbone to evaluate: 'query' = the online network's; 'momentum' =
+      # the target network's; 'random' = as it was before the first step.
       'encoder': Knob('query'),
-      # Images per forward pass, or per step of training, over all devices.
+      # Images per forward pass or training step, over all devices.
       'batch_size': Knob(256, within(1, 2**24)),
-      # Seeds heads, order, augmentation and the choice of `labels_per_class`.
+      # Seeds the initialisation of the heads, the order of the data, the
+      # augmentation and the choice of images for `labels_per_class`.
       'seed': Knob(0, SEED),
       'data': {
-          # Where images come from; '' = the source the run was trained on.
+          # Where the images come from; '' = the source the run was trained on.
           'source': Knob(''),
-          # As in training, of either source; 'auto' = with the run's own
-          # source, the labels of the run.
+          # The labels of the source, as in training. With the run's own source,
+          # 'auto' means the labels setting of the run.
           'labels': Knob('auto'),
-          # Labelled images of each class to learn from (chosen by `seed`); 0 =
-          # all.
+          # Number of labelled images of each class to learn from, chosen by
+          # `seed`; 0 = all.
           'labels_per_class': Knob(0, NOT_NEGATIVE),
           # As in training.
           'prefetch': Knob(4, within(1, 1024), free=True),
@@ -70,11 +72,11 @@ def schema() -> Schema:
       'linear': _linear(),
       'logistic': _logistic(),
       'finetune': _finetune(),
-      # Of 'linear' and 'finetune'.
+      # Training schedule of 'linear' and 'finetune'.
       'schedule': {
           # Passes over the data.
           'epochs': Knob(90.0, NOT_NEGATIVE),
-          # Optimizer steps in all; 0 = as many as `epochs` gives.
+          # Total number of optimizer steps; 0 = as given by `epochs`.
           'steps': Knob(0, within(0, 2**31 - 1)),
           # Epochs of linear warm-up ('finetune').
           'warmup_epochs': Knob(0.0, NOT_NEGATIVE),
@@ -84,15 +86,15 @@ def schema() -> Schema:
       'log': {
           # Steps between two lines of metrics.jsonl.
           'every_steps': Knob(10, AT_LEAST_ONE, free=True),
-          # As in training; of 'linear' and 'finetune'.
+          # As in training; used by 'linear' and 'finetune'.
           'tracker': Knob('', free=True, added=True),
       },
-      # Steps between two checkpoints, minutes after which one more is saved (0
-      # = by steps alone), and how many are kept.
+      # Steps between two checkpoints; minutes after which an extra one is saved
+      # (0 = by steps only); number of newest and of best ones to keep.
       'save': {
           'every_steps': Knob(1000, AT_LEAST_ONE, free=True),
           'every_minutes': Knob(15.0, NOT_NEGATIVE, free=True),
-          # Save the initial state as well, step 0, and keep it for comparisons.
+          # Also save the initial state, step 0, and keep it for comparisons.
           'initial': Knob(False, free=True),
           'keep_latest': Knob(1, AT_LEAST_ONE, free=True),
           'keep_best': Knob(0, NOT_NEGATIVE, free=True),
@@ -101,7 +103,7 @@ def schema() -> Schema:
 
 
 def _positive_numbers(fewest: int = 0) -> Range:
-  """Returns the range of tuples of different numbers above 0."""
+  """Returns the range of tuples of distinct numbers above 0."""
   text = 'different numbers above 0' + (', at least one' if fewest else '')
   return Range(
       text,
@@ -111,73 +113,79 @@ def _positive_numbers(fewest: int = 0) -> Range:
 
 def _knn() -> Schema:
   return {
-      # Images in the bank and to classify; 0 = all.
+      # Number of images in the bank, and number to classify; 0 = all.
       'bank_images': Knob(0, NOT_NEGATIVE),
       'query_images': Knob(0, NOT_NEGATIVE),
       **training.knn(),
-      # More of both, for the table of all combinations.
+      # Further values of k and of the temperature. The result has a table of
+      # all combinations.
       'more_k': Knob((10, 20, 100), _positive_numbers()),
       'more_temperatures': Knob((0.2,), _positive_numbers()),
-      # Classify every image by all others of both splits, instead of the test
-      # split by the training split.
+      # Classify every image of both splits by all the others, instead of
+      # classifying the test split by the training split.
       'leave_one_out': Knob(False),
   }
 
 
 def _linear() -> Schema:
   return {
-      # Learning rates per 256 images, all trained at once on the same features.
-      # Paper s5 sweeps them; release: 3 for ViT, 0.1 for ResNet-50, at batch
-      # 1024.
+      # Learning rates per 256 images. One head is trained for each, all at once
+      # on the same features. Paper s5 sweeps the rate; release: 3 for ViT, 0.1
+      # for ResNet-50, at batch 1024.
       'lr_per_256': Knob(
           (0.03, 0.1, 0.3, 1.0, 3.0, 10.0), _positive_numbers(fewest=1)
       ),
       # Heavy-ball momentum of SGD, as in the release.
       'momentum': Knob(0.9, BELOW_ONE),
-      # A BatchNorm without scale and offset before the head, after which one
-      # rate suits all (He et al. 2022, arXiv 2111.06377, A.1).
+      # Put a BatchNorm without scale and offset before the head, so that one
+      # rate suits all networks (He et al. 2022, arXiv 2111.06377, A.1).
       'batch_norm': Knob(False),
   }
 
 
 def _logistic() -> Schema:
   return {
-      # Inverse strengths of the L2 penalty on standardised features; the one
-      # that is best on a tenth of the training images counts.
+      # Inverse strengths of the L2 penalty to try, on standardised features.
+      # The one with the best accuracy on a held-out tenth of the training
+      # images is used.
       'inverse_penalties': Knob(
           (0.001, 0.01, 0.1, 1.0, 10.0), _positive_numbers(fewest=1)
       ),
-      # Iterations of L-BFGS, at most.
+      # Maximum number of L-BFGS iterations.
       'iterations': Knob(300, AT_LEAST_ONE),
   }
 
 
 def _finetune() -> Schema:
   return {
-      # A random network of the same kind instead of the checkpoint's.
+      # Start from random weights instead of the checkpoint's, with the same
+      # architecture.
       'from_scratch': Knob(False),
-      # AdamW's rate per 256 images, the rates before the warm-up and at the end
-      # (both not scaled by the batch), and its decay of matrices. DeiT's.
+      # AdamW, with DeiT's values: peak learning rate per 256 images; rates at
+      # the start of the warm-up and at the end (neither is scaled by the batch
+      # size); weight decay, of matrices only.
       'lr_per_256': Knob(2.5e-4, NOT_NEGATIVE),
       'warmup_lr': Knob(1e-6, NOT_NEGATIVE),
       'min_lr': Knob(1e-5, NOT_NEGATIVE),
       'weight_decay': Knob(0.05, NOT_NEGATIVE),
-      # Each block learns this much slower than the one above it (Bao et al.
-      # 2022, arXiv 2106.08254); 1 = all alike, as DeiT.
+      # Factor by which the learning rate falls from each block to the one below
+      # it (Bao et al. 2022, arXiv 2106.08254); 1 = the same rate everywhere, as
+      # in DeiT.
       'layer_decay': Knob(1.0, SHARE_ABOVE_ZERO),
-      # Stochastic depth of a ViT's last block. DeiT's.
+      # Stochastic depth: drop rate of a ViT's last block. DeiT's value.
       'drop_path': Knob(0.1, BELOW_ONE),
       # Label smoothing; Beta parameters of mixup and cutmix (0 = off); share of
-      # erased images. DeiT's.
+      # images with random erasing. DeiT's values.
       'smoothing': Knob(0.1, BELOW_ONE),
       'mixup': Knob(0.8, NOT_NEGATIVE),
       'cutmix': Knob(1.0, NOT_NEGATIVE),
       'erase': Knob(0.25, SHARE),
-      # Magnitude of RandAugment's two operations on an image; 0 = off. DeiT: 9.
+      # Magnitude of RandAugment, which draws two operations per image; 0 = off.
+      # DeiT: 9.
       'rand_augment': Knob(
           9.0, Range('from 0 to 10', lambda v: 0 <= v <= 10)
       ),
-      # Decay of the average of the parameters that is tested; 0 = none, as
-      # DeiT.
+      # Decay of a moving average of the parameters, which is tested instead of
+      # the parameters; 0 = no average, as in DeiT.
       'ema': Knob(0.0, BELOW_ONE),
   }

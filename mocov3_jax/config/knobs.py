@@ -12,11 +12,11 @@ from mocov3_jax.base.errors import UserError
 
 
 class Range(NamedTuple):
-  """Which numbers a field may have.
+  """The numbers that a field may have.
 
   Attributes:
     text: completes the sentence "Allowed: ...".
-    holds: whether a value is within the range.
+    holds: value -> whether it is within the range.
   """
 
   text: str
@@ -30,13 +30,13 @@ class Knob:
   Attributes:
     default: its value unless a recipe or the command line sets another one.
     allowed: the range of a number, or of a tuple of numbers; None for names
-      and switches, which are checked by what uses them.
+      and switches, which are checked by the code that uses them.
     free: whether the field may change when a run is continued. Such a field
       steers what a run reports and keeps, or how it computes (up to
       rounding), but not what it computes.
-    added: whether the field is younger than the first version, and its default
-      is what versions without it did.
-    zero: what a 0 stands for, if that is no number.
+    added: whether the field was added after the first version, with a default
+      that reproduces what versions without it did.
+    zero: what 0 means, in words, if it is a special value; else ''.
   """
 
   default: Any
@@ -61,8 +61,8 @@ SEED = Range('from 0 to below 2**32', lambda v: 0 <= v < 2**32)
 def within(low: int, high: int) -> Range:
   """Returns the range of whole numbers from `low` to `high`.
 
-  The upper bounds of sizes are beyond what anybody trains, and keep a config
-  from elsewhere from asking for a billion layers.
+  The upper bounds of sizes are larger than anything that is trained in
+  practice. They keep a config from elsewhere from asking for a billion layers.
   """
   return Range(f'from {low:,} to {high:,}', lambda v: low <= v <= high)
 
@@ -73,7 +73,7 @@ def flatten(tree: dict[str, Any]) -> dict[str, Any]:
 
 
 def defaults(schema: Schema) -> ConfigDict:
-  """Returns the config of all defaults, locked."""
+  """Returns a config with all defaults, locked."""
   def values(tree):
     return {
         name: values(x) if isinstance(x, dict) else x.default
@@ -92,8 +92,8 @@ def check(schema: Schema, config: ConfigDict) -> None:
   """Checks that a config has the fields of `schema`, within their ranges.
 
   Raises:
-    UserError: for a field too many or too few, the first of another type than
-      its default, or the first out of its range.
+    UserError: for unknown or missing fields, or for the first value that has
+      another type than its default or is out of its range.
   """
   require_fields(config, schema)
   values = flatten(config.to_dict())
@@ -104,14 +104,14 @@ def check(schema: Schema, config: ConfigDict) -> None:
 
 
 def check_types(schema: Schema, values: dict[str, Any]) -> None:
-  """Checks those fields of a config that `schema` knows.
+  """Checks the types of those config fields that `schema` knows.
 
   Args:
-    schema: of this version.
-    values: of the config, by dotted name; perhaps of another version.
+    schema: the schema of this version.
+    values: config values by dotted name, perhaps from another version.
 
   Raises:
-    UserError: for the first of another type than its default.
+    UserError: for the first value that has another type than its default.
   """
   for field, knob in flatten(schema).items():
     if field in values and not _alike(knob.default, values[field]):
@@ -122,19 +122,19 @@ def check_types(schema: Schema, values: dict[str, Any]) -> None:
 
 
 def _alike(default: Any, value: Any) -> bool:
-  """Returns whether a value, perhaps read from JSON, is of a default's type."""
+  """Returns whether a value, perhaps read from JSON, has the default's type."""
   if isinstance(default, tuple):
     return isinstance(value, (tuple, list))
-  if isinstance(default, float):  # A whole number does as well.
+  if isinstance(default, float):  # An int is accepted, too.
     return isinstance(value, (int, float)) and not isinstance(value, bool)
   return type(value) is type(default)
 
 
 def require(field: str, value: Any, allowed: Range) -> None:
-  """Checks one value: finite numbers within a range.
+  """Checks that a value consists of finite numbers within a range.
 
   Raises:
-    UserError: with the field, the value and the range, if it is not.
+    UserError: naming the field, the value and the range, if it does not.
   """
   numbers = value if isinstance(value, (tuple, list)) else (value,)
   finite = all(
@@ -150,7 +150,7 @@ def require_fields(config: ConfigDict, schema: Schema) -> None:
   """Checks that a config has the fields of `schema` and no others.
 
   Raises:
-    UserError: with the first of those that are missing or unknown.
+    UserError: naming the first few fields that are unknown or missing.
   """
   given, known = flatten(config.to_dict()), flatten(schema)
   for verb, fields in (
@@ -167,18 +167,18 @@ def require_fields(config: ConfigDict, schema: Schema) -> None:
 def completed(
     saved: dict[str, Any], schema: Schema
 ) -> tuple[dict[str, Any], list[str]]:
-  """Gives what the config of an earlier version lacks the defaults.
+  """Adds the default of each field that an earlier version's config lacks.
 
   Args:
-    saved: a config as nested dicts of JSON values, as config.json holds it.
-    schema: of this version.
+    saved: a config as nested dicts of JSON values, as in config.json.
+    schema: the schema of this version.
 
   Returns:
-    The whole config, likewise, and the names of the fields that it lacked.
+    The complete config in the same form, and the names of the added fields.
 
   Raises:
-    UserError: for fields that this version does not know, and for lacking ones
-      whose defaults may not be what the run computed.
+    UserError: for fields that this version does not know, and for missing
+      fields whose default may differ from what the run computed.
   """
   given, known = flatten(saved), flatten(schema)
   absent = sorted(known.keys() - given.keys())
@@ -209,8 +209,8 @@ def differences(
   """Lists the fields in which two runs compute different things.
 
   Args:
-    saved: a config as nested dicts of JSON values, as config.json holds it.
-    now: the same of the present command.
+    saved: a config as nested dicts of JSON values, as in config.json.
+    now: the config of the present command, in the same form.
     free: dotted names of the fields that may differ.
 
   Returns:

@@ -1,11 +1,11 @@
-"""Which file --config names: one of the user's, or a recipe of the package."""
+"""Finds the file that --config names: a user's file or a packaged recipe."""
 
 import os
 import pathlib
 
 from mocov3_jax.base.errors import UserError
 
-# A wheel has the recipes within the package, a clone beside it.
+# A wheel has the recipes inside the package, a clone beside it.
 _PACKAGE = pathlib.Path(__file__).parents[1]
 FOLDERS = _PACKAGE / 'configs', _PACKAGE.parent / 'configs'
 SUFFIX = '.py'
@@ -28,17 +28,17 @@ def resolve(given: str, flag: str = '--config') -> str:
   """Finds a config file.
 
   Args:
-    given: FILE[:argument], where FILE is a path; or the name of a recipe, with
-      or without `configs/` before it and `.py` behind it. A file that is there
-      comes first.
-    flag: by which it was given, for the message.
+    given: FILE[:argument]. FILE is a path, or the name of a recipe with or
+      without a leading `configs/` and a trailing `.py`. An existing file takes
+      precedence over a recipe.
+    flag: the flag that it was given by, for the message.
 
   Returns:
     The path of the file, with the argument.
 
   Raises:
-    UserError: if there is no such file, or it is no Python file. A config file
-      is a program, and something else by a mistake should not be run as one.
+    UserError: if there is no such file, or it is not a Python file. A config
+      file is run as a program, so other files must not be taken by mistake.
   """
   path, colon, argument = given.partition(':')
   if path.endswith(SUFFIX) and os.path.isfile(path):

@@ -1,1 +1,1 @@
-"""From a source of images to batches on the mesh."""
+"""Reads the images of a source, crops them, and makes batches."""

@@ -1,9 +1,9 @@
-"""Images of any number of channels: RGB and gray, or such as a satellite has.
+"""Images with any number of channels: gray, RGB, or those of a satellite.
 
-As many channels as `data.mean` has values. Three are RGB and one is gray, which
-every image can be turned into. Any other number must be the image's own: of a
-TIFF with as many samples a pixel, or as many pages; or of an image with
-transparency and the like.
+Images are read with as many channels as `data.mean` has values. Every image can
+be converted to three channels (RGB) or one (gray). Any other number must be the
+image's own: that of a TIFF with as many samples per pixel or as many pages, or
+of an image with an alpha channel or the like.
 """
 
 from collections.abc import Iterator
@@ -20,11 +20,11 @@ from mocov3_jax.base.errors import UserError
 from mocov3_jax.data import decode
 from mocov3_jax.sources import Unreadable
 
-# Bytes of an image's pixels, at most, the padding of tiles among them.
+# Maximum bytes of an image's pixels, including the padding of tiles.
 MOST_BYTES = 4 * decode.MOST_PIXELS
-# Compressions of a TIFF, by their numbers: none, and two names of deflate.
+# Compression codes of a TIFF: none, and the two codes for deflate.
 NONE, DEFLATE = 1, (8, 32946)
-# How its values are shown: from white to black.
+# Photometric interpretation of a TIFF in which 0 is white.
 WHITE_IS_ZERO = 0
 
 
@@ -32,11 +32,13 @@ def opened(data: bytes, channels: int) -> 'decode.Encoded | Planes':
   """Reads the header of an encoded image.
 
   Args:
-    data: of an image file.
-    channels: that its pixels are to have.
+    data: the bytes of an image file.
+    channels: number of channels that its pixels are to have.
 
   Raises:
-    Unreadable: if it is no image, beyond the limits, or has other channels.
+    Unreadable: if it is not an image, exceeds the limits, or has another number
+      of channels.
+    UserError: for a TIFF, if the package that reads it is not installed.
   """
   if channels in (1, 3):
     return decode.Encoded(data, gray=channels == 1)
@@ -44,7 +46,7 @@ def opened(data: bytes, channels: int) -> 'decode.Encoded | Planes':
 
 
 class Planes:
-  """An image of neither one nor three channels, used as a `decode.Encoded`.
+  """An image with neither one nor three channels, used like a `decode.Encoded`.
 
   Attributes:
     height, width: pixels.
@@ -54,12 +56,13 @@ class Planes:
     """Reads the header.
 
     Args:
-      data: of an image file.
-      channels: that it has.
+      data: the bytes of an image file.
+      channels: number of channels that it must have.
 
     Raises:
-      Unreadable: if it is no image, beyond the limits, or has others.
-      UserError: for a TIFF, without the package that reads it.
+      Unreadable: if it is not an image, exceeds the limits, or has another
+        number of channels.
+      UserError: for a TIFF, if the package that reads it is not installed.
     """
     self._image, self._pages = None, []
     if data.startswith(decode.TIFF):
@@ -78,7 +81,7 @@ class Planes:
     return 0, 0
 
   def pixels(self, shrink: int = 1) -> np.ndarray:
-    """Decodes the image whole; of 16-bit values the high byte is kept.
+    """Decodes the whole image; 16-bit values keep their high byte.
 
     Returns:
       uint8 [H, W, channels], C-contiguous.
@@ -103,7 +106,7 @@ class Planes:
 
 
 def _pages(data: bytes, channels: int) -> list[Any]:
-  """Returns the pages of a TIFF that hold its channels: one, or one of each."""
+  """Returns the pages of a TIFF with its channels: one for all, or one each."""
   try:
     import tifffile
   except ImportError as e:
@@ -112,10 +115,10 @@ def _pages(data: bytes, channels: int) -> list[Any]:
         'TIFF files by the package tifffile, which is not installed. Use pip '
         "install 'mocov3-jax[channels]'."
     ) from e
-  # What is wrong is said once, by whoever reads the image.
+  # Errors are reported once, by the code that reads the image.
   logging.getLogger('tifffile').setLevel(logging.CRITICAL)
   try:
-    # No more than are wanted are looked for: there may be millions.
+    # Looks for no more pages than needed: there may be millions.
     file = tifffile.TiffFile(io.BytesIO(data))
     pages = list(itertools.islice(_each(file.pages), channels + 1))
     found = pages[0].axes, pages[0].shape, pages[0].dtype
@@ -166,10 +169,10 @@ def _bytes(page: Any) -> int:
 
 
 def _check_parts(data: bytes, page: Any) -> None:
-  """Raises Unreadable unless each part of a page unpacks to what it should.
+  """Raises Unreadable if a part of a page is missing or unpacks to too much.
 
-  Libraries unpack a part whole, however large it turns out, and fill in parts
-  that are not there.
+  Libraries unpack a part completely, however large it turns out to be, and fill
+  in missing parts.
   """
   counts = len(page.dataoffsets), len(page.databytecounts)
   if counts != (math.prod(page.chunked),) * 2:

@@ -1,7 +1,7 @@
 """Random-resized crops and antialiased resizing, on the host, per image.
 
-For sources whose images differ in size. Sources of one size are cropped on
-the device instead (augment.py).
+This is for sources whose images differ in size. Images of one size are cropped
+on the device instead (augment.py).
 """
 
 import math
@@ -16,21 +16,22 @@ from mocov3_jax.data.decode import JPEG_FLAGS, Encoded
 from mocov3_jax.sources import Unreadable
 
 TRIES = 10
-# Random numbers a box takes: areas and ratios of all tries, and its place.
+# Random numbers per box: areas and ratios of all tries, and the position.
 NUMBERS = 2 * TRIES + 2
 # Share of the shorter side that evaluation sees. Paper s5: 224 of 256 pixels.
 CENTRE = 0.875
-# A crop from a JPEG decoded this much larger than needed is within 1.5 of 255,
-# in the mean, of one from the whole image, on the most detailed photographs.
+# A JPEG is decoded at least this many times larger than its crop. On the most
+# detailed photographs the crop then differs by at most 1.5 of 255, on average,
+# from a crop of the image at full size.
 MARGIN = 1.5
-# Channels that OpenCV resizes together, at most.
+# Maximum number of channels that OpenCV resizes together.
 MOST_CHANNELS = 4
-# Pixels to one pixel, from which on an image is averaged before it is smoothed.
+# From this shrink factor on, an image is averaged before it is smoothed.
 COARSE = 4.0
 
 
 class Box(NamedTuple):
-  """A rectangle of an image, pixels; whole ones of the whole image."""
+  """A rectangle of an image, in pixels; whole numbers at the full size."""
 
   top: float
   left: float
@@ -43,13 +44,13 @@ def random_box(
 ) -> Box:
   """Draws the box of a random-resized crop, as torchvision does.
 
-  Ten tries of (area uniform, aspect ratio log-uniform), the first that fits;
-  else the largest centred box within the ratio.
+  Makes ten tries (area uniform, aspect ratio log-uniform) and takes the first
+  box that fits; if none does, the largest centred box within the ratios.
 
   Args:
     numbers: float64 [NUMBERS], uniform in [0, 1).
-    height, width: of the image, pixels.
-    view: with `crop_min`, the smallest share of the area, and `crop_ratio`.
+    height, width: size of the image, pixels.
+    view: has `crop_min`, the smallest share of the area, and `crop_ratio`.
   """
   low, high = view.crop_ratio
   areas, ratios = numbers[:TRIES].tolist(), numbers[TRIES:2 * TRIES].tolist()
@@ -77,23 +78,23 @@ def cut(
   """Decodes an image once and cuts boxes out of it.
 
   A large JPEG is decoded at 1/2, 1/4 or 1/8 of its size, as long as every box
-  stays MARGIN times as large as its crop. The boxes stay where they are, and
-  begin and end within pixels of that.
+  stays MARGIN times as large as its crop. The boxes then keep their exact
+  place, and may begin and end within a pixel of the smaller image.
 
   Args:
     encoded: the image.
-    boxes: in its pixels.
-    out: uint8 [len(boxes), size, size, C], contiguous; the crops go there.
+    boxes: boxes in pixels of the full-size image.
+    out: uint8 [len(boxes), size, size, C], contiguous; receives the crops.
 
   Raises:
-    Unreadable: if the image is damaged, or of another size than its header
+    Unreadable: if the image is damaged, or has another size than its header
       says.
   """
   smallest = min(min(box.height, box.width) for box in boxes)
   room = smallest / (MARGIN * out.shape[1])
   shrink = max(s for s in JPEG_FLAGS if s <= max(room, 1))
   image = encoded.pixels(shrink)
-  # Formats other than JPEG come out whole.
+  # Formats other than JPEG come out at full size.
   whole = encoded.height, encoded.width
   if image.shape[:2] == whole:
     shrink = 1
@@ -112,12 +113,13 @@ def cut(
 def resize(image: np.ndarray, out: np.ndarray, box: Box | None = None) -> None:
   """Resizes uint8 [H, W, C] into `out`, uint8 [h, w, C], antialiased.
 
-  Of the image, `box` alone, if there is one.
+  If `box` is given, only that part of the image is used.
 
-  Close to Pillow's (and torchvision's) bilinear resize, whose triangle filter
-  widens as it shrinks the image: here a small blur adds the variance that the
-  wider triangle has, then OpenCV interpolates. Three to four times faster;
-  on photographs 1 of 255 from Pillow in the mean.
+  The result is close to that of Pillow's (and torchvision's) bilinear resize,
+  whose triangle filter widens as it shrinks the image. Here a small blur adds
+  the variance that the wider triangle has, and OpenCV then interpolates. This
+  is three to four times faster. On photographs it differs from Pillow by 1 of
+  255 on average.
   """
   if box is None:
     box = Box(0, 0, *image.shape[:2])
@@ -149,7 +151,7 @@ def _resize(image: np.ndarray, out: np.ndarray, box: Box) -> None:
   if box == (0, 0, *image.shape[:2]):
     cv2.resize(image, (width, height), dst=out, interpolation=cv2.INTER_LINEAR)
     return
-  # The same, of a box that begins or ends within a pixel.
+  # The same, for a box that begins or ends within a pixel.
   down, across = box.height / height, box.width / width
   cv2.warpAffine(
       image, np.array([
@@ -163,18 +165,19 @@ def _resize(image: np.ndarray, out: np.ndarray, box: Box) -> None:
 def _averaged(
     image: np.ndarray, box: Box, scale: tuple[float, float]
 ) -> tuple[np.ndarray, Box, tuple[float, float]]:
-  """Shrinks an image by averaging to about twice the pixels that are wanted.
+  """Shrinks an image by averaging, to about twice the size that is wanted.
 
-  A blur that is wide costs its width at each pixel; an average costs one.
+  A blur costs time in proportion to its width at every pixel; averaging uses
+  every pixel only once.
 
   Args:
     image: uint8 [H, W, C].
-    box: of it, to be resized.
-    scale: pixels of the box to a pixel of the result, down and across.
+    box: the part of the image that is to be resized.
+    scale: pixels of the box per pixel of the result, down and across.
 
   Returns:
-    The smaller image, the box in it, and the scales by which it is still to be
-    smoothed: what is averaged is smooth already.
+    The smaller image, the box in it, and the scales for which it still has to
+    be smoothed, given that averaging has smoothed it already.
   """
   sides = tuple(
       max(1, round(2 * side / s)) if s >= COARSE else side

@@ -1,4 +1,4 @@
-"""Encoded images to pixels: JPEG by OpenCV, everything else by Pillow."""
+"""Decodes images to pixels: JPEG by OpenCV, everything else by Pillow."""
 
 import io
 
@@ -9,13 +9,14 @@ from PIL import Image, UnidentifiedImageError
 from mocov3_jax.data.metadata import stripped
 from mocov3_jax.sources import Unreadable
 
-# Here and not at the first image: Pillow loads its formats without a lock.
+# Called on import, not at the first image: Pillow loads its formats without a
+# lock.
 Image.init()
-# What is tried, whatever else Pillow knows: some of its formats start other
-# programs.
+# The only formats that are tried. Pillow knows more, but some of them start
+# other programs.
 FORMATS = 'JPEG', 'PNG', 'WEBP', 'BMP', 'GIF', 'TIFF', 'PPM'
-# Pixels of an image, scans of a progressive JPEG, and pixels times scans, at
-# most: a small file may ask for minutes and gigabytes.
+# Maximum pixels of an image, scans of a progressive JPEG, and pixels times
+# scans: a small file could otherwise take minutes and gigabytes.
 MOST_PIXELS, MOST_SCANS, MOST_WORK = 50_000_000, 64, 1_000_000_000
 SCAN = b'\xff\xda'
 # How a TIFF begins: little or big endian, classic or for files above 4 GiB.
@@ -32,10 +33,10 @@ TURNS = {
     7: lambda x: x[::-1, ::-1].swapaxes(0, 1),
     8: lambda x: x.swapaxes(0, 1)[::-1],
 }
-# Which of them turn rows and columns round.
+# The orientations that reverse the rows, and those that reverse the columns.
 UP_TO_DOWN, LEFT_TO_RIGHT = (3, 4, 7, 8), (2, 3, 6, 7)
-# By how much OpenCV can shrink a JPEG as it decodes it. All flags but the first
-# give BGR.
+# OpenCV's flags by the factor that it shrinks a JPEG by while decoding it. All
+# flags but the first give BGR.
 JPEG_FLAGS = {
     1: cv2.IMREAD_IGNORE_ORIENTATION | cv2.IMREAD_COLOR_RGB,
     2: cv2.IMREAD_IGNORE_ORIENTATION | cv2.IMREAD_REDUCED_COLOR_2,
@@ -44,7 +45,7 @@ JPEG_FLAGS = {
 }
 # End-of-image marker of a JPEG, and how many bytes may follow it.
 EOI, TRAILER = b'\xff\xd9', 64
-# The same for gray, which comes as it is.
+# JPEG_FLAGS for gray images, which need no conversion of channels.
 GRAY_FLAGS = {
     1: cv2.IMREAD_IGNORE_ORIENTATION | cv2.IMREAD_GRAYSCALE,
     2: cv2.IMREAD_IGNORE_ORIENTATION | cv2.IMREAD_REDUCED_GRAYSCALE_2,
@@ -64,11 +65,11 @@ class Encoded:
     """Reads the header.
 
     Args:
-      data: of an image file in one of FORMATS.
-      gray: whether its pixels are to have one channel instead of RGB.
+      data: the bytes of an image file in one of FORMATS.
+      gray: whether its pixels are to have one gray channel instead of RGB.
 
     Raises:
-      Unreadable: if there is none, or it is beyond the limits above.
+      Unreadable: if it is not an image, or exceeds the limits above.
     """
     self._data, self._gray = data, gray
     self._image = open_image(data)
@@ -79,10 +80,10 @@ class Encoded:
 
   @property
   def is_plain_jpeg(self) -> bool:
-    """Whether OpenCV decodes the image right: a whole JPEG, gray or RGB.
+    """Whether OpenCV decodes the image correctly: a whole JPEG, gray or RGB.
 
-    OpenCV fills a truncated JPEG with gray in silence, so what does not end
-    with the marker of its end is left to Pillow, which tells.
+    OpenCV silently fills a truncated JPEG with gray. So a file without the
+    end-of-image marker is left to Pillow, which reports the damage.
     """
     return (
         self._image.format in ('JPEG', 'MPO')
@@ -91,13 +92,13 @@ class Encoded:
     )
 
   def begins(self, shrink: int) -> tuple[int, int]:
-    """Returns where the image begins in what `pixels` returns.
+    """Returns where the image begins in the result of `pixels`.
 
-    A shrunk JPEG is rounded up to whole pixels at its right and lower edges,
-    and these may be turned to the left and to the top.
+    A shrunk JPEG is rounded up to whole pixels at its right and lower edges.
+    Its orientation may turn these edges to the left and to the top.
 
     Returns:
-      Rows and columns before it, in pixels of the whole image.
+      Rows and columns before the image, in pixels of the full-size image.
     """
     rows, columns = (-side % shrink for side in (self.height, self.width))
     return (
@@ -108,11 +109,11 @@ class Encoded:
   def pixels(self, shrink: int = 1) -> np.ndarray:
     """Decodes the image.
 
-    Transparent images are laid on white; 16-bit ones keep their high byte;
-    animated ones give their first frame.
+    Transparent images are composited on white. 16-bit images keep their high
+    byte. Animated images give their first frame.
 
     Args:
-      shrink: 1, 2, 4 or 8. A JPEG comes out so many times smaller (rounded
+      shrink: 1, 2, 4 or 8. A JPEG comes out this many times smaller (rounded
         up), which saves work; other formats ignore it.
 
     Returns:
@@ -136,7 +137,7 @@ class Encoded:
       plain = stripped(self._data, exif=False)
       if plain is None or plain == self._data:
         raise Unreadable(str(e)) from e
-      # Some damage shows no sooner than here.
+      # Some damage shows only in decoding.
       again = Encoded(plain, self._gray)
       again._orientation = 1
       image = again.pixels(shrink)
@@ -146,10 +147,10 @@ class Encoded:
 
 
 def open_image(data: bytes) -> Image.Image:
-  """Opens an image of FORMATS, of which only the header has been read.
+  """Opens an image in one of FORMATS, and reads only its header.
 
   Raises:
-    Unreadable: if it is none, or beyond the limits above.
+    Unreadable: if it is not such an image, or exceeds the limits above.
   """
   image = _open(data)
   _check_size(image, data)
@@ -178,7 +179,7 @@ def _open(data: bytes) -> Image.Image:
         try:
           return _opened(plain)
         except Exception:
-          pass  # It is not the metadata.
+          pass  # The damage is not in the metadata.
     if isinstance(e, UnidentifiedImageError):
       raise Unreadable(
           'not an image' if not data.startswith(TIFF) else
@@ -197,13 +198,13 @@ def _orientation(image: Image.Image) -> int:
     return 1
   try:
     found = image.getexif()[ORIENTATION]
-  except Exception:  # None, or damaged. Pillow raises many kinds.
+  except Exception:  # No EXIF, or damaged. Pillow raises many kinds.
     return 1
   return found if found in TURNS else 1
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
-  if image.mode == 'F':  # Of a TIFF. What is white there, nothing says.
+  if image.mode == 'F':  # A TIFF; nothing says which value is white.
     raise Unreadable('its pixels are floating-point numbers')
   if image.mode.startswith('I'):  # 16-bit gray; Pillow itself would clip it.
     gray = (np.asarray(image).astype(np.int64) >> 8).clip(0, 255)

@@ -1,7 +1,7 @@
-"""Encoded images without what is no part of the picture.
+"""Removes from encoded images what is not part of the picture.
 
-Cameras, editors and transfers leave damaged descriptions in files whose pixels
-are whole: an EXIF block without its header, a colour profile or a comment of
+Cameras, editors and transfers leave damaged metadata in files whose pixels are
+intact: an EXIF block without its header, a colour profile or a comment of
 megabytes, a wrong checksum of a text. Pillow refuses such files.
 """
 
@@ -10,12 +10,12 @@ import struct
 import zlib
 
 PNG = b'\x89PNG\r\n\x1a\n'
-# What the picture needs of a PNG; and its EXIF block, which tells how to turn
-# it.
+# The chunks of a PNG that the picture needs, and its EXIF block, which holds
+# the orientation.
 PNG_KEPT = (b'IHDR', b'PLTE', b'tRNS', b'IDAT', b'IEND', b'eXIf')
 JPEG = b'\xff\xd8'
-# Of a JPEG's segments APP0 to APP15 and comments: JFIF, EXIF and Adobe's, which
-# tells the colours.
+# The segments kept out of a JPEG's APP0 to APP15 and comments: JFIF, EXIF, and
+# Adobe's, which gives the colour space.
 JPEG_KEPT = {0xE0: b'JFIF\0', 0xE1: b'Exif\0\0', 0xEE: b'Adobe'}
 WEBP_DROPPED = (b'ICCP', b'EXIF', b'XMP ')
 
@@ -24,12 +24,13 @@ def stripped(data: bytes, exif: bool) -> bytes | None:
   """Returns an image without damaged or superfluous metadata.
 
   Args:
-    data: of a PNG, JPEG or WebP file.
-    exif: whether to keep its EXIF block.
+    data: the bytes of a PNG, JPEG or WebP file.
+    exif: whether to keep the EXIF block of a PNG or JPEG. That of a WebP file
+      is always removed.
 
   Returns:
-    The bytes of the same picture; None if they are of another format, or its
-    parts cannot be told.
+    The bytes of the same picture; None if the file has another format, or its
+    parts cannot be told apart.
   """
   try:
     if data.startswith(PNG):
@@ -81,7 +82,7 @@ def _webp(data: bytes) -> Iterator[bytes]:
     kind = data[place:place + 4]
     (length,) = struct.unpack_from('<I', data, place + 4)
     chunk = data[place:place + 8 + length + length % 2]
-    if kind == b'VP8X':  # Its flags tell of these parts.
+    if kind == b'VP8X':  # Clears the flags of the removed parts.
       flags = chunk[8] & ~0b101100
       chunk = chunk[:8] + bytes([flags]) + chunk[9:]
     if kind not in WEBP_DROPPED:

@@ -1,10 +1,11 @@
 """Cuts photographs into tiles: python -m mocov3_jax.data.photo_tiles OUT [HALF]
 
-A set that is harder than digits and needs no download: 32x32 tiles of fourteen
-pictures that come with scikit-image (the extra `photos`), each picture a class.
-Tiles do not overlap; every fifth is kept for testing. Many look alike (sky,
-gravel, out-of-focus ground), so no network tells all of them. HALF, `first` or
-`second`, takes every other picture alone: two sets without a common picture.
+This data set is harder than digits and needs no download: 32x32 tiles of the
+fourteen pictures that come with scikit-image (the extra `photos`). Each picture
+is a class. Tiles do not overlap; every fifth is kept for testing. Many look
+alike (sky, gravel, out-of-focus ground), so no network can tell all of them
+apart. HALF, `first` or `second`, takes only every other picture; the two halves
+have no picture in common.
 """
 
 import pathlib
@@ -15,7 +16,7 @@ from PIL import Image
 from skimage import color, data, util
 
 SIZE = 32
-# Most tiles of a picture, evenly spaced over it.
+# Maximum number of tiles per picture, evenly spaced over it.
 AT_MOST = 200
 PICTURES = {
     'astronaut': data.astronaut, 'brick': data.brick, 'camera': data.camera,
@@ -25,7 +26,7 @@ PICTURES = {
     'retina': data.retina, 'rocket': data.rocket,
     'tissue': data.immunohistochemistry,
 }
-# Which of the sorted pictures are taken.
+# Which of the sorted pictures each half takes.
 HALVES = {
     '': slice(None), 'first': slice(0, None, 2), 'second': slice(1, None, 2)
 }

@@ -1,9 +1,9 @@
-"""The order of the examples, and batches of them read ahead of the device.
+"""Orders the examples, and reads batches of them ahead of the device.
 
-Which example stands at place p of the batch of step s is a pure function of
-(seed, s, p): a restart needs nothing but s, and the global batch is the same
-on any number of hosts. An epoch is one permutation; what is left of it after
-the last full batch is dropped, as in the original.
+The example at position p in the batch of step s is a pure function of
+(seed, s, p). So a restart needs nothing but s, and the global batch is the same
+on any number of hosts. An epoch is one permutation of the examples. Those left
+over after its last full batch are dropped, as in the release.
 """
 
 from collections.abc import Callable, Hashable, Iterator
@@ -24,14 +24,14 @@ from mocov3_jax.data.workers import Workers
 from mocov3_jax.method.augment import Views
 from mocov3_jax.sources import Source, Unreadable
 
-# Streams of random words; epochs have the 0.
+# Streams of random words; stream 0 orders the epochs.
 CROPS, REPLACEMENTS, RECOLOURS = 1, 2, 3
 RECOLOUR_WORDS = 32
 # Other examples tried in place of an unreadable one.
 TRIES = 50
-# Seconds between two looks whether to go on waiting for a batch.
+# Seconds between two checks whether to go on waiting for a batch.
 LOOK = 0.2
-# Side of the crop by which an image is read again, to say what is wrong.
+# Side of the crop, pixels, when an image is read again to find what is wrong.
 REREAD = 224
 
 
@@ -39,11 +39,12 @@ class Batch(NamedTuple):
   """A part of the global batch.
 
   Attributes:
-    images: uint8 [B, H, W, C] if the source has one size; else the crops of
-      the V views, [B, V, S, S, C].
-    unreadable: int32 [B], an example that had to be replaced; -1 where none.
-    stop: int32 [B], in evaluations: 1 if this process has been asked to end.
-    labels: int32 [B], where they are wanted; -1 where there is none.
+    images: uint8 [B, H, W, C] if all images of the source have one size; else
+      the crops of the V views, [B, V, S, S, C].
+    unreadable: int32 [B], index of the example if it could not be read; else
+      -1.
+    stop: int32 [B], only in evaluations: 1 if this process was asked to stop.
+    labels: int32 [B], if they are wanted; -1 for examples without a label.
   """
 
   images: np.ndarray
@@ -53,11 +54,12 @@ class Batch(NamedTuple):
 
 
 def epoch_order(seed: int, epoch: int, num_examples: int) -> np.ndarray:
-  """Returns a permutation of range(num_examples), pure in the arguments, int64.
+  """Returns a permutation of range(num_examples), int64.
 
-  Sorting raw Philox words instead of asking numpy for a permutation keeps the
-  order fixed over numpy versions (only raw bit streams are guaranteed), and
-  costs 0.1 us an example where Grain's own index shuffle costs 25.
+  It depends on the arguments only. Sorting raw Philox words, instead of asking
+  NumPy for a permutation, keeps the order fixed over NumPy versions (only raw
+  bit streams are guaranteed). It costs 0.1 us per example, where Grain's own
+  index shuffle costs 25 us.
   """
   bits = np.random.Philox(key=np.array([seed, epoch], np.uint64))
   return np.argsort(bits.random_raw(num_examples), kind='stable')
@@ -66,7 +68,7 @@ def epoch_order(seed: int, epoch: int, num_examples: int) -> np.ndarray:
 def random_words(
     seed: int, place: int, stream: int, count: int
 ) -> np.ndarray:
-  """Returns raw random words, uint64 [count], pure in the arguments."""
+  """Returns random words, uint64 [count], that depend on the arguments only."""
   bits = np.random.Philox(
       key=np.array([seed, place], np.uint64),
       counter=np.array([0, 0, 0, stream], np.uint64),
@@ -77,13 +79,13 @@ def random_words(
 def draw_boxes(
     seed: int, place: int, height: int, width: int, views: Views
 ) -> list[crops.Box]:
-  """Draws the crops of the example at a place of the sequence, one per view.
+  """Draws the crops, one per view, of the example at a place in the sequence.
 
   Args:
-    seed: of the run.
-    place: step * batch size + place in the global batch.
-    height, width: of the image, pixels.
-    views: their tables.
+    seed: seed of the run.
+    place: step * batch size + position in the global batch.
+    height, width: size of the image, pixels.
+    views: config tables of the views.
   """
   words = random_words(seed, place, CROPS, len(views) * crops.NUMBERS)
   numbers = (words >> np.uint64(11)) * 2.0**-53  # Uniform in [0, 1).
@@ -99,14 +101,14 @@ class BatchReader:
 
   Attributes:
     source: the examples.
-    positions: int64 [local batch], places in the global batch.
-    batch_size: global, images.
-    seed: of the order and the crops.
-    views: their crops, where the host makes them.
-    size: side of those crops, pixels.
-    workers: read and decode.
+    positions: int64 [local batch], positions in the global batch.
+    batch_size: global batch size, images.
+    seed: seed of the order and the crops.
+    views: config tables of the views, used if the host makes the crops.
+    size: side of these crops, pixels.
+    workers: read and decode the images.
     labelled: whether batches have labels.
-    recolour: an augmentation on the host, of each crop: (uint8 [H, W, C],
+    recolour: an augmentation of each crop on the host: (uint8 [H, W, C],
       random words uint64 [RECOLOUR_WORDS]) -> uint8 of that shape.
   """
 
@@ -121,18 +123,18 @@ class BatchReader:
   recolour: Callable[[np.ndarray, np.ndarray], np.ndarray] | None = None
 
   def indices(self, step: int) -> np.ndarray:
-    """Returns the examples of this step's local part, int64 [local batch]."""
+    """Returns the example indices of this step's part, int64 [local batch]."""
     steps_per_epoch = len(self.source) // self.batch_size
     epoch, step_in_epoch = divmod(step, steps_per_epoch)
     order = _cached_order(self.seed, epoch, len(self.source))
     return order[step_in_epoch * self.batch_size + self.positions]
 
   def __call__(self, step: int) -> Batch:
-    """Reads the local part of a step's batch.
+    """Reads this process's part of a step's batch.
 
     Raises:
-      UserError: if in place of an unreadable example TRIES others could not
-        be read either.
+      UserError: if an example is unreadable, and none of the TRIES examples
+        drawn to replace it could be read either.
     """
     indices = self.indices(step)
     places = step * self.batch_size + self.positions
@@ -143,16 +145,16 @@ class BatchReader:
 
   @functools.cached_property
   def _rows(self) -> 'BatchReader':
-    """What other processes need of this reader."""
+    """A copy with only what other processes need in order to read rows."""
     return dataclasses.replace(
         self, workers=None, positions=self.positions[:0]
     )
 
   def read_row(self, out: np.ndarray, index: int, place: int) -> int:
-    """Reads one example, or another one in its place; see `RowReader`.
+    """Reads one example, or a replacement if it is damaged; see `RowReader`.
 
     Raises:
-      UserError: as a call.
+      UserError: as `__call__` does.
     """
     try:
       self.read_into(out, index, place)
@@ -176,9 +178,9 @@ class BatchReader:
     """Reads one example, with the crops of its place in the sequence.
 
     Args:
-      out: uint8 of `shape`; the pixels go there.
-      index: of the example in the source.
-      place: step * batch size + place in the global batch.
+      out: uint8 of `shape`; receives the pixels.
+      index: index of the example in the source.
+      place: step * batch size + position in the global batch.
 
     Raises:
       Unreadable: if it is damaged.
@@ -199,7 +201,7 @@ class BatchReader:
     words = random_words(self.seed, place, REPLACEMENTS, TRIES)
     why = 'it was itself drawn in its place'
     for index in (words % np.uint64(len(self.source))).tolist():
-      if index == bad:  # It may have become readable, but is not to be.
+      if index == bad:  # Even if it has become readable since.
         continue
       try:
         self.read_into(out, index, place)
@@ -220,13 +222,13 @@ def read_crops(
     source: Source, index: int,
     boxes: Callable[[int, int], list[crops.Box]], out: np.ndarray,
 ) -> None:
-  """Reads one image: whole, of a source of one size, else boxes of it.
+  """Reads one image: whole, if the source has one size, or else boxes of it.
 
   Args:
-    source: of the image.
-    index: of the image.
+    source: the source of the image.
+    index: index of the image in the source.
     boxes: (height, width) of the image -> its boxes.
-    out: uint8; the pixels go there.
+    out: uint8; receives the pixels.
 
   Raises:
     Unreadable: if it is damaged.
@@ -240,7 +242,7 @@ def read_crops(
 
 
 def why_unreadable(source: Source, index: int) -> str:
-  """Returns what is wrong with an image that could not be read, on one line."""
+  """Returns, on one line, why an image could not be read."""
   boxes = lambda height, width: [crops.centre_box(height, width)]
   shape = source.shape or (1, REREAD, REREAD, source.channels)
   out = np.empty(shape, np.uint8)
@@ -252,13 +254,14 @@ def why_unreadable(source: Source, index: int) -> str:
 
 
 def pixels(source: Source, data: bytes | np.ndarray) -> np.ndarray:
-  """Returns what `source.read` gave as pixels, for a source of one size.
+  """Converts the result of `source.read` to pixels, for a source of one size.
 
   Raises:
     Unreadable: if it is damaged, or has another size.
   """
   if isinstance(data, bytes):
-    # As before there was any other gray: a continued run reads the same.
+    # Gray is made from RGB, as in earlier versions, so that a continued run
+    # reads the same pixels.
     data = channels.opened(data, 3).pixels()
     if source.channels == 1:
       data = cv2.cvtColor(data, cv2.COLOR_RGB2GRAY)[..., None]
@@ -270,15 +273,15 @@ def pixels(source: Source, data: bytes | np.ndarray) -> np.ndarray:
 def train_batches(
     reader: BatchReader, first_step: int, last_step: int, prefetch: int
 ) -> Iterator[Batch]:
-  """Batches of steps first_step .. last_step - 1, read ahead in a thread.
+  """Yields the batches of steps first_step .. last_step - 1, read in a thread.
 
   Args:
     reader: reads the batch of a step.
     first_step, last_step: the steps to read, the last one excluded.
-    prefetch: batches held ready.
+    prefetch: number of batches read ahead.
 
   Yields:
-    Batch of this process's part.
+    This process's part of each batch.
   """
   steps = grain.MapDataset.range(first_step, last_step)
   options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=prefetch)
@@ -288,10 +291,10 @@ def train_batches(
 def until_asked(
     batches: Iterator[Batch], stop_asked: Callable[[], bool]
 ) -> Iterator[Batch]:
-  """Yields batches, and ends if it is asked to while it waits for one.
+  """Yields batches, and ends if it is asked to stop while it waits for one.
 
-  What reads the batch then, such as a file on a network that does not answer,
-  goes on in a thread that nobody waits for.
+  The unfinished read, perhaps of a file on a network that does not answer, goes
+  on in a daemon thread that nobody waits for.
   """
   def read(found):
     try:
@@ -314,19 +317,21 @@ def eval_batches(
     source: Source, positions: np.ndarray, batch_size: int, size: int,
     workers: Workers,
 ) -> Iterator[Batch]:
-  """Yields all examples once, in order; the last batch repeats the last one.
+  """Yields all examples once, in order.
+
+  The last batch is filled up with copies of the last example.
 
   Args:
     source: the examples.
-    positions: int64 [local batch], places in the global batch.
-    batch_size: global, images.
-    size: side of the central crop, pixels, of a source with many sizes.
-    workers: read and decode.
+    positions: int64 [local batch], positions in the global batch.
+    batch_size: global batch size, images.
+    size: side of the central crop, pixels, if the images differ in size.
+    workers: read and decode the images.
 
   Yields:
-    Batch, ceil(len(source) / batch_size) times; its images [B, H, W, C] are
-    central crops or, of a source with one size, whole. An unreadable one is
-    black.
+    Batch, ceil(len(source) / batch_size) times. Its images [B, H, W, C] are
+    central crops or, if the source has one size, whole images. An unreadable
+    image is black.
   """
   reader = _CentreReader(source, size)
   for start in range(0, len(source), batch_size):
@@ -341,8 +346,8 @@ class _CentreReader:
   """Reads the central crop of an image, as a `RowReader`.
 
   Attributes:
-    source: of the images.
-    size: side of the crop, pixels, where their sizes differ.
+    source: the source of the images.
+    size: side of the crop, pixels, if the images differ in size.
   """
 
   source: Source

@@ -1,13 +1,13 @@
-"""RandAugment, on the host, per image, by Pillow: for fine-tuning.
+"""RandAugment for fine-tuning: on the host, per image, with Pillow.
 
-Sources of what is here:
+The definitions come from these sources:
 
-- Cubuk et al. 2020 (arXiv 1909.13719): a fixed number of operations an image,
+- Cubuk et al. 2020 (arXiv 1909.13719): a fixed number of operations per image,
   drawn uniformly with replacement, all of one magnitude on a scale to 10.
 - AutoAugment (Cubuk et al. 2019, arXiv 1805.09501): the operations but
   SolarizeAdd, and their ranges: 30 degrees; shear 0.3; factors up to 0.9 from
-  1; thresholds 0 to 256. It translates by up to 150 pixels, which has become
-  0.45 of the side.
+  1; thresholds 0 to 256. It translates by up to 150 pixels; later
+  implementations use 0.45 of the side.
 - Touvron et al. 2021 (arXiv 2012.12877), Table 9: magnitude 9, standard
   deviation 0.5. In the notation of timm that is `rand-m9-mstd0.5-inc1`.
 - timm, as documented: 2 operations, each applied with probability 0.5;
@@ -31,10 +31,10 @@ from mocov3_jax.base.errors import UserError
 
 # The magnitude of the severest operations.
 MAX_MAGNITUDE = 10.0
-# Of applying an operation that was drawn.
+# Probability of applying an operation that was drawn.
 PROBABILITY = 0.5
 MAX_LAYERS = 4
-# Random words of a layer: happens, operation, magnitude, sign.
+# Random words per layer: whether it happens, operation, magnitude, sign.
 WORDS_A_LAYER = 4
 WORDS = MAX_LAYERS * WORDS_A_LAYER
 
@@ -43,8 +43,8 @@ Operation = Callable[[Image.Image, float, Fill], Image.Image]
 
 
 def _posterize(image: Image.Image, level: float, fill: Fill) -> Image.Image:
-  # Four bits at magnitude 0 and none, all black, at 10. ImageOps.posterize of
-  # recent Pillow refuses to keep no bit.
+  # Keeps four bits at magnitude 0, and none (all black) at 10.
+  # ImageOps.posterize of recent Pillow refuses to keep no bits.
   bits = 4 - int(4 * abs(level))
   return _by_value(image, lambda value: value & (256 - 2 ** (8 - bits)))
 
@@ -119,9 +119,9 @@ class RandAugment:
   Attributes:
     magnitude: mean of the magnitudes, in [0, 10].
     std: their standard deviation; they are clipped to [0, 10].
-    layers: operations drawn an image, at most MAX_LAYERS.
-    fill: colour of what comes from outside of the image, a byte a channel;
-      by default the mean pixel of ImageNet.
+    layers: operations drawn per image, at most MAX_LAYERS.
+    fill: colour of areas outside the image, one byte per channel; by default
+      the mean pixel of ImageNet.
 
   Raises:
     UserError: if `layers` is not in [0, MAX_LAYERS].
@@ -139,17 +139,18 @@ class RandAugment:
       )
 
   def __call__(self, image: np.ndarray, words: np.ndarray) -> np.ndarray:
-    """Applies what the words choose.
+    """Applies the operations that the random words choose.
 
     Args:
-      image: uint8 [H, W, C]; C is 3 (RGB), or 1, to which Color does nothing.
+      image: uint8 [H, W, C]; C is 3 (RGB), or 1 (gray, which Color leaves
+        unchanged).
       words: uint64 [WORDS], as `pipeline.random_words` gives them.
 
     Returns:
       uint8 [H, W, C], a new array.
 
     Raises:
-      UserError: if `fill` has not C values.
+      UserError: if `fill` does not have C values.
     """
     channels = image.shape[-1]
     if channels != len(self.fill):
@@ -163,14 +164,15 @@ class RandAugment:
     return np.array(pixels).reshape(image.shape)
 
   def draw(self, words: np.ndarray) -> list[tuple[str, float]]:
-    """Returns what is applied, in order: names and levels (see OPERATIONS).
+    """Returns the names and levels (see OPERATIONS) to apply, in order.
 
     Args:
-      words: uint64 [WORDS]. A layer has its own, used or not, so that what it
-        draws does not depend on the others.
+      words: uint64 [WORDS]. Each layer has its own, used or not, so that what
+        it draws does not depend on other layers.
     """
     layers = words[:WORDS].reshape(MAX_LAYERS, WORDS_A_LAYER)[:self.layers]
-    # Uniform in (0, 1), without the ends, where a normal is infinite.
+    # Uniform in (0, 1), without the ends, where the normal quantile is
+    # infinite.
     numbers = ((layers >> np.uint64(12)) + 0.5) * 2.0**-52
     chosen = []
     for happens, which, height, sign in numbers.tolist():

@@ -1,10 +1,10 @@
 """Threads and processes that read and decode images.
 
-OpenCV and file reads let go of Python's interpreter lock, so threads are enough
-on some cores: two of them read 1.75 times as fast as one. What is left of
-Python, about half a millisecond an image, one thread does at a time. That caps
-a process at some 2,000 images a second, and a host with many cores needs
-several processes.
+OpenCV and file reads release Python's interpreter lock (GIL), so threads are
+enough on a few cores: two threads read 1.75 times as fast as one. The remaining
+Python code, about half a millisecond per image, runs in one thread at a time.
+This limits a process to some 2,000 images per second, so a host with many cores
+needs several processes.
 """
 
 from collections.abc import Callable, Hashable
@@ -32,28 +32,29 @@ import numpy as np
 from mocov3_jax.base.errors import UserError
 from mocov3_jax.sources import Source
 
-# Cores that one process keeps busy, and processes at most, where the config
-# leaves their number open.
+# Cores that one process keeps busy, and maximum number of processes, if the
+# config leaves their number open.
 CORES_A_PROCESS, MOST_PROCESSES = 8, 16
-# Microseconds of all cores that a container may use in so many microseconds.
+# File with the CPU time that a container may use in a period, and that period,
+# both in microseconds.
 QUOTA = '/sys/fs/cgroup/cpu.max'
-# By which a process is asked to end.
+# The signals that ask a process to stop.
 STOP_SIGNALS = signal.SIGTERM, signal.SIGINT
-# Parts of a batch for each process, so that none waits long for the last one,
-# and images of a part, unless there are fewer than that for each process.
+# Number of parts of a batch for each process, so that none waits long for the
+# last one; and images per part, unless a process has fewer than that.
 PARTS_A_PROCESS, ROWS_A_PART = 4, 8
 
 
 class LostWorkers(UserError):
-  """A process that reads has ended; others of the run do not know of it."""
+  """A process that reads has died; others of the run do not know of it."""
 
 
 class RowReader(Protocol):
-  """What reads the images of a batch one by one; can be pickled.
+  """Reads the images of a batch one by one; can be pickled.
 
   Attributes:
-    shape: of an image, or of all its crops.
-    key: the same for readers that read the same, as long as they live.
+    shape: shape of an image, or of all its crops.
+    key: equal for readers that read the same, as long as they are alive.
   """
 
   shape: tuple[int, ...]
@@ -63,13 +64,13 @@ class RowReader(Protocol):
     """Reads an image.
 
     Args:
-      out: uint8 of `shape`; the pixels go there.
-      index: of the image in its source.
-      place: of the image in the sequence of all batches.
+      out: uint8 of `shape`; receives the pixels.
+      index: index of the image in its source.
+      place: place of the image in the sequence of all batches.
 
     Returns:
-      The index of the image that is in `out`: that, another one in its place,
-      or -1 where it is black.
+      The index of the image in `out`: `index`, or that of a replacement; or -1
+      if the image could not be read and `out` is black.
     """
 
 
@@ -78,7 +79,7 @@ def cores() -> int:
   count = os.cpu_count() or 1
   if hasattr(os, 'sched_getaffinity'):  # Not on macOS.
     count = len(os.sched_getaffinity(0))
-  try:  # A container may have a share of their time.
+  try:  # A container may be limited to a share of their time.
     quota, period = pathlib.Path(QUOTA).read_text().split()
     return max(1, min(count, int(quota) // int(period)))
   except (OSError, ValueError, ZeroDivisionError):  # None, or no limit.
@@ -86,12 +87,12 @@ def cores() -> int:
 
 
 def processes_for(asked: int, source: Source) -> int:
-  """Returns how many processes are to read.
+  """Returns how many processes should read the images.
 
   Args:
     asked: `config.data.processes`; 0 = by the cores of this host.
-    source: of the images. Those of one size are not cropped here, and take one
-      process.
+    source: the images. Images of one size are not cropped on the host, so one
+      process is enough for them.
   """
   if source.shape or not hasattr(os, 'memfd_create'):  # Not Linux.
     return 1
@@ -99,7 +100,7 @@ def processes_for(asked: int, source: Source) -> int:
 
 
 def workers_for(data: ConfigDict, source: Source) -> 'Workers':
-  """Returns what reads a source as `config.data` says."""
+  """Returns the workers that read a source, as set in `config.data`."""
   return Workers(data.threads, processes_for(data.processes, source))
 
 
@@ -107,10 +108,11 @@ class Workers:
   """Reads images by threads, in this process or in several others."""
 
   def __init__(self, threads: int, processes: int = 1):
-    """Starts them; processes start when they are first needed.
+    """Starts the threads; processes are started when they are first needed.
 
     Args:
-      threads: over all processes; 0 = one a core that this one may use.
+      threads: total over all processes; 0 = one per core that this process may
+        use.
       processes: 1 = this process alone.
     """
     self._processes = processes
@@ -126,8 +128,8 @@ class Workers:
     """Reads the images of a batch.
 
     Args:
-      reader: reads one.
-      indices: int64 [N], of the images in their source.
+      reader: reads one image.
+      indices: int64 [N], indices of the images in their source.
       places: int64 [N], see `RowReader`.
 
     Returns:
@@ -168,32 +170,33 @@ def _read_row(
 
 
 class _Segment:
-  """Memory that processes share, which has no name and ends with them."""
+  """Memory that processes share; it has no name and is freed when they end."""
 
   def __init__(self, size: int):
     self.size = size
     self._file = os.memfd_create('mocov3_jax batch')
     os.ftruncate(self._file, size)
     self.memory = mmap.mmap(self._file, size)
-    # How others find it.
+    # The path by which other processes open it.
     self.path = f'/proc/{os.getpid()}/fd/{self._file}'
 
 
 class _Processes:
-  """Processes that read rows of a batch into memory that they share."""
+  """Processes that read rows of a batch into shared memory."""
 
   def __init__(self, processes: int, threads: int):
     self._count = processes
-    # Not forked off this process, which has threads and devices.
+    # Not forked from this process, which has threads and devices.
     context = multiprocessing.get_context('forkserver')
     context.set_forkserver_preload([__name__, 'mocov3_jax.sources.catalog'])
-    # Where this process ends at once, what tidies up after it would say so.
+    # If this process is killed, the resource tracker that cleans up after it
+    # would print a warning.
     sys.warnoptions.append('ignore:resource_tracker')
     resource_tracker.ensure_running()
     sys.warnoptions.pop()
-    # A batch system sends SIGTERM to all processes of a job. These end with
-    # their parent, which may still want to save; what they are started with is
-    # handed on to them.
+    # A batch system sends SIGTERM to all processes of a job. The readers must
+    # outlive it, since their parent may still want to save, and end with their
+    # parent instead. They inherit the blocked signals from the fork server.
     blocked = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     try:
       forkserver.ensure_running()
@@ -212,7 +215,7 @@ class _Processes:
     shape = len(indices), *reader.shape
     segment = self._segment(math.prod(shape))
     images = np.ndarray(shape, np.uint8, segment.memory)
-    # Nothing is copied: the memory is used again once nobody has these images.
+    # Nothing is copied: the memory is reused once nobody holds these images.
     weakref.finalize(images, self._free.append, segment).atexit = False
     rows = len(indices)
     count = min(PARTS_A_PROCESS * self._count, -(-rows // ROWS_A_PART))
@@ -224,12 +227,12 @@ class _Processes:
               indices[part], places[part],
           ) for part in parts
       ]
-      # Of all, before one raises: the others still write.
+      # Waits for all tasks before one raises: the others still write.
       futures.wait(tasks)
       found = np.concatenate([task.result() for task in tasks])
     except BrokenProcessPool as e:
       for child in multiprocessing.active_children():
-        child.kill()  # They do not heed SIGTERM.
+        child.kill()  # They block SIGTERM.
       raise LostWorkers(
           'a process that reads images has ended by itself, as happens where '
           'memory runs out. Use fewer of them (data.processes), or 1, and run '
@@ -245,18 +248,18 @@ class _Processes:
     return _Segment(size)
 
   def _path(self, reader: RowReader) -> str:
-    """Returns where the reader lies, for the processes to take it up."""
+    """Returns the path from which the processes can load the reader."""
     if reader.key not in self._known:
       data = pickle.dumps(reader)
       segment = _Segment(len(data))
       segment.memory.write(data)
-      # Kept, so that it lives and no other one gets its key.
+      # Kept alive, so that no other reader gets its key.
       self._known[reader.key] = reader, segment
     return self._known[reader.key][1].path
 
 
-# What follows runs in those processes. Each has threads of its own, which have
-# no other place to be than the module.
+# The code below runs in those processes. Each has its own threads, which have
+# to be a variable of the module.
 _own: Workers | None = None
 
 

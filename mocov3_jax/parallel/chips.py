@@ -10,12 +10,13 @@ class Chip:
   Attributes:
     flops: peak bfloat16 operations per second.
     memory: HBM, bytes.
-    bandwidth: of the HBM, bytes per second.
-    clock: of a core, Hz: the peak over what its matrix units do in a cycle
-      (v6e: a calibration, since its units are 256 wide).
-    interconnect: all links of a chip together, one way, bytes per second.
-    dimensions: of the torus of chips.
-    host: the chips of one host, as the compiler wants to know them.
+    bandwidth: HBM bandwidth, bytes per second.
+    clock: clock of a core, Hz: the peak divided by the operations of its matrix
+      units per cycle (v6e: a calibrated value, since its units are 256 wide).
+    interconnect: bandwidth of all links of a chip together, one way, bytes per
+      second.
+    dimensions: number of dimensions of the torus of chips.
+    host: arrangement of the chips of one host, in the compiler's notation.
     config: the compiler's name for a chip that is one device.
   """
 
@@ -43,7 +44,7 @@ CHIPS = {
                 3584e9 / 8, 2),
 }
 
-# What JAX calls them.
+# JAX's names for these chips.
 DEVICE_KINDS = {
     'v4': ('TPU v4',),
     'v5e': ('TPU v5 lite', 'TPU v5e'),
@@ -51,8 +52,9 @@ DEVICE_KINDS = {
     'v6e': ('TPU v6 lite', 'TPU v6e'),
 }
 
-# Dense bfloat16 operations per second (float16 on the T4 and V100, which have
-# no other) of one device as JAX names it: the makers' data sheets.
+# Peak dense bfloat16 operations per second of one device, by JAX's name for it,
+# from the makers' data sheets (float16 on the T4 and V100, which have no
+# bfloat16).
 PEAK_FLOPS = {
     **{
         kind: CHIPS[name].flops
@@ -74,5 +76,5 @@ PEAK_FLOPS = {
 
 
 def peak_flops(device_kind: str) -> float | None:
-  """Returns the peak of a `jax.Device.device_kind`; None if it is not known."""
+  """Returns the peak of a `jax.Device.device_kind`; None if it is unknown."""
   return PEAK_FLOPS[device_kind] if device_kind in PEAK_FLOPS else None

@@ -1,10 +1,10 @@
-"""A large batch in small memory: a function of examples, a part at a time.
+"""Processes a large batch in little memory, one micro-batch at a time.
 
-A contrastive loss needs the whole batch, but the trunk of the network does
-not: its examples have nothing to do with each other. So the trunk runs on one
-micro-batch after the other and forgets what it did, the heads and the loss see
-the whole batch, and the backward pass runs the trunk on each micro-batch once
-more (Gao et al. 2021, arXiv 2101.06983). The result is that of one pass.
+A contrastive loss needs the whole batch, but the trunk of the network does not:
+it treats each example independently. So the trunk runs on one micro-batch after
+the other and discards its activations. The heads and the loss see the whole
+batch. The backward pass runs the trunk on each micro-batch once more (Gao et
+al. 2021, arXiv 2101.06983). The result is the same as that of a single pass.
 """
 
 from collections.abc import Callable
@@ -22,19 +22,21 @@ class MicroBatches:
   """How a batch is split.
 
   Attributes:
-    count: micro-batches, one after the other.
-    devices: over which the batch lies. A micro-batch has the same share of
-      every device's examples, so nothing moves between them.
+    count: number of micro-batches, processed one after the other.
+    devices: number of devices that the batch is split over. A micro-batch has
+      the same share of every device's examples, so no data moves between them.
   """
 
   count: int = 1
   devices: int = 1
 
   def map(self, f: Callable[[PyTree], PyTree], batch: PyTree) -> PyTree:
-    """Returns f(batch), a micro-batch at a time; all axes 0 are the batch.
+    """Returns f(batch), computed one micro-batch at a time.
+
+    Axis 0 of every array is the batch.
 
     Args:
-      f: treats each example by itself.
+      f: a function that treats each example independently.
       batch: arrays [B, ...]; B is a multiple of count * devices.
     """
     if self.count == 1:

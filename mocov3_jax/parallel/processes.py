@@ -1,4 +1,4 @@
-"""Several processes, on one or many machines, as one run."""
+"""Joins several processes, on one or many machines, into one run."""
 
 from collections.abc import Callable, Iterator
 import contextlib
@@ -18,11 +18,11 @@ import numpy as np
 from mocov3_jax.base import buckets, console, exits, files
 from mocov3_jax.base.errors import UserError
 
-# After so many seconds without a sign of life a process counts as dead.
+# A process counts as dead after this many seconds without a heartbeat.
 HEARTBEAT = 60
 LOST_PEER = 1
 SLURM_TASKS = 'SLURM_STEP_NUM_TASKS'
-# What the errors of communication say.
+# Matches the messages of communication errors.
 LOST = '(?i)gloo|nccl|connection|peer|unavailable|deadline|coordination|abort'
 
 
@@ -31,16 +31,17 @@ def start(
 ) -> None:
   """Joins the other processes of the run, if there are others.
 
-  On TPU pods and under Slurm everything is found out; elsewhere all three are
-  given. Must come before any other use of JAX.
+  On TPU pods and under Slurm all three arguments are detected; elsewhere all
+  three must be given. Must be called before any other use of JAX.
 
   Args:
     coordinator: address of process 0, host:port.
-    num_processes: in all.
-    process_id: of this one, from 0.
+    num_processes: total number of processes.
+    process_id: index of this process, from 0.
 
   Raises:
-    UserError: if only some of them are given, or they do not meet.
+    UserError: if only some arguments are given, `process_id` is out of range,
+      or the processes fail to connect.
   """
   given = coordinator, num_processes, process_id
   if all(x is None for x in given) and not in_cluster():
@@ -56,11 +57,12 @@ def start(
         f'--process_id={process_id}. Allowed: from 0 to --num_processes='
         f'{num_processes} minus 1.'
     )
-  # Between CPUs; on accelerators it is not used.
+  # For collectives between CPUs; not used on accelerators.
   jax.config.update('jax_cpu_collectives_implementation', 'gloo')
   where = coordinator or 'the coordinator'
   try:
-    # Python would answer Ctrl-C only after the wait, which may take minutes.
+    # Otherwise Python would react to Ctrl-C only after the wait, which may take
+    # minutes.
     with exits.leave_at_ctrl_c():
       console.say(f'waiting for the other processes of this run at {where}')
       jax.distributed.initialize(
@@ -68,8 +70,8 @@ def start(
           coordinator_bind_address=_bind_address(coordinator),
           heartbeat_timeout_seconds=HEARTBEAT,
       )
-    # JAX notes SIGTERM from here on. Until something is there to be saved, it
-    # is to end the process.
+    # From here on JAX only notes SIGTERM. As long as there is nothing to save,
+    # the signal should end the process.
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
   except (RuntimeError, ValueError) as e:
     raise UserError(
@@ -79,11 +81,12 @@ def start(
 
 
 def _bind_address(coordinator: str | None) -> str | None:
-  """Returns where the coordinator is to listen: at the address that was given.
+  """Returns the address that the coordinator listens on: if possible, as given.
 
-  None is JAX's own choice, all interfaces. That is left for a name which on
-  this machine means itself (as many machines' own name does), since the others
-  reach it elsewhere; and for an address that is not one of this machine's.
+  None leaves the choice to JAX, which listens on all interfaces. It is returned
+  for a host name that this machine resolves to a loopback address (as many do
+  with their own name), since other machines reach it at another address. It is
+  also returned for an address that does not belong to this machine.
   """
   if coordinator is None:
     return None
@@ -104,31 +107,31 @@ def _bind_address(coordinator: str | None) -> str | None:
 
 
 def environment_alone() -> dict[str, str]:
-  """Returns the environment of a child that is a run of its own."""
+  """Returns the environment for a child process that is a separate run."""
   return {k: v for k, v in os.environ.items() if k != SLURM_TASKS}
 
 
 def in_cluster() -> bool:
-  """Returns whether this process is one of several, by its environment."""
-  # A single task of Slurm, or a single TPU host, is on its own.
+  """Returns whether the environment makes this process one of several."""
+  # A single task of Slurm, or a single TPU host, runs alone.
   tasks = os.getenv(SLURM_TASKS, '1')
   hosts = os.getenv('TPU_WORKER_HOSTNAMES', '')
   return int(tasks) > 1 or len(hosts.split(',')) > 1
 
 
 def is_primary() -> bool:
-  """Returns whether this process speaks and writes for the run."""
+  """Returns whether this process prints and writes for the whole run."""
   return jax.process_index() == 0
 
 
 def require_same(given: dict[str, Any]) -> None:
-  """Checks that all processes of the run were given the same.
+  """Checks that all processes of the run were given the same values.
 
   Args:
-    given: by name, what can be written as JSON.
+    given: values by name, which can be written as JSON.
 
   Raises:
-    UserError: in all processes, with the names of what differs.
+    UserError: in all processes, naming the values that differ.
   """
   if jax.process_count() == 1:
     return
@@ -144,10 +147,10 @@ def require_same(given: dict[str, Any]) -> None:
 
 
 def from_primary(make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-  """Returns in all processes what `make` returns in the first.
+  """Returns, in all processes, what `make` returns in the first.
 
   Args:
-    make: returns what can be written as JSON.
+    make: called in the first process; its result can be written as JSON.
 
   Raises:
     UserError: in all processes, if `make` does.
@@ -158,7 +161,7 @@ def from_primary(make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
   if is_primary():
     try:
       told = {'value': make()}
-    except UserError as e:  # The others wait to hear of it.
+    except UserError as e:  # The others wait for it.
       told = {'failure': str(e)}
   text = json.dumps(told).encode()
   length = int(multihost_utils.broadcast_one_to_all(np.asarray(len(text))))
@@ -170,7 +173,7 @@ def from_primary(make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
 
 
 def any_of(why: str) -> str:
-  """Returns a reason if any process of the run has one; '' if none has."""
+  """Returns a reason if any process of the run gives one; '' if none does."""
   if jax.process_count() == 1:
     return why
   found = multihost_utils.process_allgather(np.asarray(bool(why)))
@@ -181,11 +184,11 @@ def any_of(why: str) -> str:
 def primary_only(
     context: contextlib.AbstractContextManager[Any], otherwise: Any
 ) -> Iterator[Any]:
-  """Enters a context in the first process; the others hear how that went.
+  """Enters a context in the first process, and tells the others if it fails.
 
   Args:
-    context: what only one process can hold, such as a lock.
-    otherwise: what it would yield, for the others.
+    context: a context that only one process can enter, such as a lock.
+    otherwise: the value to yield in the other processes.
 
   Raises:
     UserError: in all processes, if the first could not enter it.
@@ -226,15 +229,15 @@ def exit_on_lost_peer() -> Iterator[None]:
 
 
 def enable_compilation_cache() -> None:
-  """Keeps compiled programs on disk, for the next start of the same run.
+  """Caches compiled programs on disk, for the next start of the same run.
 
-  In the folder that JAX_COMPILATION_CACHE_DIR names, or else in the user's
-  cache, if there is one. Not for CPUs unless it is named: their programs are
-  quick to compile, and bound to the very processor.
-  JAX_ENABLE_COMPILATION_CACHE=false turns it off.
+  They are kept in the folder that JAX_COMPILATION_CACHE_DIR names, or else in
+  the user's cache folder, if there is one. On CPUs nothing is cached unless the
+  variable is set: CPU programs are quick to compile, and only run on the same
+  model of processor. JAX_ENABLE_COMPILATION_CACHE=false turns the cache off.
   """
   if buckets.is_in_bucket(jax.config.jax_compilation_cache_dir or ''):
-    # XLA itself cannot write there, and would end the process.
+    # XLA's own caches cannot write to a bucket, and would end the process.
     jax.config.update('jax_persistent_cache_enable_xla_caches', 'none')
   if jax.config.jax_compilation_cache_dir or jax.default_backend() == 'cpu':
     return

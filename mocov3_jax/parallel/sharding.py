@@ -1,4 +1,4 @@
-"""The mesh, where batch and state lie on it, and steps jitted over it."""
+"""The device mesh, the sharding of batch and state, and jitted steps."""
 
 from collections.abc import Callable, Sequence
 import dataclasses
@@ -12,9 +12,9 @@ import numpy as np
 PyTree = Any
 
 
-# Over which the batch is split.
+# The mesh axes that the batch is split over.
 BATCH_AXES = ('data', 'fsdp')
-# Smaller tensors are not worth splitting: elements.
+# Tensors with fewer elements than this are not worth splitting.
 SMALL = 2**14
 
 
@@ -27,8 +27,9 @@ def make_mesh(
   product of a sharded batch with itself (queries @ keys.T) just works.
 
   Args:
-    devices: default: all.
-    fsdp: over how many of them a state is split; divides their number.
+    devices: the devices of the mesh; None = all.
+    fsdp: number of devices that a state is split over; must divide the number
+      of all devices.
   """
   devices = jax.devices() if devices is None else devices
   return jax.make_mesh(
@@ -38,22 +39,24 @@ def make_mesh(
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-  """Splits the first axis over the devices."""
+  """Returns the sharding that splits the first axis over all devices."""
   return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
 
 
 def state_sharding(mesh: Mesh, state: PyTree) -> PyTree:
-  """Returns where parameters, target, statistics and optimizer state lie.
+  """Returns the sharding of each tensor of a training state.
 
-  Each tensor is split over 'fsdp' along its largest axis that this divides;
-  small ones, and those without such an axis, are whole everywhere.
+  The state holds parameters, target, statistics and optimizer state. Each
+  tensor is split over the mesh axis 'fsdp', along the largest of its axes that
+  the size of 'fsdp' divides. Small tensors, and those without such an axis, are
+  replicated.
 
   Args:
-    mesh: of `make_mesh`.
-    state: of arrays or ShapeDtypeStructs.
+    mesh: a mesh from `make_mesh`.
+    state: tree of arrays or ShapeDtypeStructs.
 
   Returns:
-    The same tree of NamedSharding.
+    The same tree, of NamedShardings.
   """
   parts = mesh.shape['fsdp']
 
@@ -69,7 +72,7 @@ def state_sharding(mesh: Mesh, state: PyTree) -> PyTree:
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-  """Returns the sharding of what has a whole copy on every device."""
+  """Returns the sharding that puts a whole copy on every device."""
   return NamedSharding(mesh, PartitionSpec())
 
 
@@ -77,8 +80,8 @@ def placed(tree: PyTree, shardings: PyTree) -> PyTree:
   """Returns shapes and dtypes with shardings, for arrays to be restored.
 
   Args:
-    tree: of arrays or ShapeDtypeStructs.
-    shardings: of each array: the same tree, or one for all.
+    tree: tree of arrays or ShapeDtypeStructs.
+    shardings: the same tree, of shardings; or one sharding for all arrays.
   """
   if isinstance(shardings, jax.sharding.Sharding):
     one = shardings
@@ -95,7 +98,7 @@ class JittedStep:
 
   Attributes:
     state: shapes, dtypes and shardings of the state.
-    constants: arrays that both functions are given last.
+    constants: arrays that both functions take as their last arguments.
     jitted_init: (*constants) -> state.
     jitted_step: (state, batch, *constants) -> (state, scalar metrics); donates
       the state.
@@ -126,15 +129,15 @@ def jit_step(
     step: Callable[..., tuple[PyTree, dict[str, jax.Array]]],
     mesh: Mesh, constants: tuple[PyTree, ...] = (),
 ) -> JittedStep:
-  """Jits a training over a mesh, whichever it is.
+  """Jits the two functions of any training over a mesh.
 
-  The state lies as `state_sharding` says, a batch is split over the devices,
-  and constants and metrics are whole on each of them.
+  The state is sharded by `state_sharding`. A batch is split over all devices.
+  Constants and metrics are replicated.
 
   Args:
     init: (*constants) -> state.
     step: (state, batch, *constants) -> (state, scalar metrics).
-    mesh: to train on.
+    mesh: the mesh to train on.
     constants: trees of arrays that no step changes, such as a frozen backbone.
   """
   shapes = jax.eval_shape(init, *constants)
@@ -154,11 +157,11 @@ def jit_step(
 
 
 def local_positions(mesh: Mesh, batch_size: int) -> np.ndarray:
-  """Places in the global batch that this process's devices hold, sorted.
+  """Returns the positions in the global batch that this process holds, sorted.
 
   Args:
-    mesh: of all processes.
-    batch_size: global, images.
+    mesh: the mesh over all processes.
+    batch_size: global batch size, images.
 
   Returns:
     int64 [local batch size].
@@ -171,15 +174,15 @@ def local_positions(mesh: Mesh, batch_size: int) -> np.ndarray:
 
 
 def spread(rows: np.ndarray, mesh: Mesh) -> jax.Array:
-  """Puts rows that every process holds on the mesh, each on one device.
+  """Splits rows that every process holds over the devices of the mesh.
 
   Args:
     rows: [N, ...], the same in all processes.
-    mesh: of all processes.
+    mesh: the mesh over all processes.
 
   Returns:
-    [N rounded up to a multiple of the devices, ...], split as
-    `batch_sharding` says; zeros at the end.
+    [N rounded up to a multiple of the devices, ...], sharded by
+    `batch_sharding` and padded with zeros.
   """
   share = -(-len(rows) // mesh.size)
 
@@ -197,17 +200,18 @@ def to_global(batch: PyTree, mesh: Mesh) -> PyTree:
   """Turns each process's part of a batch into global arrays on the mesh.
 
   Args:
-    batch: host arrays [local batch size, ...], rows as `local_positions` says.
-    mesh: of all processes.
+    batch: host arrays [local batch size, ...], whose rows are those of
+      `local_positions`.
+    mesh: the mesh over all processes.
 
   Returns:
-    The same tree of jax.Arrays [global batch size, ...], split as
-    `batch_sharding` says.
+    The same tree, of jax.Arrays [global batch size, ...] sharded by
+    `batch_sharding`.
   """
   sharding = batch_sharding(mesh)
   if jax.process_count() == 1:
     return jax.device_put(batch, sharding)
-  with jax.transfer_guard('allow'):  # This is meant.
+  with jax.transfer_guard('allow'):  # This transfer is intended.
     return jax.tree.map(
         lambda x: jax.make_array_from_process_local_data(sharding, x), batch
     )

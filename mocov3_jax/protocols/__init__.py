@@ -1,4 +1,4 @@
-"""The paper's protocols of evaluation."""
+"""The evaluation protocols."""
 
 from typing import Any
 
@@ -25,7 +25,7 @@ def evaluate(config: ConfigDict, path: str) -> dict[str, Any]:
   """Runs one protocol on a checkpoint, in all processes of a run together.
 
   Args:
-    config: as `eval_config()`, after overrides.
+    config: an `eval_config()`, with all overrides.
     path: the workdir of the evaluation.
 
   Returns:

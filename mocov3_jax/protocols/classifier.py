@@ -6,11 +6,11 @@ import jax.numpy as jnp
 
 
 class Classifier(nn.Module):
-  """The backbone and a linear layer of classes.
+  """A backbone and a linear classification layer.
 
   Attributes:
     backbone: a ViT or a ResNet.
-    num_classes: outputs.
+    num_classes: number of outputs.
   """
 
   backbone: nn.Module

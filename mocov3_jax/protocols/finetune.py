@@ -1,4 +1,4 @@
-"""Fine-tuning: all of the network learns, with a new classifier on top."""
+"""Fine-tuning: trains the whole network, with a new classifier on top."""
 
 from typing import Any
 
@@ -34,15 +34,15 @@ from mocov3_jax.runs import metrics
 
 
 def finetune(setup: Setup, path: str) -> dict[str, Any]:
-  """Trains all of the network, from the checkpoint or from scratch.
+  """Trains the whole network, from the checkpoint or from scratch.
 
   Args:
-    setup: of the evaluation.
+    setup: setup of the evaluation.
     path: the workdir.
 
   Returns:
-    'finetune/top1', on the test images after the last step, and
-    'finetune/top1_best', of all evaluations.
+    'finetune/top1', the accuracy on the test images after the last step, and
+    'finetune/top1_best', the best accuracy of all evaluations.
 
   Raises:
     UserError: for bad input, before anything is written.
@@ -57,7 +57,7 @@ def finetune(setup: Setup, path: str) -> dict[str, Any]:
     return init_state(setup, method, init_key, variables)
 
   def step(state, batch, variables):
-    del variables  # The backbone moves.
+    del variables  # The backbone is part of the state.
     return supervised_step(method, step_key, state, batch.images, batch.labels)
 
   fill = tuple(round(255 * m) for m in setup.run.config.data.mean)
@@ -88,9 +88,9 @@ def finetune(setup: Setup, path: str) -> dict[str, Any]:
 
 
 def build_model(setup: Setup) -> Classifier:
-  """Returns the checkpoint's backbone, all of it learning, and a classifier."""
+  """Returns the checkpoint's backbone, all trainable, and a classifier."""
   training_config, c = setup.run.config, setup.config.finetune
-  # How the blocks were looped over changes no parameter.
+  # `scan` only changes how the blocks are run, not the parameters.
   model = training_config.model.copy_and_resolve_references().unlock()
   model.scan = False
   backbone = models.build_backbone(
@@ -108,7 +108,7 @@ def build_model(setup: Setup) -> Classifier:
 
 
 def build_method(setup: Setup, model: Classifier) -> Supervised:
-  """Returns the parts of a step."""
+  """Returns the parts of a training step."""
   config, c = setup.config, setup.config.finetune
   plan = make_plan(setup, c.lr_per_256)
   schedule = optimizers.warmup_cosine(
@@ -140,12 +140,12 @@ def layerwise_adamw(
     learning_rate: Schedule, weight_decay: float, depth: int,
     layer_decay: float,
 ) -> optax.GradientTransformation:
-  """Returns AdamW as DeiT has it: only matrices decay; layer-wise rates.
+  """Returns AdamW as in DeiT (only matrices decay), with layer-wise rates.
 
   Args:
-    learning_rate: of the head.
-    weight_decay: decoupled.
-    depth: blocks of the backbone; 0 where all layers are alike.
+    learning_rate: schedule of the head's learning rate.
+    weight_decay: decoupled weight decay.
+    depth: number of blocks of the backbone; 0 if all layers have the same rate.
     layer_decay: see `optimizers.layer_scales`.
   """
 
@@ -163,9 +163,9 @@ def init_state(
   """Puts a new classifier on the checkpoint's backbone, or on a random one.
 
   Args:
-    setup: of the evaluation.
-    method: the parts.
-    key: of the initialisation.
+    setup: setup of the evaluation.
+    method: the parts of a training step.
+    key: random key of the initialisation.
     variables: 'params' and 'batch_stats' of the checkpoint's backbone.
   """
   data, c = setup.run.config.data, setup.config.finetune
@@ -187,7 +187,7 @@ def init_state(
 
 
 def tested(state: SupervisedState) -> PyTree:
-  """Returns 'params' and 'batch_stats' as they are tested: averaged, if so."""
+  """Returns the 'params' and 'batch_stats' to test: averages, if there are."""
   return state.average or {
       'params': state.params, 'batch_stats': state.batch_stats
   }

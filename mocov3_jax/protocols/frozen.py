@@ -13,7 +13,7 @@ from mocov3_jax.protocols import setup as setup_lib
 from mocov3_jax.protocols.setup import Setup
 
 PyTree = Any
-# When Ctrl-C ends an evaluation, and what is said then.
+# When an evaluation stops after Ctrl-C, as the user is told.
 SOON = 'after this batch or fit'
 
 
@@ -35,7 +35,8 @@ def evaluate_knn(setup: Setup, path: str) -> dict[str, Any]:
 def evaluate_logistic(setup: Setup, path: str) -> dict[str, Any]:
   """Fits logistic regression on the features of whole images.
 
-  Each process of a run does, which is no slower than to wait for one of them.
+  Each process of a run fits it, which is no slower than waiting for one of
+  them.
   """
   c = setup.config.logistic
 
@@ -68,7 +69,7 @@ def evaluate_logistic(setup: Setup, path: str) -> dict[str, Any]:
 def _baseline(
     setup: Setup, classify: Callable[[PyTree], dict[str, Any]]
 ) -> dict[str, float]:
-  """Returns what the random network has, as 'top1_random'."""
+  """Returns the accuracy of the random network, as 'top1_random'."""
   if setup.config.encoder == RANDOM:
     return {}
   return {'top1_random': classify(setup.random())['top1']}

@@ -29,15 +29,16 @@ def probe(setup: Setup, path: str) -> dict[str, Any]:
   """Trains a linear classifier for each learning rate.
 
   Args:
-    setup: of the evaluation.
+    setup: setup of the evaluation.
     path: the workdir.
 
   Returns:
-    'linear/top1', after the last epoch at the rate that is best then, on the
-    test images (paper s5 sweeps likewise); 'linear/top1_best', the best of all
-    epochs and rates, which the PyTorch release reports; 'linear/by_rate', last
-    and best of each rate; and the hash of the backbone, which is the same
-    before and after.
+    'linear/top1', the accuracy on the test images after the last epoch, at the
+    rate that is best then (paper s5 sweeps the rate likewise);
+    'linear/top1_best', the best accuracy of all epochs and rates, which the
+    PyTorch release reports; 'linear/by_rate', the last and best accuracy of
+    each rate; and 'backbone_sha256', the hash of the backbone, which the
+    training does not change.
 
   Raises:
     UserError: for bad input, before anything is written.
@@ -68,7 +69,7 @@ def probe(setup: Setup, path: str) -> dict[str, Any]:
   )
 
   def finish(results, workdir, state):
-    # The first process has written what it reads here.
+    # Only the first process has written the metrics that are read here.
     results |= processes.from_primary(lambda: accuracies(rates, workdir))
     best = [f'{rate:g}' for rate in rates].index(
         f'{results["linear/lr_per_256"]:g}'
@@ -121,7 +122,7 @@ def _tester(setup: Setup, parts: linear_step.Probe):
   )
 
   @functools.cache
-  def test():  # The same at every time: the backbone is frozen.
+  def test():  # Computed once: the backbone is frozen.
     source, labels = sources.labelled(setup.splits.test)
     found, read = setup.extract(
         setup.variables['params'], setup.variables['batch_stats'], source
@@ -131,7 +132,7 @@ def _tester(setup: Setup, parts: linear_step.Probe):
 
   def evaluate(state):
     known, labels, unreadable = test()
-    # [L, n]; behind these are what filled up the devices.
+    # [L, n]; the columns after these are padding.
     found = jax.device_get(predict(state, known))[:, : len(labels)]
     top1 = np.mean(found == labels, axis=1)
     return {
@@ -146,7 +147,7 @@ def _tester(setup: Setup, parts: linear_step.Probe):
 
 
 def accuracies(rates: tuple[float, ...], workdir: Any) -> dict[str, Any]:
-  """Returns last and best accuracies, from the metrics of the training."""
+  """Returns the last and best accuracies, from the metrics of the training."""
   rows = metrics.read_metrics(workdir / 'metrics.jsonl')
   by_rate = {}
   for rate in rates:

@@ -1,9 +1,9 @@
-"""Linear classifiers on frozen features, a sweep of learning rates at once.
+"""Linear classifiers on frozen features, for several learning rates at once.
 
-Paper s5 and its PyTorch release: SGD with momentum, no decay, half a cosine by
-epochs, random crops and flips; the backbone in evaluation mode. Probes are
-sensitive to the learning rate, and their features are the same: so one pass
-through the backbone serves a head for each rate.
+As in paper s5 and its PyTorch release: SGD with momentum and no weight decay, a
+half cosine that changes by epochs, random crops and flips, and the backbone in
+evaluation mode. Probes are sensitive to the learning rate, but all use the same
+features. So one pass through the backbone serves one head for each rate.
 """
 
 from collections.abc import Callable
@@ -25,10 +25,11 @@ class ProbeState:
   """All that the probe carries from step to step.
 
   Attributes:
-    step: int32 scalar, updates done.
+    step: int32 scalar, number of updates done.
     params: 'kernel' [L, D, C] and 'bias' [L, C], a head for each rate.
-    batch_stats: of the BatchNorm before the heads; empty without one.
-    opt_state: of the optimizer.
+    batch_stats: statistics of the BatchNorm before the heads; empty without
+      one.
+    opt_state: state of the optimizer.
   """
 
   step: jax.Array
@@ -43,8 +44,8 @@ class Probe:
 
   Attributes:
     features: (frozen variables, images uint8, key) -> [B, D], float32.
-    optimizer: of `build_optimizer`.
-    learning_rate: the schedule of rate 1; only logged here.
+    optimizer: from `build_optimizer`.
+    learning_rate: the schedule for a rate of 1; only logged here.
     norm: applied to the features before the heads, or None.
   """
 
@@ -117,15 +118,16 @@ def probe_step(
   """Takes one step of all heads.
 
   Args:
-    probe: the parts.
+    probe: the parts of the probe.
     frozen: 'params' and 'batch_stats' of the backbone.
-    key: of the run; the step is folded in here.
+    key: random key of the run; the step is folded in here.
     state: donated by the caller.
-    images: uint8 [B, H, W, C], or crops [B, V, S, S, C]; B the global batch.
-    labels: int [B], -1 where there is none.
+    images: uint8 [B, H, W, C], or crops [B, V, S, S, C]; B is the global batch
+      size.
+    labels: int [B], -1 for images without a label.
 
   Returns:
-    The next state and scalar metrics: those of the head with the lowest loss.
+    The next state, and scalar metrics of the head with the lowest loss.
   """
   features = probe.features(
       frozen, images, jax.random.fold_in(key, state.step)
@@ -165,13 +167,13 @@ def classifier(
 ) -> dict[str, jax.Array]:
   """Returns one head as a linear layer on the features themselves.
 
-  The BatchNorm before it, if there is one, becomes part of it: an affine map
-  as well, once it is trained.
+  The BatchNorm before the head, if there is one, is folded into it: after the
+  training, it is an affine map, too.
 
   Args:
-    probe: the parts.
-    state: of the training.
-    head: which one.
+    probe: the parts of the probe.
+    state: state of the training.
+    head: index of the head.
 
   Returns:
     'kernel' [D, C] and 'bias' [C], float32.
@@ -189,7 +191,7 @@ def predict(
 ) -> jax.Array:
   """Returns the class that each head finds: features [n, D] -> int [L, n]."""
   features, _ = apply_norm(probe, state.batch_stats, features, False)
-  # A head after the other: the logits of all would be large.
+  # One head after the other: the logits of all heads would be large.
   def one(head):
     return jnp.argmax(features @ head['kernel'] + head['bias'][None], axis=1)
 

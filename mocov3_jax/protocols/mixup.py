@@ -1,8 +1,8 @@
 """Mixed examples with soft labels, for fine-tuning by the recipe of DeiT.
 
-DeiT is Touvron et al. 2021 (arXiv 2012.12877), whose Table 9 combines all that
-is here. Pure functions on the device. Images are float and normalised: what
-is erased is filled with noise of the mean and spread of such pixels.
+DeiT is Touvron et al. 2021 (arXiv 2012.12877), whose Table 9 combines all of
+these augmentations. They are pure functions on the device. Images are float and
+normalised, so erased boxes are filled with noise of the same mean and spread.
 """
 
 import functools
@@ -14,9 +14,10 @@ import jax.numpy as jnp
 # (top, left, height, width), int32 scalars, whole pixels.
 Box = tuple[jax.Array, jax.Array, jax.Array, jax.Array]
 
-# Of random erasing: tries of a box; its share of the image; height / width.
-# Zhong et al. 2020 (arXiv 1708.04896) has areas up to 0.4; 1/3 and the noise
-# are of the implementation that DeiT used (timm's documentation).
+# Random erasing: number of tries for a box, and the ranges of its share of the
+# image and of its height / width. Zhong et al. 2020 (arXiv 1708.04896) use
+# areas up to 0.4; 1/3 and the noise are those of the implementation that DeiT
+# used (timm's documentation).
 TRIES = 10
 AREA = (0.02, 1 / 3)
 RATIO = (0.3, 1 / 0.3)
@@ -25,7 +26,7 @@ RATIO = (0.3, 1 / 0.3)
 def smooth(
     labels: jax.Array, num_classes: int, smoothing: float
 ) -> jax.Array:
-  """Targets (1 - s) * one_hot + s / C (Szegedy et al. 2016, section 7).
+  """Returns (1 - s) * one_hot + s / C (Szegedy et al. 2016, section 7).
 
   Args:
     labels: int [B], in [0, num_classes), or -1 where unknown.
@@ -99,7 +100,7 @@ def cutmix(
 
 
 def _blend(x: jax.Array, lam: jax.Array) -> jax.Array:
-  # `lam` is float32, in which bfloat16 images are blended as well.
+  # `lam` is float32, so bfloat16 images are blended in float32, too.
   return (lam * x + (1 - lam) * x[::-1]).astype(x.dtype)
 
 
@@ -114,13 +115,13 @@ def box_mask(box: Box, height: int, width: int) -> jax.Array:
 def draw_cut(key: jax.Array, height: int, width: int, lam: jax.Array) -> Box:
   """Draws the box of `cutmix`.
 
-  Its centre is uniform over the image, its sides are sqrt(1 - lam) of the
-  image's; what sticks out is cut off, and then the edges are rounded (the
-  pseudo-code of Yun et al. 2019).
+  Its centre is uniform over the image, and its sides are sqrt(1 - lam) times
+  the image's. What lies outside the image is cut off, and then the edges are
+  rounded (the pseudo-code of Yun et al. 2019).
 
   Args:
-    key: of this batch.
-    height, width: of the images, pixels.
+    key: random key of this batch.
+    height, width: size of the images, pixels.
     lam: share of pixels to keep, scalar in [0, 1].
   """
   centre = jax.random.uniform(key, (2,))
@@ -138,12 +139,13 @@ def mix(
   """Mixes a batch with its reverse, by `mixup` or `cutmix`, as DeiT does.
 
   One choice and one lambda ~ Beta(alpha, alpha) serve the whole batch. With
-  both alphas above 0, each of the two has probability 1/2. DeiT has 0.8, 1.0.
+  both alphas above 0, each of the two has probability 1/2. DeiT uses 0.8 and
+  1.0.
 
   Args:
     images: [B, H, W, C], any float; the global batch.
     targets: [B, classes], from `smooth`.
-    key: of this step.
+    key: random key of this step.
     mixup_alpha, cutmix_alpha: Python numbers; 0 switches one off. With both
       off the arguments are returned as they are.
 
@@ -174,12 +176,13 @@ def draw_erasure(
 ) -> tuple[Box, jax.Array]:
   """Draws the box of `erase`.
 
-  Ten tries of (area uniform in AREA, height / width log-uniform in RATIO),
-  the first that fits; its place is uniform over those where it fits.
+  Makes ten tries (area uniform in AREA, height / width log-uniform in RATIO)
+  and takes the first box that fits. Its place is uniform over those where it
+  fits.
 
   Args:
-    key: of this example.
-    height, width: of the image, pixels.
+    key: random key of this example.
+    height, width: size of the image, pixels.
 
   Returns:
     The box, and a bool scalar: whether any try fitted.
@@ -203,14 +206,14 @@ def draw_erasure(
 def erase(images: jax.Array, keys: jax.Array, prob: float) -> jax.Array:
   """Fills a random box of some images with noise (Zhong et al. 2020).
 
-  The noise is N(0, 1), drawn for each pixel and channel. An image of which no
-  drawn box fits stays as it is.
+  The noise is N(0, 1), drawn for each pixel and channel. If no drawn box fits
+  an image, the image stays as it is.
 
   Args:
     images: [B, H, W, C], any float, normalised.
-    keys: [B], one an example, on which alone depends what it gets.
-    prob: of each image, a Python number; with 0 the images are returned as
-      they are. DeiT has 0.25.
+    keys: [B], one random key per example; its erasure depends on this key only.
+    prob: probability for each image, a Python number; with 0 the images are
+      returned as they are. DeiT uses 0.25.
 
   Returns:
     The images, of the shape and dtype given.

@@ -1,4 +1,4 @@
-"""What every evaluation begins and ends with: a network, images, a result."""
+"""What all evaluations share: opening network and images, recording results."""
 
 from collections.abc import Callable
 import contextlib
@@ -30,7 +30,7 @@ from mocov3_jax.runs import workdir as workdir_lib
 from mocov3_jax.sources.layout import listed
 
 PyTree = Any
-# Unreadable images that a result names; it counts all.
+# Maximum number of unreadable images that a result names; it counts all.
 UNREADABLE_NAMED = 100
 
 
@@ -39,18 +39,19 @@ class Setup:
   """A checkpoint and the labelled images to evaluate it on.
 
   Attributes:
-    config: of the evaluation.
+    config: config of the evaluation.
     run: the checkpoint and its network.
-    splits: `train` and `bank` are labelled images to learn from, `test` those
-      to classify.
-    mesh: to work on.
-    extract: features of a source.
+    splits: `train` and `bank` are the labelled images to learn from, `test`
+      those to classify.
+    mesh: the mesh to compute on.
+    extract: computes the features of a source.
     variables: 'params' and 'batch_stats' of the backbone, on every device.
-    log: knows what `extract` could not read.
-    random: () -> such variables of the run's network before its first step.
-    source, labels: of the images, as `config.data` of a run names them.
-    stop: whether this process has been asked to end; `extract` heeds it.
-    workers: read and decode.
+    log: records which images `extract` could not read.
+    random: () -> the same variables of the run's network before its first step.
+    source, labels: where the images and labels come from, in the form of
+      `config.data` of a run.
+    stop: whether this process was asked to stop; `extract` checks it.
+    workers: read and decode the images.
   """
 
   config: ConfigDict
@@ -72,10 +73,10 @@ class Setup:
 
 
 def prepare(config: ConfigDict) -> Setup:
-  """Opens everything; writes nothing.
+  """Opens the checkpoint and the images; writes nothing.
 
   Args:
-    config: as `eval_config()`, checked.
+    config: an `eval_config()`, already checked.
 
   Raises:
     UserError: for bad input.
@@ -204,22 +205,23 @@ def record(
 ) -> dict[str, Any]:
   """Completes the results, and writes result.json and a line of results.jsonl.
 
-  The latter stands beside the run's checkpoints, checkpoints/../results.jsonl.
-  Neither is written again when an evaluation is repeated and finds the same: of
-  a training that was done, it knows less (how fast it was, say).
+  results.jsonl lies in the workdir of the run, beside checkpoints/. Neither
+  file is written again if an evaluation is repeated and finds the same results:
+  if its training was already done, the repetition knows less (not its speed,
+  for example).
 
   Args:
-    setup: of the evaluation.
-    results: flat, with 'PROTOCOL/top1' and 'test/images', those that could be
-      read; with 'PROTOCOL/top1_random', if that was measured. What could not
-      be read is added from `setup.log`.
-    workdir: of the evaluation.
+    setup: setup of the evaluation.
+    results: flat dict with 'PROTOCOL/top1'; 'test/images', the number of images
+      that could be read; and 'PROTOCOL/top1_random', if that was measured. The
+      images that could not be read are added from `setup.log`.
+    workdir: workdir of the evaluation.
 
   Returns:
-    All of result.json.
+    The contents of result.json.
 
   Raises:
-    UserError: if there is one that is damaged.
+    UserError: if an existing result.json is damaged.
   """
   config, splits = setup.config, setup.splits
   path = workdir / 'result.json'
@@ -261,7 +263,7 @@ def record(
       'workdir': str(workdir),
       'settings': workdir_lib.to_json(config),
   }
-  # This first: a kill in between costs a second line, not the only one.
+  # Written first: a kill in between then causes a second line instead of none.
   _append(setup.run.folder.parent.parent / 'results.jsonl', results)
   files.write_json(path, results)
   return results
@@ -270,7 +272,7 @@ def record(
 def _append(path: epath.Path, results: dict[str, Any]) -> None:
   try:
     files.append(path, f'{json.dumps(results)}\n')
-  except Exception as e:  # The run may be somebody else's.
+  except Exception as e:  # The run may belong to somebody else.
     if not isinstance(e, OSError) and not is_of_bucket(e):
       raise
     console.say(

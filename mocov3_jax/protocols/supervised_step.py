@@ -17,10 +17,10 @@ class SupervisedState:
   """All that fine-tuning carries from step to step.
 
   Attributes:
-    step: int32 scalar, updates done.
+    step: int32 scalar, number of updates done.
     params: {'backbone', 'head'}.
     batch_stats: running BatchNorm statistics.
-    opt_state: of the optimizer.
+    opt_state: state of the optimizer.
     average: moving averages of 'params' and 'batch_stats'; or empty.
   """
 
@@ -42,7 +42,7 @@ class Supervised:
       [B, classes], rows that sum to 1, or to 0 where there is no label.
     loss: (logits, targets) -> scalar.
     learning_rate: the schedule; only logged here.
-    average_decay: of the moving averages, where the state has them.
+    average_decay: decay of the moving averages, if the state has them.
   """
 
   model: Any
@@ -60,11 +60,12 @@ def supervised_step(
   """Takes one step of fine-tuning.
 
   Args:
-    method: the parts.
-    key: of the run; the step is folded in here.
+    method: the parts of the step.
+    key: random key of the run; the step is folded in here.
     state: donated by the caller.
-    images: uint8 [B, H, W, C], or crops [B, V, S, S, C]; B the global batch.
-    labels: int [B], -1 where there is none.
+    images: uint8 [B, H, W, C], or crops [B, V, S, S, C]; B is the global batch
+      size.
+    labels: int [B], -1 for images without a label.
 
   Returns:
     The next state and float32 scalar metrics of this step.

@@ -1,4 +1,4 @@
-"""What the protocols that train have in common."""
+"""Code that the protocols with a training share."""
 
 from collections.abc import Callable
 from typing import Any
@@ -23,11 +23,11 @@ def make_trainer(
   """Returns the trainer of a classifier.
 
   Args:
-    setup: of the evaluation.
-    lr_per_256: of the peak of the schedule.
+    setup: setup of the evaluation.
+    lr_per_256: peak learning rate per 256 images.
     test: state -> 'test/top1', the accuracy on the test images, and more.
-    recolour: as that of `BatchReader`.
-    **parts: the rest of `Trainer`.
+    recolour: see `BatchReader`.
+    **parts: the other arguments of `Trainer`.
 
   Raises:
     UserError: for a batch or a schedule that does not fit the images.
@@ -56,10 +56,10 @@ def make_trainer(
 
 
 def make_plan(setup: Setup, lr_per_256: float) -> config_lib.Plan:
-  """Returns the steps of a training on the images of `setup`.
+  """Returns the schedule of a training on the images of `setup`.
 
   Raises:
-    UserError: if they do not fill a batch.
+    UserError: if the images do not fill a batch, or as `config_lib.plan` does.
   """
   count, config = len(setup.splits.train), setup.config
   if count < config.batch_size:
@@ -76,16 +76,16 @@ def leave_network(
     setup: Setup, workdir: epath.Path, step: int, backbone: PyTree,
     classifier: dict[str, Any],
 ) -> None:
-  """Writes the backbone and its classifier as a checkpoint, to be used.
+  """Writes the backbone and its classifier as a checkpoint, for later use.
 
-  It lies in the workdir of the evaluation; see `network.locate`.
+  The checkpoint lies in the workdir of the evaluation; see `network.locate`.
 
   Args:
-    setup: of the evaluation.
-    workdir: of the evaluation.
-    step: updates done.
-    backbone: 'params' and 'batch_stats', {'backbone': ...} of each.
-    classifier: 'kernel' [D, C] and 'bias' [C], on its features.
+    setup: setup of the evaluation.
+    workdir: workdir of the evaluation.
+    step: number of updates done.
+    backbone: 'params' and 'batch_stats', each {'backbone': ...}.
+    classifier: 'kernel' [D, C] and 'bias' [C], applied to the features.
   """
   config = setup.run.config.copy_and_resolve_references().unlock()
   config.data.source, config.data.labels = setup.source, setup.labels

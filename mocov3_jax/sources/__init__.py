@@ -1,4 +1,4 @@
-"""What a source of images is: random access to encoded images or pixels."""
+"""Sources of images: random access to encoded images or pixels."""
 
 from collections.abc import Sequence
 import dataclasses
@@ -10,16 +10,16 @@ import numpy as np
 from mocov3_jax.base.errors import UserError
 from mocov3_jax.sources.layout import NAMED, listed
 
-# Without a test split, every so-manieth labelled image is held out.
+# Without a test split, one in this many labelled images is held out.
 HOLD_OUT = 10
-# Changes when images of many sizes are cropped otherwise than before.
+# Version of how images of differing sizes are cropped.
 READING = 2
-# In place of a label that cannot be read.
+# Stands for a label that cannot be read.
 LOST = -2
 
 
 class Unreadable(Exception):
-  """The bytes are no image, or a damaged one."""
+  """The bytes are not an image, or the image is damaged."""
 
 
 class Source(Protocol):
@@ -28,9 +28,9 @@ class Source(Protocol):
   Attributes:
     shape: (H, W, C) if all images have one size, else None. Images of one
       size are cropped on the device.
-    channels: of the images as they are read.
-    classes: names of the labels 0, 1, ...; none if there are no labels.
-    labels_at_hand: whether `labels` needs to read no image.
+    channels: number of channels of the images as they are read.
+    classes: names of the labels 0, 1, ...; empty if there are no labels.
+    labels_at_hand: whether `labels` works without reading images.
   """
 
   shape: tuple[int, int, int] | None
@@ -51,12 +51,12 @@ class Source(Protocol):
   def labels(self, indices: Sequence[int]) -> np.ndarray:
     """Returns the labels, int32 [len(indices)].
 
-    -1 where there is none; LOST of an image that cannot be read, if its label
-    is part of it.
+    -1 stands for an image without a label; LOST for an image that cannot be
+    read, if its label is stored with it.
     """
 
   def name(self, index: int) -> str:
-    """Returns what a person would look for: a path, or a split and a number."""
+    """Returns the name to look for: a path, or a split and a number."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,9 +64,9 @@ class ArraySource:
   """Images of one size in memory.
 
   Attributes:
-    title: of the set.
+    title: name of the data set.
     images: uint8 [N, H, W, C].
-    all_labels: int32 [N], places in `classes`.
+    all_labels: int32 [N], indices into `classes`.
     classes: names of the labels.
   """
 
@@ -98,7 +98,7 @@ class ArraySource:
     return self.all_labels[indices]
 
   def name(self, index: int) -> str:
-    """Returns title and number."""
+    """Returns the title and the index."""
     return f'{self.title}[{index}]'
 
 
@@ -111,22 +111,22 @@ class Subset:
 
   @property
   def shape(self) -> tuple[int, int, int] | None:
-    """The shape of the images, as that of the whole source."""
+    """The shape of the images, as in the whole source."""
     return self.source.shape
 
   @property
   def channels(self) -> int:
-    """The channels of the images, as those of the whole source."""
+    """The channels of the images, as in the whole source."""
     return self.source.channels
 
   @property
   def classes(self) -> tuple[str, ...]:
-    """The names of the labels, as those of the whole source."""
+    """The names of the labels, as in the whole source."""
     return self.source.classes
 
   @property
   def labels_at_hand(self) -> bool:
-    """As that of the whole source."""
+    """Whether labels are at hand, as in the whole source."""
     return self.source.labels_at_hand
 
   def __len__(self) -> int:
@@ -151,8 +151,9 @@ class Splits:
 
   Attributes:
     train: the images to train on.
-    bank: kNN's bank, those of them that have labels; None without labels.
-    test: labelled images that kNN classifies; None without labels.
+    bank: the training images that have labels, as kNN's bank; None if there are
+      no labels.
+    test: labelled images that kNN classifies; None if there are no labels.
     note: what was found, in words.
   """
 
@@ -164,7 +165,7 @@ class Splits:
   def fingerprint(self) -> dict[str, int | str]:
     """Returns what must stay the same for a run to be continued.
 
-    Labels that only reading the images would tell are not looked at.
+    Labels that are only known after reading the images are left out.
     """
     found = {
         'images': len(self.train), 'classes': len(self.train.classes),
@@ -195,10 +196,10 @@ def _names_digest(source: Source) -> str:
 
 
 def check_channels(splits: Splits, spec: str, wanted: int) -> None:
-  """Checks that images have the channels that a network was trained on.
+  """Checks that images have as many channels as a network was trained on.
 
   Raises:
-    UserError: if they have not.
+    UserError: if they do not.
   """
   found = splits.train.channels
   if found != wanted:
@@ -218,8 +219,8 @@ def evenly(source: Source, count: int) -> Source:
 def labelled(source: Source) -> tuple[Source, np.ndarray]:
   """Returns the images that have a label, and these labels, int32.
 
-  Images whose label is LOST are among them, so that whoever reads them finds
-  that they cannot be read, and says so.
+  Images whose label is LOST are included. The code that reads them then finds
+  and reports that they are unreadable.
   """
   labels = source.labels(np.arange(len(source)))
   known = np.flatnonzero((labels >= 0) | (labels == LOST))
@@ -231,14 +232,17 @@ def labelled(source: Source) -> tuple[Source, np.ndarray]:
 def hold_out(
     source: Source, candidates: np.ndarray, labels: np.ndarray | None = None
 ) -> tuple[Source, Source]:
-  """Splits off every tenth of `candidates`: (the rest, those).
+  """Holds out every tenth of `candidates`.
 
   Args:
-    source: of the images.
-    candidates: places in it, int64 [N].
-    labels: of the candidates, int32 [N], all known. With them a class is never
-      held out whole: where the first of ten images is the last of its class,
-      the next one is taken instead; none, if that goes for all ten.
+    source: the source of the images.
+    candidates: indices into the source, int64 [N].
+    labels: labels of the candidates, int32 [N], all known. If given, a class is
+      never held out completely: if the first of ten images is the last of its
+      class, the next one is taken instead. If that holds for all ten, none is.
+
+  Returns:
+    The rest of the source, and the images held out.
   """
   held = candidates[::HOLD_OUT]
   if labels is not None:
@@ -252,14 +256,14 @@ def labelled_splits(
 ) -> Splits:
   """Returns the splits of a set whose labels, if there are any, are at hand.
 
-  Without labelled test images every tenth labelled training image is held out,
-  never the last of a class.
+  Without labelled test images, every tenth labelled training image is held out,
+  but never the last of a class.
 
   Args:
-    where: names the set, for the note.
+    where: name of the data set, for the note.
     train: the images to train on.
-    test: those to test on; None or without labels where there are none.
-    remarks: what else is to be said of the set.
+    test: the images to test on, perhaps without labels; None if there are none.
+    remarks: further remarks for the note.
   """
   labels = train.labels(np.arange(len(train)))
   labelled = np.flatnonzero(labels >= 0)
@@ -292,7 +296,7 @@ def labelled_splits(
 
 
 def _spread(labels: np.ndarray) -> np.ndarray:
-  """Returns the first of every ten places whose class keeps another image."""
+  """Returns, of every ten, the first whose class has another image left."""
   left = np.bincount(labels)
   chosen = []
   for start in range(0, len(labels), HOLD_OUT):

@@ -1,4 +1,4 @@
-"""The kinds of sources, by name, in one table."""
+"""The table of all kinds of sources, by name."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -23,11 +23,11 @@ def digits() -> Splits:
 
   Every fifth image is held out (360, or 20 %), always the same ones.
   """
-  # Here, since it would double the time that every command takes to start.
+  # Imported here, since it would double the start-up time of every command.
   from sklearn.datasets import load_digits
 
   data = load_digits()
-  # 17 gray levels, 0 to 16, to the whole range of a byte.
+  # Spreads the 17 gray levels, 0 to 16, over the whole range of a byte.
   images = np.round(data.images * (255 / 16)).astype(np.uint8)[..., None]
   targets = data.target.astype(np.int32)
   classes = tuple(str(digit) for digit in range(10))
@@ -43,10 +43,10 @@ class Kind(NamedTuple):
   """A kind of source.
 
   Attributes:
-    form: how `config.data.source` names one.
-    load: (what follows the colon, `config.data.labels`, folder of listings,
-      channels that are wanted) -> the splits.
-    takes_labels: whether it can have labels other than its own.
+    form: how `config.data.source` is written for this kind.
+    load: (the text after the colon, `config.data.labels`, cache folder for
+      listings, number of channels wanted) -> the splits.
+    takes_labels: whether `config.data.labels` can give it other labels.
   """
 
   form: str
@@ -78,17 +78,18 @@ def load(
   """Opens the source that `config.data.source` names.
 
   Args:
-    spec: of a form in SOURCES.
+    spec: `config.data.source`, in one of the forms in SOURCES.
     labels: `config.data.labels`.
-    cache: where listings of image folders are kept, as
-      `listing.cache_folder` tells; None = nowhere.
-    channels: that images of a folder are read with; other sets have their own.
+    cache: folder in which listings are cached, from `listing.cache_folder`;
+      None = no cache.
+    channels: number of channels that images of a folder are read with. Other
+      sources have their own.
 
   Raises:
     UserError: for a name that is not in the table, or bad data.
   """
   name, colon, path = spec.partition(':')
-  # What has nothing after its name has no colon either.
+  # A kind that takes nothing after its name takes no colon either.
   if name not in SOURCES or bool(colon) != (':' in SOURCES[name].form):
     raise unknown(
         'data.source', spec, [kind.form for kind in SOURCES.values()]

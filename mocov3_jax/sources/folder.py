@@ -1,4 +1,4 @@
-"""A folder of images: flat, nested, or with a subfolder a class."""
+"""A folder of images: flat, nested, or with one subfolder per class."""
 
 import csv
 import dataclasses
@@ -19,7 +19,7 @@ from mocov3_jax.sources.listing import (
   cached_walk,
 )
 
-# Bytes of an image file, at most.
+# Maximum bytes of an image file.
 MOST_BYTES = 2**28
 
 
@@ -28,11 +28,11 @@ class FolderSource:
   """Image files below a folder, as a `sources.Source`.
 
   Attributes:
-    root: of the tree.
-    paths: bytes objects [N], relative to it.
-    all_labels: int32 [N], -1 where there is none.
-    classes: their names; none without labels.
-    channels: that the images are read with.
+    root: path of the folder.
+    paths: bytes objects [N], paths of the images relative to `root`.
+    all_labels: int32 [N], -1 for images without a label.
+    classes: names of the labels; empty if there are no labels.
+    channels: number of channels that the images are read with.
   """
 
   root: bytes
@@ -67,7 +67,7 @@ class FolderSource:
       raise Unreadable(e.strerror or str(e)) from e
 
   def labels(self, indices: np.ndarray) -> np.ndarray:
-    """Labels of these images."""
+    """Returns the labels of these images."""
     return self.all_labels[indices]
 
   def name(self, index: int) -> str:
@@ -76,7 +76,7 @@ class FolderSource:
 
 
 def _without_waiting(path: bytes, flags: int) -> int:
-  # A pipe that took the place of an image would have no end.
+  # Opening a named pipe in the place of an image must not block.
   return os.open(path, flags | os.O_NONBLOCK)
 
 
@@ -85,24 +85,25 @@ def load(
 ) -> Splits:
   """Opens a folder of images.
 
-  If its only folders are train/ and such as val/ (`layout.TESTS`), those are
-  the splits. Else all of it is trained on, less every tenth labelled image
-  (never the last of a class).
+  If its only subfolders are train/ and test folders such as val/
+  (`layout.TESTS`), these are the splits. Otherwise all images are trained on
+  except every tenth labelled one (never the last of a class), which is held
+  out.
 
   Args:
-    path: of the folder.
-    labels: 'auto': the names of the subfolders, if there are at least two with
-      images, and no images beside them. 'folders': the names of the
-      subfolders, also if images lie beside them, or if they are called as
-      splits are. 'none'. Or the path of a CSV file with the columns path
-      (relative to the folder) and label; images that it does not name have no
-      label.
-    cache: where the listing is kept.
-    channels: that the images are read with; see `data/channels.py`.
+    path: path of the folder.
+    labels: 'auto': the names of the subfolders, if at least two have images and
+      no images lie beside them. 'folders': the names of the subfolders, even if
+      images lie beside them or they are named like splits. 'none': no labels.
+      Otherwise the path of a CSV file with the columns path (relative to the
+      folder) and label; images that it does not name have no label.
+    cache: folder in which the listing is cached; None = no cache.
+    channels: number of channels that the images are read with; see
+      `data/channels.py`.
 
   Raises:
-    UserError: if there is no folder, or no image in it; folders look like
-      splits, but not in that layout; or the CSV is wrong.
+    UserError: if there is no such folder, or no image in it; if folders look
+      like splits, but not in that layout; or if the CSV file is wrong.
   """
   root, where = _root(path), f'folder:{path}'
   listing = _list(where, root, cache)
@@ -172,11 +173,11 @@ def _root(path: str) -> bytes:
 def _read_csv(
     path: str, images: np.ndarray, labels: str
 ) -> dict[bytes, str]:
-  """Returns {path: label} as the CSV file `labels` has them."""
+  """Returns {path: label} from the CSV file `labels`."""
   where = f'data.labels={labels!r}'
   try:
-    # Not by epath, which takes an encoding and drops it. Excel begins a CSV
-    # file with a byte order mark.
+    # Not opened by epath, which ignores the encoding. Excel begins a CSV file
+    # with a byte order mark.
     file = open(
         absolute(labels, 'data.labels'), encoding='utf-8-sig', newline=''
     )

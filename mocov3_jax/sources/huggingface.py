@@ -1,7 +1,7 @@
-"""Sets of Hugging Face `datasets`: saved folders, parquet files, and by name.
+"""Data sets of Hugging Face: saved folders, parquet files, names on the Hub.
 
-The library finds splits and features; the encoded images are then read from its
-Arrow table, which lies mapped on the disk.
+The library `datasets` finds the splits and features. The encoded images are
+then read from its Arrow table, which is memory-mapped from the disk.
 """
 
 import difflib
@@ -17,9 +17,9 @@ from mocov3_jax.base.errors import UserError
 from mocov3_jax.sources import Splits, Unreadable, labelled_splits, layout
 from mocov3_jax.sources.layout import NAMED, listed
 
-# Bytes of an image, at most.
+# Maximum bytes of an image.
 MOST_IMAGE = 2**28
-# Names of columns that hold the label, where none says that it does.
+# Names of label columns, the preferred one first.
 LABELS = 'label', 'labels', 'fine_label', 'class'
 INSTALL = "Use: pip install 'mocov3-jax[hf]'"
 
@@ -34,13 +34,13 @@ class TableSource:
   def __init__(
       self, name: str, split: str, dataset: Any, known: tuple[Any, ...] = ()
   ):
-    """Finds images and labels.
+    """Finds the columns of images and labels.
 
     Args:
-      name: of the set, as `load` has it, without the split.
+      name: name of the data set as given to `load`, without the split.
       split: name of the split.
       dataset: a `datasets.Dataset`.
-      known: the labels that are classes; none = as `dataset` says itself.
+      known: the label values that are classes; empty = those in `dataset`.
 
     Raises:
       UserError: if there is not exactly one column of images, or no row.
@@ -58,7 +58,7 @@ class TableSource:
       )
     if not len(dataset):
       raise UserError(f'data.source={where!r}: {split} has no rows.')
-    if dataset._indices is not None:  # A choice of rows: write them out.
+    if dataset._indices is not None:  # A selection of rows: copy them.
       dataset = dataset.flatten_indices()
     column = dataset.data.column(columns[0])
     self._chunks = column.chunks
@@ -67,11 +67,11 @@ class TableSource:
         dataset.cache_files[0]['filename']
     ) if dataset.cache_files else ''
     self.classes, self._labels = _labels(dataset, known)
-    if len(np.unique(self._labels[self._labels >= 0])) < 2:  # One is none.
+    if len(np.unique(self._labels[self._labels >= 0])) < 2:  # Too few.
       self.classes, self._labels = (), np.full(len(dataset), -1, np.int32)
 
   def __reduce__(self):
-    """Is opened anew by another process, from the same mapped files."""
+    """Lets another process reopen the split from the same mapped files."""
     return _reopened, (self._name, self._split, self._known)
 
   def __len__(self) -> int:
@@ -81,7 +81,7 @@ class TableSource:
     """Returns the encoded image.
 
     Raises:
-      Unreadable: if there is none, or its file cannot be read.
+      Unreadable: if the row has no image, or its file cannot be read.
     """
     chunk = int(np.searchsorted(self._begins, index, side='right')) - 1
     cell = self._chunks[chunk][int(index - self._begins[chunk])].as_py()
@@ -106,15 +106,15 @@ class TableSource:
     return self._labels[indices]
 
   def name(self, index: int) -> str:
-    """Returns split and number."""
+    """Returns the split and the index."""
     return f'{self._split}[{index}]'
 
 
 def _is_image(feature: Any) -> bool:
   """Returns whether a column holds encoded images.
 
-  Parquet files that the library did not write do not say so; there it is a
-  column with the bytes of a file, alone or beside its path.
+  Parquet files that the library did not write do not mark such a column. In
+  these, it is a column with the bytes of a file, alone or beside its path.
   """
   import datasets
 
@@ -126,14 +126,14 @@ def _is_image(feature: Any) -> bool:
 
 
 def _dtype(feature: Any) -> str:
-  """Returns the type of a plain column; '' of another feature."""
+  """Returns the type of a plain column; '' for any other feature."""
   import datasets
 
   return feature.dtype if isinstance(feature, datasets.Value) else ''
 
 
 def _label_column(dataset: Any) -> tuple[str | None, bool]:
-  """Returns the column of labels, if there is one, and if it names them."""
+  """Returns the label column, or None, and whether its classes have names."""
   import datasets
 
   features = dataset.features
@@ -152,7 +152,7 @@ def _label_column(dataset: Any) -> tuple[str | None, bool]:
 
 
 def _values(dataset: Any) -> list[Any]:
-  """Returns the labels of a split that are only values; none where named."""
+  """Returns the label values of a split; empty if its classes have names."""
   name, named = _label_column(dataset)
   if name is None or named:
     return []
@@ -178,15 +178,16 @@ def _labels(
 
 
 def load(path: str) -> Splits:
-  """Opens a set.
+  """Opens a data set.
 
   Args:
     path: 'PATH_OR_NAME[:SPLIT]': a folder that `save_to_disk` wrote, a .parquet
-      file or a folder of such, or a name on the Hub, which the library
-      downloads. The split to train on is 'train' if none is given.
+      file or a folder of them, or a name on the Hub, which the library
+      downloads. SPLIT is the split to train on; the default is 'train', or the
+      first split if there is no 'train'.
 
   Raises:
-    UserError: if there is no such set or split, or it holds no images.
+    UserError: if there is no such data set or split, or it holds no images.
   """
   where = f'hf:{path}'
   if importlib.util.find_spec('datasets') is None:
@@ -208,7 +209,7 @@ def load(path: str) -> Splits:
         f'data.source={where!r}: there is no split {chosen!r}.{hint} Allowed: '
         f'{", ".join(found)}.'
     )
-  # Values without names are classes if any split has them.
+  # Label values without names are classes if any split has them.
   values = {
       kind: {v for split in found.values() for v in _values(split)
              if type(v) is kind} for kind in (int, str)
@@ -224,7 +225,7 @@ def load(path: str) -> Splits:
         return labelled_splits(
             where, train, test, (f'tested on {other}', *remarks)
         )
-      # The test split of a contest has no labels.
+      # For example, the test split of a contest has no labels.
       remarks += (f'{other} has no labels of these classes',)
   return labelled_splits(where, train, None, remarks)
 
@@ -234,7 +235,7 @@ def _reopened(name: str, split: str, known: tuple[Any, ...]) -> TableSource:
 
 
 def _opened(where: str, name: str) -> dict[str, Any]:
-  """Returns the splits of a set.
+  """Returns the splits of a data set.
 
   Raises:
     UserError: if the library cannot open it.
@@ -257,7 +258,7 @@ def _opened(where: str, name: str) -> dict[str, Any]:
           'files is folder:PATH.'
       )
     else:
-      # A folder with files called by split, or a set of the Hub.
+      # A folder with files named by split, or a data set on the Hub.
       found = datasets.load_dataset(str(path) if path.is_dir() else name)
   except UserError:
     raise

@@ -1,6 +1,6 @@
-"""Sets in the format of MNIST: four IDX files, whole in memory.
+"""Data sets in the format of MNIST: four IDX files, read whole into memory.
 
-MNIST, Fashion-MNIST, KMNIST and EMNIST are given in it. A file begins with two
+MNIST, Fashion-MNIST, KMNIST and EMNIST come in it. A file begins with two
 zero bytes, the type of its values (8: uint8), the number of its axes, and
 their lengths, big-endian; the values follow (LeCun et al.,
 yann.lecun.com/exdb/mnist).
@@ -20,13 +20,13 @@ from mocov3_jax.base import files
 from mocov3_jax.base.errors import UserError
 from mocov3_jax.sources import ArraySource, Splits
 
-# Such as train-images-idx3-ubyte.gz, t10k-labels.idx1-ubyte, and
+# Names such as train-images-idx3-ubyte.gz, t10k-labels.idx1-ubyte, and
 # emnist-letters-test-images-idx3-ubyte.gz.
 _NAME = re.compile(
     r'(?P<set>.*?)(?P<split>train|t10k|test)[-.]'
     r'(?P<kind>images|labels)[-.]idx[13][-.]ubyte(\.gz)?'
 )
-# A set is read as a whole: bytes of its largest file, unpacked.
+# Maximum unpacked bytes of a file: a data set is read whole into memory.
 MOST_BYTES = 2**30
 WHERE = (
     'Use a folder with the four IDX files of one set, packed by gzip or not, '
@@ -50,10 +50,10 @@ PARTS = tuple(
 
 
 def load(path: str) -> Splits:
-  """Opens the set whose files are in a folder.
+  """Opens the data set whose files are in a folder.
 
   Args:
-    path: of the folder.
+    path: path of the folder.
 
   Raises:
     UserError: if a file is missing, damaged, or does not fit the others.
@@ -61,7 +61,7 @@ def load(path: str) -> Splits:
   folder = files.absolute(path)
   found = _find(path, folder)
   arrays = {part: _read(file) for part, file in found.items()}
-  # EMNIST lies on its side: its images are stored column by column.
+  # EMNIST's images are stored column by column.
   turned = any('emnist' in file.name.lower() for file in found.values())
   numbers = np.unique(np.concatenate([
       arrays[_Part(split, 'labels')].ravel() for split in ('train', 'test')
@@ -78,7 +78,7 @@ def load(path: str) -> Splits:
     if turned:
       images = images.swapaxes(1, 2)
     places = np.searchsorted(numbers, labels).astype(np.int32)
-    # Without the folder, which may be moved while the set stays the same.
+    # The title leaves out the folder, which may move without another change.
     return ArraySource(f'idx {split}', images[..., None], places, classes)
 
   train, test = source('train'), source('test')
@@ -96,14 +96,14 @@ def load(path: str) -> Splits:
 
 
 def _find(path: str, folder: epath.Path) -> dict[_Part, epath.Path]:
-  """Returns the four files of the set."""
+  """Returns the four files of the data set."""
   found, sets = {}, set()
   for file in sorted(folder.iterdir()) if folder.is_dir() else ():
     match = _NAME.fullmatch(file.name)
     if match and file.is_file():
       split = 'train' if match['split'] == 'train' else 'test'
       sets.add(match['set'])
-      # Packed and unpacked may lie side by side; they are the same.
+      # A packed and an unpacked file may lie side by side; they hold the same.
       found.setdefault(_Part(split, match['kind']), file)
   if len(sets) > 1:
     raise UserError(
@@ -119,7 +119,7 @@ def _find(path: str, folder: epath.Path) -> dict[_Part, epath.Path]:
 
 
 def _read(file: epath.Path) -> np.ndarray:
-  """Reads the array of a file; no more of it than its header says."""
+  """Reads the array of a file, and no more bytes than its header says."""
   unpack = gzip.open if file.suffix == '.gz' else open
   try:
     with unpack(file, 'rb') as f:

@@ -1,7 +1,7 @@
-"""What was found of a source at a cost, kept as arrays in a file of the user.
+"""Caches what was costly to find out about a source, as arrays in a file.
 
-It may be made again at any time, and is read with care: others may have written
-it.
+The file can be made again at any time. It is read with care, since others may
+have written it.
 """
 
 import io
@@ -15,7 +15,7 @@ import numpy as np
 
 from mocov3_jax.base import files
 
-# Bytes of what is kept, at most: some ten million images.
+# Maximum bytes of a cache file, enough for some ten million images.
 MOST_BYTES = 2**30
 # What numpy raises for a damaged archive.
 DAMAGED = (
@@ -24,13 +24,13 @@ DAMAGED = (
 
 
 def load(file: epath.Path) -> dict[str, np.ndarray] | None:
-  """Returns the arrays that `store` has kept; None if there are none.
+  """Returns the arrays that `store` has written; None if there are none.
 
   Raises:
-    UserError, OSError, or one of DAMAGED: for anything else.
+    UserError, OSError, or one of DAMAGED: if the file cannot be used.
   """
   data = files.read_own(file, MOST_BYTES)
-  # Where anybody may write, anybody may have written it.
+  # In a folder that anybody may write to, anybody may have written the file.
   if data is None or os.stat(file.parent).st_mode & stat.S_IWOTH:
     return None
   with zipfile.ZipFile(io.BytesIO(data)) as archive:
@@ -41,13 +41,14 @@ def load(file: epath.Path) -> dict[str, np.ndarray] | None:
 
 
 def store(file: epath.Path, **arrays: np.ndarray) -> None:
-  """Keeps arrays, where that is possible."""
+  """Writes arrays to a cache file, if possible."""
   buffer = io.BytesIO()
   np.savez_compressed(buffer, **arrays)
   try:
-    # Paths are nobody else's business, and what is kept here is read.
+    # Only for this user: paths are private, and nobody else may write files
+    # that are read later.
     file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     with files.open_whole(file) as whole:
       whole.write(buffer.getvalue())
   except OSError:
-    pass  # Only a convenience; the workdir itself tells what is wrong.
+    pass  # Only a cache; if the disk is bad, writing the workdir will tell.

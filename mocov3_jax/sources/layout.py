@@ -1,4 +1,4 @@
-"""Which folders of a tree are splits, which are classes, and why not."""
+"""Finds out which folders of a tree are splits and which are classes."""
 
 from collections.abc import Iterable, Sequence
 import os
@@ -9,19 +9,20 @@ import numpy as np
 
 from mocov3_jax.base.errors import UserError
 
-# Names of the folders of the splits, in any case. The first of TESTS that is
-# there is tested on.
+# Names of split folders, in upper or lower case. The first of TESTS that exists
+# is tested on.
 TRAIN = ('train', 'training')
 TESTS = (
     'val', 'valid', 'validation', 'dev', 'test', 'testing', 'eval', 'evaluation'
 )
-# What else is a split in the names of folders, such as trainval or test_images.
+# Further words that make a folder name look like a split, such as trainval, and
+# words that may stand beside them, as in test_images.
 MORE_SPLITS = {'trn', 'tst', 'trainset', 'testset', 'valset', 'trainval'}
 FILLERS = {
     'data', 'dataset', 'folder', 'full', 'image', 'images', 'imgs', 'mini',
     'pictures', 'set', 'small', 'split',
 }
-# Names that a message gives, and classes that the log does, at most.
+# Maximum number of names in a message, and of classes in the log.
 SHOWN, NAMED = 3, 12
 
 
@@ -30,8 +31,8 @@ class Layout(NamedTuple):
 
   Attributes:
     train, test: bytes [N], [n], paths to train on and to test on.
-    depth: folders above those of the classes, 0 or 1.
-    remarks: what else there is, in words.
+    depth: number of levels above the class folders, 0 or 1.
+    remarks: what is not used, in words.
   """
 
   train: np.ndarray
@@ -44,14 +45,14 @@ def find_splits(where: str, paths: np.ndarray, classes_only: bool) -> Layout:
   """Finds the splits of a tree by the names of its folders.
 
   Args:
-    where: names the tree, for messages.
-    paths: bytes [N], of the images, relative to the root.
-    classes_only: whether folders that look like splits where no splits are
-      expected are classes.
+    where: name of the tree, for messages.
+    paths: bytes [N], paths of the images relative to the root.
+    classes_only: whether folders that look like splits in an unknown layout are
+      classes.
 
   Raises:
-    UserError: if folders look like splits in a layout that is not known, unless
-      `classes_only`. To take them for classes would train on test images.
+    UserError: if folders look like splits in an unknown layout, unless
+      `classes_only`. Taking them for classes would train on test images.
   """
   tops = [
       os.fsdecode(path.partition(b'/')[0]) if b'/' in path else ''
@@ -69,7 +70,7 @@ def find_splits(where: str, paths: np.ndarray, classes_only: bool) -> Layout:
 def _known(
     paths: np.ndarray, tops: Sequence[str], folders: set[str]
 ) -> Layout | None:
-  """Returns the layout of train/ and the folders of TESTS; None for another."""
+  """Returns the layout if it is train/ and folders of TESTS; else None."""
   by_name = {name.lower(): name for name in folders}
   train = [by_name[name] for name in TRAIN if name in by_name]
   tests = [by_name[name] for name in TESTS if name in by_name]
@@ -131,7 +132,7 @@ def _refuse_nested(where: str, paths: Iterable[bytes]) -> None:
 
 
 def _is_split(name: str) -> bool:
-  """Whether a name says split and nothing else: Test, train2017, val_images."""
+  """Whether a name means only a split: Test, train2017, val_images."""
   words = _words(name)
   splits = {*TRAIN, *TESTS, *MORE_SPLITS}
   return bool(words & splits) and words <= splits | FILLERS
@@ -142,7 +143,7 @@ def _words(name: str) -> set[str]:
 
 
 def _pairs(folders: Iterable[str]) -> list[str]:
-  """Returns names that differ in the split alone: cars_train, cars_test."""
+  """Returns names that differ only in the split: cars_train, cars_test."""
   of_kind = {}, {}
   for name in folders:
     words = re.findall('[a-z]+', name.lower())
@@ -161,13 +162,13 @@ def classes_by_folder(
   """Finds the classes of images by the names of their folders.
 
   Args:
-    layout: of the tree.
-    stray_images: whether images may lie beside the folders of the classes; they
-      have no label then.
+    layout: the splits of the tree.
+    stray_images: whether images may lie beside the class folders. They then
+      have no label.
 
   Returns:
-    {path: class}, empty if these folders can be no classes; and why images of
-    either split have no label, in words.
+    {path: class}, empty if these folders cannot be classes; and, in words, why
+    images of either split have no label.
   """
   named, strays = {}, []
   for image in layout.train.tolist():
@@ -216,7 +217,7 @@ def classes_by_folder(
 
 
 def class_folder(image: bytes, depth: int) -> str | None:
-  """Returns the folder at this depth that an image lies in, if there is one."""
+  """Returns an image's parent folder at this depth; None if there is none."""
   folders = image.split(b'/')[:-1]
   return os.fsdecode(folders[depth]) if len(folders) > depth else None
 

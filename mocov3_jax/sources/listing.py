@@ -1,4 +1,4 @@
-"""Which images a tree of folders holds, remembered until it changes."""
+"""Lists the images in a tree of folders, cached until the tree changes."""
 
 import collections
 import hashlib
@@ -16,34 +16,34 @@ from mocov3_jax.sources import kept
 SUFFIXES = (
     b'.jpg', b'.jpeg', b'.jpe', b'.jfif', b'.png', b'.webp', b'.bmp', b'.gif'
 )
-# These are images as well where there is none of the others. (Beside others,
-# earlier versions passed them over, and a run must find the same images when it
-# is continued.)
+# These count as images only if there are none of the others. (Earlier versions
+# ignored them beside others, and a continued run must find the same images.)
 MORE_SUFFIXES = b'.tif', b'.tiff', b'.ppm', b'.pgm', b'.pnm'
-# A folder changed so many seconds ago may change again within the resolution
-# of its time stamp; its listing is not kept.
+# A folder that changed less than this many seconds ago may change again within
+# the resolution of its time stamp, so its listing is not cached.
 SETTLED = 2.0
-# Of what is kept; another one is not read.
+# Version of the cache files; others are not read.
 FORMAT = b'4'
-# In how many ways links may lead to one folder: without a limit, folders full
-# of links to each other would be listed for ever.
+# Maximum number of ways in which links may lead to one folder. Without a limit,
+# folders full of links to each other would be listed forever.
 MOST_WAYS = 100
-# What no path of a listing has: the beginning of an absolute one, and ways up.
+# What no path of a listing contains: a leading slash, and steps to a parent.
 OUTSIDE = b'\0/', b'\0../', b'/../', b'/..\0', b'\0..\0'
 
 
 class Listing(NamedTuple):
-  """What a tree holds.
+  """The contents of a tree of folders.
 
   Attributes:
-    paths: bytes objects [N], of the images, relative to the root, sorted. (An
-      array of bytes would give each the length of the longest.)
-    folders: bytes objects [F], likewise, the root as b''.
-    stamps: int64 [F, 2], when each folder and its entry last changed, ns.
-    reliable: whether a change of the tree will change these.
-    broken_links: how many links lead nowhere, or to a folder they lie in.
-    others: how many files are no images.
-    passed_over: how many of these are of MORE_SUFFIXES.
+    paths: bytes objects [N], sorted paths of the images relative to the root.
+      (A fixed-width array would give each the length of the longest.)
+    folders: bytes objects [F], paths of the folders likewise; the root is b''.
+    stamps: int64 [F, 2], time of the last change of each folder's contents
+      (mtime) and of its metadata (ctime), ns.
+    reliable: whether every change of the tree changes the stamps.
+    broken_links: number of links that lead nowhere, or to a folder they lie in.
+    others: number of files that are not images.
+    passed_over: number of these that have one of MORE_SUFFIXES.
   """
 
   paths: np.ndarray
@@ -56,14 +56,14 @@ class Listing(NamedTuple):
 
 
 def cache_folder(chosen: str) -> epath.Path | None:
-  """Returns where listings are kept; None = nowhere.
+  """Returns the folder in which listings are cached; None = no cache.
 
   Args:
     chosen: `data.listing_cache`: a folder; '' = the user's cache folder
       (XDG_CACHE_HOME, or else ~/.cache), if there is one.
 
   Raises:
-    UserError: for what is no path of this machine.
+    UserError: if `chosen` is not a path on this machine.
   """
   if chosen:
     return files.absolute(chosen, 'data.listing_cache')
@@ -71,7 +71,7 @@ def cache_folder(chosen: str) -> epath.Path | None:
 
 
 def walk(root: bytes) -> Listing:
-  """Lists the images below `root`; a kind is told by the file's suffix.
+  """Lists the images below `root`, which are recognised by their suffix.
 
   Links are followed, but not to a folder that the link lies in.
 
@@ -82,10 +82,10 @@ def walk(root: bytes) -> Listing:
   paths, more, folders, stamps, devices = [], [], [], [], set()
   broken_links = others = 0
   ways = collections.Counter()
-  pending = [(b'', ())]  # A folder, and those that it lies in.
+  pending = [(b'', ())]  # A folder, and the folders that it lies in.
   while pending:
     folder, above = pending.pop()
-    # Taken first: what changes from here on changes it once more.
+    # Read before listing: any later change alters the stamp once more.
     status = os.stat(os.path.join(root, folder))
     identity = status.st_dev, status.st_ino
     if identity in above:
@@ -126,16 +126,16 @@ def walk(root: bytes) -> Listing:
 
 
 def cached_walk(root: bytes, cache: epath.Path | None) -> Listing:
-  """As `walk`, kept in the folder `cache` until the tree changes.
+  """Does the same as `walk`, cached in `cache` until the tree changes.
 
-  Adding, removing or renaming a file changes the time stamps of its folder, so
-  that asking a thousand folders tells whether a million files are the same.
-  Where folders have no such time stamps, the tree is listed every time.
+  Adding, removing or renaming a file changes the time stamps of its folder. So
+  checking a thousand folders shows whether a million files are the same. If
+  folders have no such time stamps, the tree is listed every time.
   """
   if cache is None:
     return walk(root)
-  # A version that knows other suffixes, or follows other links, finds other
-  # files.
+  # Versions that know other suffixes or follow other links find other files, so
+  # they need another key.
   key = b'\0'.join((root, FORMAT, *SUFFIXES, *MORE_SUFFIXES))
   digest = hashlib.sha256(key).hexdigest()[:16]
   file = cache / f'{digest}.npz'
@@ -144,7 +144,7 @@ def cached_walk(root: bytes, cache: epath.Path | None) -> Listing:
     if listing is not None and _is_current(root, listing):
       return listing
   except (OSError, UserError, *kept.DAMAGED):
-    pass  # None yet, or no longer any use.
+    pass  # Not cached yet, or no longer usable.
   listing = walk(root)
   settled = time.time() - listing.stamps.max() / 1e9 > SETTLED
   if listing.reliable and settled:
@@ -153,10 +153,10 @@ def cached_walk(root: bytes, cache: epath.Path | None) -> Listing:
 
 
 def _load(file: epath.Path) -> Listing | None:
-  """Returns what `_store` has kept; None if there is none.
+  """Returns the listing that `_store` has cached; None if there is none.
 
   Raises:
-    UserError, OSError, or one of kept.DAMAGED: for anything else.
+    UserError, OSError, or one of kept.DAMAGED: if the file cannot be used.
   """
   saved = kept.load(file)
   if saved is None:

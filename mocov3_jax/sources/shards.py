@@ -1,10 +1,10 @@
-"""Tar files in the format of webdataset, with random access.
+"""Tar files in the webdataset format, with random access.
 
-The members of a sample follow each other and have one name up to its first
+The members of a sample follow each other and share their name up to its first
 dot: `0001.jpg` and `0001.cls`, or `0001.jpg` and `0001.json` with a `label`.
-One pass over the headers tells where each image begins; the images themselves
-are read where they lie, by position. What the pass finds is kept, as the
-listing of a folder is.
+One pass over the headers finds where each image begins. The images are then
+read directly from these positions. The result of the pass is cached, like the
+listing of a folder.
 """
 
 import collections
@@ -28,13 +28,13 @@ from mocov3_jax.sources.listing import MORE_SUFFIXES, SUFFIXES
 IMAGES = tuple(
     suffix.decode().lstrip('.') for suffix in (*SUFFIXES, *MORE_SUFFIXES)
 )
-# Bytes of an image, and of a text beside it, at most.
+# Maximum bytes of an image, and of a text beside it.
 MOST_IMAGE, MOST_TEXT = 2**28, 2**20
-# Fields of a .json that may hold the label, the first that is there.
+# Fields of a .json that may hold the label; the first that exists is used.
 LABEL_FIELDS = 'label', 'cls', 'class'
-# Of what is kept; another one is not read.
+# Version of the cache files; others are not read.
 FORMAT = 1
-# Shards between two lines that say how far the first pass is.
+# Shards between two progress lines of the first pass.
 SAID_EVERY = 100
 # A range in the name of shards, as webdataset writes it: {000000..000146}.
 RANGE = re.compile(r'\{(\d+)\.\.(\d+)\}')
@@ -46,12 +46,12 @@ ALLOWED = (
 
 
 class Index(NamedTuple):
-  """Where the images of one shard lie.
+  """The positions of the images in one shard.
 
   Attributes:
     offsets, sizes: int64 [n], bytes.
-    keys: of the samples, n texts.
-    labels: n texts, '' where there is none.
+    keys: n texts, the keys of the samples.
+    labels: n texts, '' for samples without a label.
   """
 
   offsets: np.ndarray
@@ -66,11 +66,11 @@ class ShardSource:
 
   Attributes:
     shards: paths of the files.
-    shard: int32 [N], in which of them an image is.
+    shard: int32 [N], index of the shard that each image is in.
     offsets, sizes: int64 [N], bytes.
-    keys: of the samples, N texts.
-    all_labels: int32 [N], -1 where there is none.
-    classes: their names; none without labels.
+    keys: N texts, the keys of the samples.
+    all_labels: int32 [N], -1 for images without a label.
+    classes: names of the labels; empty if there are no labels.
   """
 
   shards: tuple[str, ...]
@@ -97,8 +97,8 @@ class ShardSource:
     if size > MOST_IMAGE:
       raise Unreadable(f'{size:,} bytes are more than {MOST_IMAGE:,}')
     try:
-      # Opened each time, which takes microseconds: a thousand shards would be a
-      # thousand open files.
+      # Opened for each read, which takes microseconds. Otherwise a thousand
+      # shards would be a thousand open files.
       file = os.open(self.shards[self.shard[index]], os.O_RDONLY)
       try:
         data = os.pread(file, size, int(self.offsets[index]))
@@ -123,16 +123,17 @@ class ShardSource:
 def load(path: str, cache: epath.Path | None) -> Splits:
   """Opens the shards that a pattern names.
 
-  Those whose name says so (`val`, `test`, ...; see `layout.TESTS`) are tested
-  on, if others are left to train on. Otherwise every tenth labelled image is.
+  Shards with a test split in their name (`val`, `test`, ...; see
+  `layout.TESTS`) are tested on, if others are left to train on. Otherwise every
+  tenth labelled image is held out for that.
 
   Args:
-    path: of the shards, with the signs * ? [ ] of a shell, or a range as
+    path: path of the shards, with shell wildcards * ? [ ], or a range such as
       {000000..000146}.
-    cache: where the index is kept; None = nowhere.
+    cache: folder in which the index is cached; None = no cache.
 
   Raises:
-    UserError: if there are none, one is damaged, or they hold no images.
+    UserError: if there are no shards, one is damaged, or they hold no images.
   """
   where = f'wds:{path}'
   shards = _expanded(where, path)
@@ -147,7 +148,7 @@ def load(path: str, cache: epath.Path | None) -> Splits:
   found = _indexed(where, [*train, *test], cache)
   texts = {text for index in found.values() for text in index.labels}
   texts.discard('')
-  # Numbers in the order of numbers: 10 is behind 9.
+  # Numeric labels are sorted as numbers: 10 comes after 9.
   numbers = all(map(str.isdigit, texts))
   classes = tuple(sorted(
       texts, key=lambda x: (len(x), x) if numbers else x
@@ -225,14 +226,14 @@ def _expanded(where: str, path: str) -> list[str]:
 
 
 def _split(shards: list[str]) -> tuple[list[str], list[str], int]:
-  """Returns shards to train on, to test on, and how many are for neither."""
+  """Returns the shards to train on and to test on, and how many are unused."""
   by_word = collections.defaultdict(list)
   for shard in shards:
     words = re.findall('[a-z]+', os.path.basename(shard).lower())
     found = next((word for word in layout.TESTS if word in words), '')
     by_word[found].append(shard)
   train = by_word.pop('', [])
-  if not train:  # Only such: then that is what there is to train on.
+  if not train:  # Only test shards, so they are trained on.
     return shards, [], 0
   chosen = next((word for word in layout.TESTS if word in by_word), '')
   test = by_word.pop(chosen, [])
@@ -242,7 +243,7 @@ def _split(shards: list[str]) -> tuple[list[str], list[str], int]:
 def _indexed(
     where: str, shards: list[str], cache: epath.Path | None
 ) -> dict[str, Index]:
-  """Returns the index of each shard, as it was kept or found anew."""
+  """Returns the index of each shard, from the cache or from a new pass."""
   stamps = {}
   for shard in shards:
     status = os.stat(shard)
@@ -257,7 +258,7 @@ def _indexed(
       if known is not None:
         return known
     except (OSError, UserError, *kept.DAMAGED):
-      pass  # None yet, or no longer any use.
+      pass  # Not cached yet, or no longer usable.
   found = {}
   for count, shard in enumerate(shards):
     if count % SAID_EVERY == 0 and len(shards) > SAID_EVERY:
@@ -275,7 +276,7 @@ def index(shard: str) -> Index:
   """Finds the images of a shard by the headers of its members.
 
   Raises:
-    UserError: if it is no tar file, is cut off, or a sample has two images.
+    UserError: if it is not a tar file, is cut off, or a sample has two images.
   """
   offsets, sizes, keys, labels = [], [], [], []
   try:
@@ -313,7 +314,7 @@ def index(shard: str) -> Index:
 
 
 def _require_end(shard: str, offset: int) -> None:
-  """Raises ReadError unless zeros follow; tarfile ends at any bad header."""
+  """Raises ReadError unless zeros follow; tarfile stops at any bad header."""
   with open(shard, 'rb') as file:
     file.seek(offset)
     while block := file.read(2**20):
@@ -326,10 +327,10 @@ def _require_end(shard: str, offset: int) -> None:
 def _samples(
     tar: tarfile.TarFile
 ) -> Iterator[tuple[str, list[tuple[str, tarfile.TarInfo]]]]:
-  """Yields each sample: its key, and its members by their extensions."""
+  """Yields each sample: its key, and its members as (extension, member)."""
   last, members = None, []
   while (member := tar.next()) is not None:
-    tar.members = []  # It would keep all of them.
+    tar.members = []  # tarfile would keep all of them.
     folder, name = os.path.split(member.name)
     stem, dot, extension = name.partition('.')
     if not member.isreg() or not stem or not dot:
@@ -345,7 +346,7 @@ def _samples(
 
 
 def _label(kind: str, member: tarfile.TarInfo, tar: tarfile.TarFile) -> str:
-  """Returns what a .cls or .json says of the class; '' if it says nothing."""
+  """Returns the label in a .cls or .json; '' if there is none."""
   if member.size > MOST_TEXT:
     return ''
   data = tar.extractfile(member).read()
@@ -367,10 +368,10 @@ def _label(kind: str, member: tarfile.TarInfo, tar: tarfile.TarFile) -> str:
 def _load(
     file: epath.Path, shards: list[str], stamps: dict[str, str]
 ) -> dict[str, Index] | None:
-  """Returns what `_store` has kept, if the shards are still the same.
+  """Returns what `_store` has cached; None if the shards have changed since.
 
   Raises:
-    UserError, OSError, or one of kept.DAMAGED: for anything else.
+    UserError, OSError, or one of kept.DAMAGED: if the file cannot be used.
   """
   saved = kept.load(file)
   if saved is None or saved['stamps'].tolist() != [
@@ -410,7 +411,7 @@ def _store(
 
 
 def _packed(texts: Iterator[str]) -> np.ndarray:
-  # An array of texts would give each the length of the longest.
+  # A fixed-width array would give each text the length of the longest.
   joined = '\0'.join(texts).encode(errors='surrogatepass')
   return np.frombuffer(joined, np.uint8)
 

@@ -1,7 +1,8 @@
-"""Sets prepared by TensorFlow Datasets, read without TensorFlow.
+"""Data sets prepared by TensorFlow Datasets, read without TensorFlow.
 
-Only `tfds.data_source` is used: random access to array_record or parquet files,
-on a disk or in a bucket, images undecoded.
+Only the interface of `tfds.data_source` is used. It gives random access to
+array_record or parquet files, on a disk or in a bucket, and leaves the images
+encoded.
 """
 
 import difflib
@@ -16,14 +17,15 @@ from mocov3_jax.base.errors import UserError, is_of_environment
 from mocov3_jax.sources import LOST, Source, Splits, Unreadable, hold_out
 from mocov3_jax.sources.layout import NAMED, listed
 
-# Records that are asked for at once, for their labels.
+# Records that are requested at once, for their labels.
 AT_ONCE = 256
-# In place of a label that has not been read yet.
+# Stands for a label that has not been read yet.
 UNREAD = -3
-# Splits to test on, the first that there is and that has labels.
+# Splits to test on; the first that exists and has labels is used.
 TEST_SPLITS = ('validation', 'test')
-# Records that tell whether a split has labels. Those of a contest's test split,
-# such as ImageNet's, are kept secret: all of them are -1.
+# Number of records that are read to find out whether a split has labels. The
+# labels of a contest's test split, such as ImageNet's, are kept secret: all of
+# them are -1.
 FEW = 10
 
 
@@ -81,8 +83,8 @@ class TfdsSource:
     if not count:
       raise UserError(f'data.source=tfds:{self._title} has no images.')
     if count != expected:
-      # TFDS 4.9 loses images as it writes parquet, and reads all of a split in
-      # place of a part.
+      # TFDS 4.9 loses images when it writes parquet, and reads the whole split
+      # if a part is asked for.
       raise UserError(
           f'data.source=tfds:{self._title} has {expected} images, and TFDS '
           f'reads {count} of its {file_format.value} files. Use the set as '
@@ -110,9 +112,9 @@ class TfdsSource:
     return record[self._image]
 
   def labels(self, indices: np.ndarray) -> np.ndarray:
-    """Labels of these images.
+    """Returns the labels of these images.
 
-    Reads the records that have not been read yet, each of them once.
+    Records that have not been read yet are read, each of them once.
     """
     if self._label is None:
       return np.full(len(indices), -1, np.int32)
@@ -120,7 +122,7 @@ class TfdsSource:
     unread = np.unique(indices[self._labels[indices] == UNREAD]).tolist()
     for begin in range(0, len(unread), AT_ONCE):
       part = unread[begin:begin + AT_ONCE]
-      try:  # Many requests to a bucket at a time.
+      try:  # Sends many requests to a bucket at once.
         records = self._records.__getitems__(part)
         self._labels[part] = [record[self._label] for record in records]
       except Exception as e:
@@ -139,7 +141,7 @@ class TfdsSource:
       return LOST
 
   def name(self, index: int) -> str:
-    """Returns set, split and number."""
+    """Returns the data set, the split and the index."""
     return f'{self._title}[{index}]'
 
 
@@ -148,7 +150,7 @@ def _keys(features: Any, kind: type) -> list[str]:
 
 
 def load(path: str) -> Splits:
-  """Opens a prepared set.
+  """Opens a prepared data set.
 
   It is looked for where TFDS keeps its data: ~/tensorflow_datasets, or the
   folder that the environment variable TFDS_DATA_DIR names.
@@ -158,8 +160,8 @@ def load(path: str) -> Splits:
       NAME may hold a config and a version, 'name/config:1.0.0'.
 
   Raises:
-    UserError: if the set is unknown, not prepared, or not as array_record;
-      the message holds the command that helps.
+    UserError: if the data set is unknown, not prepared, or has no files with
+      random access; the message says which command helps.
   """
   name, split = re.fullmatch(
       r'([^:]*(?::\d+\.\d+\.\d+)?)(?::(.*))?', path
@@ -173,7 +175,7 @@ def load(path: str) -> Splits:
   test, held = _labelled_test(builder, split)
   source: Source = train
   if test is None:
-    # Whatever their classes: to know these takes a pass over the whole set.
+    # Regardless of class: finding out the labels takes a pass over all images.
     source, test = hold_out(train, np.arange(len(train)))
     held = 'every tenth, held out'
   return Splits(
@@ -187,8 +189,8 @@ def load(path: str) -> Splits:
 def _labelled_test(
     builder: Any, split: str
 ) -> tuple[TfdsSource, str] | tuple[None, None]:
-  """Returns a split to test on and its name, if one has labels."""
-  used = set(re.split(r'\W+', split))  # What is trained on already.
+  """Returns the first test split with labels and its name; None if none has."""
+  used = set(re.split(r'\W+', split))  # Already trained on.
   for name in TEST_SPLITS:
     if name not in builder.info.splits or used & {name, 'all'}:
       continue
@@ -249,9 +251,9 @@ def _open(name: str) -> Any:
 
 
 def _file_format(builder: Any) -> Any:
-  """Returns the format to read, array_record if there is a choice.
+  """Returns the file format to read, array_record if there is a choice.
 
-  None without one that has random access.
+  None if no format has random access.
   """
   import tensorflow_datasets as tfds
 

@@ -1,4 +1,4 @@
-"""The folder of a sweep: whether it is the same one, and sweep.json."""
+"""The folder of a sweep: checks that it fits the sweep; writes sweep.json."""
 
 from collections.abc import Sequence
 import json
@@ -22,11 +22,11 @@ def require_same_sweep(
 
   Args:
     path: the workdir. It may also be empty, or not exist yet.
-    grid: of the sweep.
-    points: of the grid.
+    grid: the grid of the sweep.
+    points: the runs of the grid.
 
   Raises:
-    UserError: if another sweep, or a single run, is there; with what differs.
+    UserError: if another sweep, or a single run, is there; says what differs.
   """
   folder = files.run_path(path, '--workdir')
   if (folder / 'config.json').exists():
@@ -64,7 +64,7 @@ def require_same_sweep(
 
 
 def _base(described: dict[str, Any]) -> dict[str, Any]:
-  """Returns what has to stay for a sweep to be continued."""
+  """Returns what must stay the same for a sweep to be continued."""
   return {
       'config': described['config'],
       'fields of the grid': sorted(described['axes']),
@@ -97,16 +97,16 @@ def _read(folder: epath.Path) -> dict[str, Any]:
 def keep(
     path: str, grid: Grid, points: Sequence[Point], commands: Sequence[str]
 ) -> None:
-  """Writes sweep.json: this grid, and what earlier ones had beside it.
+  """Writes sweep.json: this grid, and what earlier ones had in addition.
 
   Args:
     path: the workdir.
-    grid: of the sweep.
-    points: of the grid.
-    commands: of the runs, as lines of shell.
+    grid: the grid of the sweep.
+    points: the runs of the grid.
+    commands: the commands of the runs, as shell lines.
 
   Raises:
-    UserError: if it cannot be written.
+    UserError: if the file cannot be written.
   """
   folder = files.run_path(path, '--workdir')
   now = _described(grid)
@@ -116,7 +116,7 @@ def keep(
   ]
   try:
     files.make_folder(folder)
-    # Sweeps that share it start at once.
+    # Sweeps that share the folder may start at the same time.
     with locks.held(folder, path, wait=True):
       before = _read(folder)
       if before:

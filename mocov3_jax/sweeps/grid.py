@@ -1,4 +1,4 @@
-"""The runs of a sweep: what a grid is, and what its runs are called."""
+"""The grid of a sweep: how it is read, and how its runs are named."""
 
 from collections.abc import Iterator, Sequence
 import copy
@@ -17,19 +17,19 @@ from mocov3_jax.config import knobs, recipes
 from mocov3_jax.runs import table as sweep_table
 
 SEED = 'seed'
-# A folder's name may have 255 bytes; checkpoints and such add nothing to it.
+# A folder's name may have 255 bytes; nothing is added to it later.
 LONGEST = 200
 
 
 @dataclasses.dataclass(frozen=True)
 class Grid:
-  """A sweep, as the command line has it.
+  """A sweep, as given on the command line.
 
   Attributes:
     config: FILE[:argument], the recipe of all runs.
-    overrides: {field: value} of all runs, beside the grid and the seed.
+    overrides: {field: value} for all runs, apart from the grid and the seed.
     axes: {field: its values}, without the seed.
-    seeds: of each grid point.
+    seeds: the seeds of each grid point.
     names: {field: its short name} of the axes and the seed.
   """
 
@@ -42,13 +42,13 @@ class Grid:
 
 @dataclasses.dataclass(frozen=True)
 class Point:
-  """A run to be.
+  """A run of a grid.
 
   Attributes:
-    name: of its folder.
-    title: what sets it apart, for people.
-    config: of the run.
-    flags: of the train command, without the workdir.
+    name: name of its folder.
+    title: what sets it apart from the other runs, for people.
+    config: config of the run.
+    flags: flags of the train command, without the workdir.
   """
 
   name: str
@@ -66,13 +66,13 @@ def parse(
   Args:
     file: FILE[:argument], the recipe.
     base: its config, with the overrides.
-    overrides: {field: value} of --config.FIELD=VALUE.
-    axes: FIELD=VALUE,VALUE,... each.
-    seeds: how many; of 1, the seed is that of `base`.
+    overrides: {field: value} from --config.FIELD=VALUE.
+    axes: texts of the form FIELD=VALUE,VALUE,...
+    seeds: number of seeds; if it is 1, the seed is that of `base`.
 
   Raises:
-    UserError: for whatever is wrong with the axes and their values; their
-      ranges are not checked here.
+    UserError: if anything is wrong with the axes and their values. Ranges are
+      not checked here.
   """
   fields = list(knobs.flatten(base.to_dict()))
   found: dict[str, tuple[Any, ...]] = {}
@@ -138,14 +138,14 @@ def _parse_axis(
 
 
 def split(text: str, listed: str) -> list[str]:
-  """Splits at the commas that stand outside of brackets.
+  """Splits at the commas outside brackets.
 
   Args:
     text: the whole axis, for the message.
     listed: its values.
 
   Raises:
-    UserError: for an empty value, or a bracket without its other half.
+    UserError: for an empty value, or an unbalanced bracket.
   """
   depth, parts = 0, ['']
   for sign in listed:
@@ -170,7 +170,7 @@ def split(text: str, listed: str) -> list[str]:
 
 
 def _parse_value(field: str, text: str, base: ConfigDict) -> Any:
-  """Returns what --config.FIELD=TEXT would set, by the commands' own parser."""
+  """Returns the value that --config.FIELD=TEXT sets, by the same parser."""
   argv = ['sweep', f'--config.{field}={text}']
   values = flags.FlagValues()
   try:
@@ -191,11 +191,11 @@ def load_config(flag: str, path: str) -> ConfigDict:
   """Reads a config file as the commands do.
 
   Args:
-    flag: which names it, for the message.
+    flag: the flag that names the file, for the message.
     path: FILE[:argument].
 
   Raises:
-    UserError: if that does not give a config.
+    UserError: if the file does not give a config.
   """
   argv = ['sweep', f'--{flag}={recipes.resolve(path, f"--{flag}")}']
   values = flags.FlagValues()
@@ -234,8 +234,8 @@ def points(grid: Grid, base: ConfigDict) -> list[Point]:
   """Returns all runs of a grid; the seed changes fastest.
 
   Args:
-    grid: of the sweep.
-    base: the config that all of them start from.
+    grid: the grid of the sweep.
+    base: the config that all runs start from.
   """
   return list(_points(grid, base))
 
@@ -262,14 +262,14 @@ def _points(grid: Grid, base: ConfigDict) -> Iterator[Point]:
 
 
 def folder_name(words: Sequence[str]) -> str:
-  """Returns a name for a folder, unique and always the same.
+  """Returns a folder name that is unique and always the same.
 
   Args:
-    words: 'lr_per_256=0.0001' each, in an order that stays.
+    words: texts such as 'lr_per_256=0.0001', in a fixed order.
   """
   whole = ','.join(words)
   name = re.sub(r'[^\w.,=()+-]', '_', whole, flags=re.ASCII)[:LONGEST]
   if name == whole:
     return name
-  # Two values may look alike now.
+  # Two names may look alike after that.
   return f'{name}-{hashlib.sha256(whole.encode()).hexdigest()[:8]}'

@@ -1,7 +1,7 @@
-"""Carries out the runs of a sweep: a child process each, one after another.
+"""Carries out the runs of a sweep, each in a child process, one after another.
 
-Several sweeps may share one folder. What says whose turn it is, and what is
-left to do, are the folders of the runs alone (`runs.status`).
+Several sweeps may share one folder. Which runs are in progress and what is left
+to do is read only from the folders of the runs (`history.status`).
 """
 
 from collections.abc import Callable, Sequence
@@ -22,14 +22,15 @@ from mocov3_jax.parallel import processes
 from mocov3_jax.runs import history, locks
 from mocov3_jax.runs import table as sweep_table
 
-# Seconds between two looks at runs that other processes hold.
+# Seconds between two checks of runs that other processes hold.
 POLL = 5.0
 HELD = 'is in use by another process'
 STOPPED = 'the sweep was stopped; the same line continues it'
-# Becomes the command that follows, after it asked Linux (PR_SET_PDEATHSIG, 1)
-# to send it SIGTERM as soon as the sweep is gone, even by SIGKILL: no run goes
-# on unseen. Between fork and exec (preexec_fn) it might deadlock, since JAX has
-# threads; and a run that watched its parent would be another run.
+# A program that asks Linux (PR_SET_PDEATHSIG, 1) to send it SIGTERM as soon as
+# the sweep is gone, even by SIGKILL, and then becomes the command that follows.
+# So no run goes on unseen. The same call between fork and exec (preexec_fn)
+# might deadlock, since JAX has threads. A run that watched its parent itself
+# would no longer be the same run.
 _BOUND = """\
 import ctypes, os, signal, sys
 ctypes.CDLL(None).prctl(1, signal.SIGTERM)
@@ -41,13 +42,13 @@ os.execv(sys.argv[2], sys.argv[2:])
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-  """A run, and what is to be done for it.
+  """A run and its commands.
 
   Attributes:
-    title: what sets it apart, for people.
-    folder: of the run.
-    train: the command.
-    evaluations: {folder: command}, once the run is done.
+    title: what sets it apart from the other runs, for people.
+    folder: folder of the run.
+    train: the training command.
+    evaluations: {folder: command} of the evaluations once the run is done.
   """
 
   title: str
@@ -56,7 +57,7 @@ class Job:
   evaluations: dict[epath.Path, list[str]]
 
   def commands(self) -> dict[epath.Path, list[str]]:
-    """Returns the commands that are left, as far as the folders tell."""
+    """Returns the commands that are left to run, according to the folders."""
     status = history.status(self.folder)
     if status == 'diverged':
       return {}
@@ -69,11 +70,11 @@ class Job:
 
 @dataclasses.dataclass(frozen=True)
 class Ended:
-  """How a child ended.
+  """How a child process ended.
 
   Attributes:
-    code: of exit; -N by signal N.
-    said: the error on its stderr, or else the last line.
+    code: its exit code; -N if signal N ended it.
+    said: the error on its stderr, or else the last line there.
   """
 
   code: int
@@ -81,11 +82,12 @@ class Ended:
 
 
 class Children:
-  """Starts children, one at a time; hands the first signals on to them.
+  """Starts child processes, one at a time, and forwards signals to them.
 
-  While this context is entered, SIGTERM and Ctrl-C reach the child as SIGTERM,
-  upon which it saves; a second Ctrl-C as such, upon which it ends at once. It
-  has a session of its own, lest the terminal's Ctrl-C reach it twice.
+  Within this context, SIGTERM and a first Ctrl-C are forwarded to the child as
+  SIGTERM, upon which it saves. A second Ctrl-C is forwarded as SIGINT, upon
+  which it ends at once. The child has its own session, so that Ctrl-C in the
+  terminal does not reach it twice.
   """
 
   def __init__(self):
@@ -108,7 +110,7 @@ class Children:
     """Runs a command to its end; its stderr passes through.
 
     Raises:
-      Preempted: if a signal came before.
+      Preempted: if a signal came before the command started.
     """
     self._check()
     if sys.platform == 'linux':
@@ -160,7 +162,7 @@ class Children:
 
 
 def _pass_on(stream) -> str:
-  """Copies lines to stderr; returns the error among them, or the last."""
+  """Copies lines to stderr; returns the error among them, or the last line."""
   last, error = '', []
   for line in stream:
     console.pass_on(line)
@@ -176,7 +178,7 @@ def run_all(
     jobs: Sequence[Job], start: Callable[[list[str]], Ended],
     pause: Callable[[], None],
 ) -> dict[str, str]:
-  """Does what is left of the jobs; those that others hold come last.
+  """Runs what is left of the jobs; those that other processes hold come last.
 
   Args:
     jobs: in order.
@@ -184,11 +186,11 @@ def run_all(
     pause: waits a little; see `Children.pause`.
 
   Returns:
-    {title: why} of the jobs that failed; a run that diverged did not.
+    {title: why} of the jobs that failed. A run that diverged has not failed.
 
   Raises:
     Preempted: if a child was stopped.
-    KeyboardInterrupt: if it was interrupted.
+    KeyboardInterrupt: if a child was interrupted.
   """
   failed: dict[str, str] = {}
   seconds: list[float] = []
@@ -229,7 +231,7 @@ def run_all(
 def _attend(
     job: Job, place: str, start: Callable[[list[str]], Ended]
 ) -> tuple[str, str]:
-  """Does what is left of one job.
+  """Runs what is left of one job.
 
   Returns:
     ('done' | 'diverged' | 'held', ''), or ('failed', why).

@@ -1,4 +1,4 @@
-"""Trains a grid of runs, or prints it as lines of shell."""
+"""Trains a grid of runs, or prints it as shell lines."""
 
 from collections.abc import Callable, Iterable, Sequence
 import os
@@ -25,24 +25,24 @@ from mocov3_jax.sweeps import running as sweeping
 from mocov3_jax.sweeps.grid import Grid, Point
 from mocov3_jax.training import pretrain
 
-# Stands for the numbers of a run whose data is not here.
+# Stands for the schedule of a run whose data is not on this machine.
 SOME_PLAN = config_lib.Plan(1, 2, 1, 1.0)
 PRINT = 'commands'
-# Values that --print had once.
+# Former values of --print.
 FORMER_PRINTS = ('slurm', 'jobset')
 
 
 def check_points(points: Sequence[Point], data_is_here: bool) -> None:
-  """Finds what is wrong with any run, before one of them costs time.
+  """Checks all runs before one of them costs time.
 
-  What depends on the number of devices is left to the run.
+  Checks that depend on the number of devices are left to the run.
 
   Args:
-    points: of the grid.
-    data_is_here: whether the data is looked at as well.
+    points: the runs of the grid.
+    data_is_here: whether the data is on this machine and is checked, too.
 
   Raises:
-    UserError: with the first.
+    UserError: for the first run that is wrong.
   """
   sizes: dict[Any, int] = {}
   for point in points:
@@ -61,16 +61,16 @@ def check_points(points: Sequence[Point], data_is_here: bool) -> None:
 
 
 def check_protocols(files: Sequence[str]) -> dict[str, str]:
-  """Reads the evaluations to be made.
+  """Reads and checks the recipes of the evaluations.
 
   Args:
-    files: FILE[:argument] each.
+    files: the recipes, each FILE[:argument].
 
   Returns:
-    {the name of its folder: FILE[:argument]}.
+    {name of the evaluation's folder: FILE[:argument]}.
 
   Raises:
-    UserError: if one is no protocol, or is there twice.
+    UserError: if one is not a protocol, or two would share a folder.
   """
   named = {}
   for file in files:
@@ -97,7 +97,7 @@ def check_print(how: str) -> None:
   """Checks the value of --print.
 
   Raises:
-    UserError: unless it is PRINT; for a former value, with what to do instead.
+    UserError: unless it is PRINT; for a former value, says what to do instead.
   """
   if how in FORMER_PRINTS:
     raise UserError(
@@ -114,18 +114,18 @@ def check_print(how: str) -> None:
 
 
 def shell_line(commands: Iterable[Sequence[str]]) -> str:
-  """Joins commands to one line, each after the success of the one before."""
+  """Joins commands to one shell line; each needs the one before to succeed."""
   return ' && '.join(shlex.join(command) for command in commands)
 
 
 def make_jobs(
     points: Sequence[Point], protocols: dict[str, str], path: str
 ) -> list[sweeping.Job]:
-  """Says what is to be done for each run, by the Python that runs this.
+  """Returns the job of each run, with commands for this Python interpreter.
 
   Args:
-    points: of the grid.
-    protocols: {the name of its folder: FILE[:argument]}.
+    points: the runs of the grid.
+    protocols: {name of the evaluation's folder: FILE[:argument]}.
     path: the sweep's workdir.
   """
   python = sys.executable
@@ -151,7 +151,7 @@ def make_jobs(
 def summarise(
     points: Sequence[Point], path: str, fields: Sequence[str]
 ) -> tuple[list[history.Run], list[sweep_table.Row]]:
-  """Reads all runs back; returns them, and a row a grid point."""
+  """Reads all runs back; returns them, and one table row per grid point."""
   found = []
   for point in points:
     folder = files_lib.run_path(path) / point.name
@@ -170,14 +170,14 @@ def sweep(
   """Trains and evaluates what is left of a grid.
 
   Args:
-    grid: of the sweep.
+    grid: the grid of the sweep.
     base: the config that all runs start from.
     path: the workdir.
-    files: of the evaluations, FILE[:argument] each.
-    children: makes what starts processes, `sweeping.Children`.
+    files: the recipes of the evaluations, each FILE[:argument].
+    children: makes the object that starts processes, see `sweeping.Children`.
 
   Returns:
-    How many runs ended how, and the table.
+    The number of runs by how they ended, and the table.
 
   Raises:
     UserError: for bad input, before anything is written; or if runs failed,
@@ -213,13 +213,13 @@ def sweep(
 def print_sweep(
     grid: Grid, base: ConfigDict, path: str, files: Sequence[str]
 ) -> None:
-  """Prints a line of shell for each run that is left; writes nothing.
+  """Prints a shell line for each run that is left; writes nothing.
 
   Args:
-    grid: of the sweep.
+    grid: the grid of the sweep.
     base: the config that all runs start from.
     path: the workdir.
-    files: of the evaluations, FILE[:argument] each.
+    files: the recipes of the evaluations, each FILE[:argument].
 
   Raises:
     UserError: for bad input.
@@ -240,14 +240,14 @@ def main(
     grid: Grid, base: ConfigDict, path: str, files: Sequence[str],
     how: str | None,
 ) -> dict[str, Any] | None:
-  """Carries the grid out, or prints it.
+  """Runs the grid, or prints it.
 
   Args:
-    grid: of the sweep.
+    grid: the grid of the sweep.
     base: the config that all runs start from.
     path: the workdir.
-    files: of the evaluations, FILE[:argument] each.
-    how: PRINT; None = the runs are carried out.
+    files: the recipes of the evaluations, each FILE[:argument].
+    how: PRINT = print the runs; None = run them.
 
   Returns:
     What `sweep` returns, or None after printing.

@@ -1,8 +1,8 @@
 """Trackers: services that show runs side by side, such as Weights & Biases.
 
-A tracker is one file here and a line in `TRACKERS`. The rest of the package
-knows a `Record` alone, which tells the tracker of each step once, also if a
-run is killed and computes some of its steps again.
+A tracker is one file in this folder and a line in `TRACKERS`. The rest of the
+package uses only `Record`, which reports each step to the tracker once, even if
+a run is killed and computes some of its steps again.
 """
 
 from collections.abc import Callable, Iterable
@@ -19,13 +19,14 @@ from mocov3_jax.base.errors import UserError, unknown
 from mocov3_jax.trackers import weights_and_biases
 
 Values = dict[str, float]
-# In the workdir: which record the run has, and what is in it.
+# File in the workdir with the id of the run's record and the last step
+# reported.
 NOTE = 'tracker.json'
 ID = re.compile('[a-z0-9]{4,64}')
 
 
 class Tracker(Protocol):
-  """One record, open.
+  """An open record of a run.
 
   Its methods raise ConnectionError when the service is lost.
   """
@@ -34,18 +35,18 @@ class Tracker(Protocol):
     """Adds the values of a step; steps come in order, each once."""
 
   def close(self, results: dict[str, Any] | None) -> None:
-    """Sends the rest; `results` are those of a run that is done."""
+    """Sends the rest; `results` are given if the run is done."""
 
 
 class Kind(NamedTuple):
   """A kind of tracker.
 
   Attributes:
-    package: what it needs installed.
-    extra: of this package, which brings that.
+    package: the package that it needs.
+    extra: the extra of mocov3-jax that installs this package.
     begin: (name of the run, id of its record, config as nested dicts) -> an
       open record, continued if there is one with this id. Raises UserError
-      where the service cannot be used.
+      if the service cannot be used.
   """
 
   package: str
@@ -71,7 +72,7 @@ def check(name: str) -> None:
     raise unknown('log.tracker', name, TRACKERS)
   kind = TRACKERS[name]
   found = importlib.util.find_spec(kind.package)
-  # A folder of that name, such as one that wandb makes, is no package.
+  # A folder of that name, such as the one that wandb makes, is not a package.
   if found is None or found.origin is None:
     raise UserError(
         f'log.tracker={name!r} needs the package {kind.package}, which is not '
@@ -81,12 +82,12 @@ def check(name: str) -> None:
 
 
 class Record:
-  """What the tracker has of a run; without a tracker, nothing happens.
+  """Reports a run to the tracker; does nothing without a tracker.
 
-  A step is told when a later one has come, since its training and its
-  evaluation are logged apart. What is told is noted in the workdir before, so
-  that no step is told twice; a step may be missing if the run is killed in the
-  seconds in which it is told. metrics.jsonl has all of them.
+  A step is reported once a later one has come, since its training and its
+  evaluation are logged separately. The workdir notes what is reported before it
+  is sent, so that no step is reported twice. A step may be missing if the run
+  is killed in the seconds in which it is sent. metrics.jsonl has all of them.
   """
 
   def __init__(
@@ -96,9 +97,9 @@ class Record:
     """Begins or continues the record of a run.
 
     Args:
-      name: of the tracker; '' = none.
-      workdir: of the run; exists.
-      config: of the run, as nested dicts.
+      name: name of the tracker; '' = none.
+      workdir: workdir of the run; must exist.
+      config: config of the run, as nested dicts.
       say: shows a line to the user.
 
     Raises:
@@ -120,16 +121,16 @@ class Record:
     files.write_json(self._path, self._note)
 
   def catch_up(self, rows: Iterable[Values]) -> None:
-    """Notes what the tracker has not been told of metrics.jsonl.
+    """Queues the rows of metrics.jsonl that have not been reported.
 
     Args:
-      rows: of an earlier part of the run.
+      rows: rows of an earlier part of the run.
     """
     for row in rows:
       self.write(row['step'], {k: row[k] for k in row if k != 'step'})
 
   def write(self, step: int, values: Values) -> None:
-    """Notes the values of a step, to be told with others."""
+    """Queues the values of a step, to be reported with others."""
     if self._tracker is None or step <= self._note['told']:
       return
     if step in self._waiting:
@@ -140,12 +141,12 @@ class Record:
       self.flush()
 
   def flush(self) -> None:
-    """Tells the tracker of all steps but the last, which may get more."""
+    """Reports all queued steps but the last, which may get more values."""
     if self._tracker is not None:
       self._tell(sorted(self._waiting)[:-1])
 
   def finish(self, results: dict[str, Any]) -> None:
-    """Tells the rest and the results of a run that is done."""
+    """Reports the remaining steps and the results of a run that is done."""
     if self._tracker is not None:
       self.end()
       self._close(results)
@@ -153,12 +154,12 @@ class Record:
       files.write_json(self._path, self._note)
 
   def close(self) -> None:
-    """Tells what there is of a run that goes on another time."""
+    """Reports what there is of a run that is to be continued later."""
     self.flush()
     self._close(None)
 
   def end(self) -> None:
-    """Tells all there is of a run that does not go on."""
+    """Reports all there is of a run that will not be continued."""
     if self._tracker is not None:
       self._tell(sorted(self._waiting))
 
@@ -174,7 +175,7 @@ class Record:
         told = step
         del self._waiting[step]
     except ConnectionError as e:
-      self._note['told'] = told  # The next start tells the rest.
+      self._note['told'] = told  # The next start reports the rest.
       files.write_json(self._path, self._note)
       self._lost(e)
     self._next = time.monotonic() + files.FOLLOWED
@@ -188,7 +189,7 @@ class Record:
       self._tracker = None
 
   def _lost(self, error: ConnectionError) -> None:
-    # A run of days does not end for that.
+    # A run of days should not end because of that.
     self._was_lost = True
     self._say(
         f'note: log.tracker={self._name!r} was lost after step '
@@ -199,7 +200,7 @@ class Record:
 
 
 def _read(path: epath.Path, name: str) -> dict[str, Any]:
-  """Returns the note of a run, or a new one: id, last step told, done."""
+  """Returns the note of a run, or a new one: id, last step reported, done."""
   found = files.read_object(path)
   if not found or 'tracker' in found and found['tracker'] != name:
     return {

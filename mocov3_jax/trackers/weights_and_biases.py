@@ -27,7 +27,7 @@ class WeightsAndBiases:
       raise ConnectionError(e) from e
 
   def close(self, results: dict[str, Any] | None) -> None:
-    """Sends the rest, and with it the results of a run that is done."""
+    """Sends the rest, and the results if the run is done."""
     try:
       if results is not None:
         self._run.summary.update(results)
@@ -44,12 +44,13 @@ def begin(name: str, run_id: str, config: dict[str, Any]) -> WeightsAndBiases:
   """Begins a run, or continues the one with this id.
 
   Args:
-    name: shown for the run.
-    run_id: of its own in the project.
-    config: as nested dicts.
+    name: the name that is shown for the run.
+    run_id: id of the run, unique in the project.
+    config: config of the run, as nested dicts.
 
   Raises:
-    UserError: without a login, or where the service refuses.
+    UserError: if there is no login, the service refuses, or this process
+      already has a run open.
   """
   import wandb
 
@@ -62,7 +63,7 @@ def begin(name: str, run_id: str, config: dict[str, Any]) -> WeightsAndBiases:
     run = wandb.init(
         project=None if 'WANDB_PROJECT' in os.environ else PROJECT,
         id=run_id, resume='allow', name=name, config=config,
-        # What a terminal shows is neither captured nor added to.
+        # Neither captures the terminal's output nor adds to it.
         settings=wandb.Settings(console='off', silent=True),
     )
   except Exception as e:  # wandb raises many kinds.

@@ -1,1 +1,1 @@
-"""Weights of other projects, in both directions."""
+"""Converts weights from and to the formats of other projects."""

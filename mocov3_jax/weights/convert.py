@@ -31,18 +31,19 @@ def convert(
   """Reads `source` and writes `target`.
 
   Args:
-    source: a folder of ours or a file.
+    source: a checkpoint folder of this project, timm:FOLDER, or a file.
     target: likewise; must not exist.
-    encoder: 'query' or 'momentum': which of the two a backbone alone is.
-    config: the recipe of the run, for a file. Then the optimizer's state is
-      kept, and `train` can continue. None = what a file of ours tells of
-      itself; else the architecture is read off the tensors.
-    num_heads: attention heads of a ViT, for the latter; 0 = the paper's for
-      its width.
+    encoder: 'query' or 'momentum': which encoder to write, if the target holds
+      only one backbone.
+    config: the recipe of the run, for a file. With it the optimizer's state is
+      kept, and `train` can continue. None = what a file of this project says of
+      itself; for other files the architecture is inferred from the tensors.
+    num_heads: attention heads of a ViT whose architecture is inferred; 0 = the
+      paper's number for its width.
     ignore: names in a file to leave out; a final * matches the rest.
 
   Returns:
-    The results, flat.
+    The results, as a flat dict.
 
   Raises:
     UserError: for a bad source, one that does not fit, or a target that
@@ -94,7 +95,7 @@ def convert(
 
 
 def _is_ours(source: str) -> bool:
-  """Returns whether --from names a folder of ours."""
+  """Returns whether --from names a folder of this project."""
   return not source.startswith(timm_folder.PREFIX) and (
       run_path(source, '--from').is_dir()
   )
@@ -104,7 +105,7 @@ def _read(
     source: str, config: ConfigDict | None, num_heads: int,
     ignore: tuple[str, ...],
 ) -> tuple[Weights, dict[str, str]]:
-  """Reads a folder of ours, one of timm, or a file.
+  """Reads a folder of this project, a folder of timm, or a file.
 
   Returns:
     The weights, and the names of what was left out with the reasons.
@@ -120,7 +121,7 @@ def _read(
 
 
 def _run_of(source: str) -> tuple[str, Any]:
-  """Returns the workdir of a folder of ours, and the names of its classes."""
+  """Returns the workdir of a folder of this project, and its class names."""
   _, folder = network.locate(source)
   return str(folder.parent.parent), network.class_names(folder)
 
@@ -152,7 +153,7 @@ def _report(
     if path in written:
       name = console.shown(weights.names[path])
       print(f'{name:{width}}  ->  {written[path]}  {array.shape}')
-  # Such as two moments of each tensor, which would bury the rest.
+  # Only counted: the two moments of each tensor, say, would bury the rest.
   lost = collections.Counter(p[0] for p in weights.flat if p not in written)
   for kind, count in lost.items():
     print(f'{kind}: {count} tensors  ->  (not in the target)')

@@ -1,4 +1,4 @@
-"""Files of weights: PyTorch's, read without running code, and safetensors."""
+"""Files of weights: safetensors, and PyTorch's, read without running code."""
 
 import argparse
 from collections.abc import Iterable, Mapping
@@ -20,14 +20,14 @@ from mocov3_jax.base.errors import UserError
 TORCH_SUFFIXES = ('.pth.tar', '.pth', '.pt')
 SAFETENSORS = '.safetensors'
 SUFFIXES = (*TORCH_SUFFIXES, SAFETENSORS)
-# Under which files of ours tell their architecture.
+# The key under which files of this project describe their architecture.
 DESCRIPTION = 'mocov3_jax'
-# Where a PyTorch file may hold its state_dict.
+# The keys under which a PyTorch file may hold its state_dict.
 STATES = ('state_dict', 'model')
 # What wrappers put before the names of a state_dict: DistributedDataParallel,
 # torch.compile, and trainers (of DINO, say) that hold a backbone and a head.
 WRAPPERS = re.compile(r'^((module|_orig_mod|backbone)\.)+')
-# Rounding of the half precisions, relative.
+# Relative rounding error of the half-precision types.
 HALVES = {'float16': 2.0**-11, 'bfloat16': 2.0**-8}
 
 
@@ -37,11 +37,12 @@ class File:
 
   Attributes:
     tensors: the state_dict, without prefixes of wrappers ('module.').
-    optimizer: its state by the number of the parameter; empty if there is
-      none, or one of another kind than PyTorch's optimizers save.
-    extra: names of what else is there.
-    description: JSON, what a file of ours tells of itself; '' if none.
-    rounding: of the values of the coarsest tensor, relative.
+    optimizer: state of the optimizer by parameter index; empty if there is
+      none, or one of another form than PyTorch's optimizers save.
+    extra: names of the file's top-level entries; empty for a bare state_dict.
+    description: JSON in which a file of this project describes itself; '' if
+      there is none.
+    rounding: relative rounding error of the coarsest tensor.
   """
 
   tensors: dict[str, np.ndarray]
@@ -57,12 +58,12 @@ def read(
   """Reads a file of weights.
 
   Args:
-    path: of the file.
+    path: path of the file.
     source: what messages call it, such as '--from=FILE'.
-    ignore: further state_dicts in it that are not wanted.
+    ignore: names of state_dicts in it that are not wanted.
 
   Raises:
-    UserError: if it is none, is damaged, or wants to run code.
+    UserError: if there is no such file, it is damaged, or it would run code.
   """
   if not path.is_file():
     raise UserError(
@@ -106,10 +107,10 @@ def _read_safetensors(path: epath.Path, source: str) -> File:
 
 
 def _unwrapped(source: str, names: Iterable[str]) -> dict[str, str]:
-  """Returns the names of a state_dict without prefixes of wrappers.
+  """Maps the names of a state_dict to names without prefixes of wrappers.
 
   Raises:
-    UserError: if two of them become the same.
+    UserError: if two names become the same.
   """
   found = {name: WRAPPERS.sub('', str(name)) for name in names}
   both = {}
@@ -124,7 +125,7 @@ def _unwrapped(source: str, names: Iterable[str]) -> dict[str, str]:
 
 
 def _widened(x: np.ndarray) -> np.ndarray:
-  # Half precisions to float32, without loss.
+  # Widens half precision to float32, without loss.
   return x.astype(np.float32) if _rounding(x) > 1e-6 else x
 
 
@@ -188,7 +189,7 @@ def _read_torch(
 
 
 def _check_archive(path: epath.Path, source: str) -> None:
-  """Refuses a PyTorch file that would grow as it is read; theirs do not."""
+  """Refuses a file that would grow as it is read; torch.save writes none."""
   if not zipfile.is_zipfile(path):
     return
   with zipfile.ZipFile(path) as archive:
@@ -238,9 +239,9 @@ def write_torch(
   """Writes a PyTorch file, whole or not at all; arrays become tensors.
 
   Args:
-    path: of the file.
+    path: path of the file.
     content: nested dicts and lists of plain values and numpy arrays.
-    description: of the architecture, JSON.
+    description: JSON description of the architecture.
   """
   torch = import_torch()
 

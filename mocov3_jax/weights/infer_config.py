@@ -1,4 +1,4 @@
-"""The architecture that the tensors of a file belong to."""
+"""Infers the architecture of a network from the tensors of a file."""
 
 from collections.abc import Mapping
 import re
@@ -18,18 +18,18 @@ def config_of(
     source: str, backbone: Tensors, num_heads: int, frozen: bool,
     rounding: float,
 ) -> ConfigDict:
-  """Returns a config with the model that these tensors are of.
+  """Returns a config with the model that these tensors belong to.
 
-  What is in no weights comes from the paper and the arguments: images of 224
+  What no weights tell comes from the paper and the arguments: images of 224
   pixels for a ResNet (32 with the stem for small images), ImageNet's
   normalisation, attention heads by width.
 
   Args:
     source: file name, for messages.
-    backbone: its tensors by their names in timm.
-    num_heads: attention heads of a ViT; 0 = the paper's for its width.
-    frozen: whether a patch projection is the frozen one.
-    rounding: of the file's values, relative.
+    backbone: tensors of the backbone by their names in timm.
+    num_heads: attention heads of a ViT; 0 = the paper's number for its width.
+    frozen: whether a patch projection is taken to be the frozen one.
+    rounding: relative rounding error of the file's values.
 
   Raises:
     UserError: if it is neither a ViT nor a ResNet, or one that no config
@@ -77,9 +77,9 @@ def config_of(
 def set_heads(
     c: ConfigDict, projector: Tensors, predictor: Tensors
 ) -> None:
-  """Sets `config.head` to what these two MLPs are, by PyTorch's names.
+  """Sets `config.head` to match these two MLPs, given by PyTorch's names.
 
-  One that is not there (a checkpoint that was stripped) is left at its default.
+  If one is missing (in a stripped checkpoint), its fields keep their defaults.
   """
   layers = _linear(projector)
   if layers:

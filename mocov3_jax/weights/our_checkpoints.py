@@ -1,4 +1,4 @@
-"""Checkpoints of ours as `Weights`, and back."""
+"""Reads checkpoints of this project as `Weights`, and writes them."""
 
 from typing import Any
 
@@ -23,10 +23,10 @@ def read(path: str) -> Weights:
   """Reads all networks and moments of a checkpoint.
 
   Args:
-    path: as `network.locate`.
+    path: as for `network.locate`.
 
   Raises:
-    UserError: if it is none, or cannot be read.
+    UserError: if there is no checkpoint, or it cannot be read.
   """
   config, folder = network.locate(path)
   flat = {}
@@ -41,7 +41,7 @@ def read(path: str) -> Weights:
 
 
 def leaves(tree: Any) -> list[tuple[Path, np.ndarray]]:
-  """Returns the leaves of any tree with the names on their way."""
+  """Returns the leaves of any tree, each with the names on its path."""
   found, _ = jax.tree_util.tree_flatten_with_path(tree)
   return [(_keys(path), leaf) for path, leaf in found]
 
@@ -55,11 +55,11 @@ def _keys(path: tuple[Any, ...]) -> Path:
 def write(path: str, weights: Weights) -> tuple[dict[Path, str], bool]:
   """Writes a workdir with one checkpoint.
 
-  It holds a TrainState, with which `train` can continue, if the weights are
-  complete; else what there is of the networks.
+  If the weights are complete, the checkpoint holds a TrainState, with which
+  `train` can continue; else it holds what there is of the networks.
 
   Args:
-    path: of the workdir.
+    path: path of the workdir.
     weights: what to write.
 
   Returns:
@@ -79,9 +79,9 @@ def write(path: str, weights: Weights) -> tuple[dict[Path, str], bool]:
 
 
 def train_state(weights: Weights) -> tuple[TrainState | None, set[Path]]:
-  """Returns the state of the run, and the paths of what is in it.
+  """Returns the state of the run, and the paths of the arrays in it.
 
-  The state is None if something of it is not there.
+  The state is None if a part of it is missing.
   """
   config = weights.config
   size, channels = config.data.image_size, len(config.data.mean)
@@ -94,7 +94,7 @@ def train_state(weights: Weights) -> tuple[TrainState | None, set[Path]]:
     keys = _keys(path)
     if keys[-1] in ('step', 'count'):
       return np.asarray(weights.step, leaf.dtype)
-    if keys[0] == 'past_keys':  # No file has them; zeros are none yet.
+    if keys[0] == 'past_keys':  # No file has them; zeros mean none.
       return np.zeros(leaf.shape, leaf.dtype)
     for slot in SLOTS:
       if keys[0] == 'opt_state' and slot in keys:

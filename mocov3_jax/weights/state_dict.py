@@ -1,4 +1,4 @@
-"""Weights as one flat dict, and their places in a state_dict of PyTorch."""
+"""Weights as one flat dict, and their places in a PyTorch state_dict."""
 
 from collections.abc import Mapping
 import dataclasses
@@ -28,8 +28,8 @@ class Weights:
     step: updates done.
     flat: arrays in our layout by path. A path begins with a field of
       TrainState, or with an optax slot: 'mu', 'nu' or 'trace'.
-    names: what the source calls each of them.
-    assumed: what the source does not tell, in words.
+    names: what the source calls each array.
+    assumed: what was assumed since the source does not tell it, in words.
   """
 
   config: ConfigDict
@@ -44,8 +44,8 @@ class Place:
   """Where a tensor of a state_dict belongs.
 
   Attributes:
-    path: ours.
-    shape: PyTorch's.
+    path: path in our tree.
+    shape: shape in PyTorch's layout.
   """
 
   path: Path
@@ -56,11 +56,11 @@ def require_finite(source: str, weights: Weights) -> None:
   """Raises UserError with the first tensor that is not finite.
 
   Args:
-    source: where they are from, for the message.
+    source: where the weights are from, for the message.
     weights: what was read.
   """
   for path, array in weights.flat.items():
-    # Of what is no number there is nothing to check.
+    # Other types cannot be NaN or infinite.
     if jnp.issubdtype(array.dtype, jnp.inexact):
       if not np.isfinite(array).all():
         raise UserError(
@@ -85,7 +85,7 @@ def _require_names(config: ConfigDict) -> None:
 
 
 def full_places(config: ConfigDict) -> dict[str, Place]:
-  """Returns the release's state_dict: two encoders and the predictor.
+  """Returns the places of the release's state_dict: encoders and predictor.
 
   Raises:
     UserError: for a network that the release has no names for.
@@ -114,12 +114,12 @@ def full_places(config: ConfigDict) -> dict[str, Place]:
 def backbone_places(
     config: ConfigDict, encoder: str, classes: int = 0
 ) -> dict[str, Place]:
-  """Returns the state_dict of a backbone, as in timm.
+  """Returns the places of a backbone's state_dict, as in timm.
 
   Args:
-    config: of the run.
+    config: config of the run.
     encoder: 'query' or 'momentum'.
-    classes: outputs of the linear classifier; 0 = there is none.
+    classes: number of outputs of the linear classifier; 0 = there is none.
 
   Raises:
     UserError: for a backbone that timm has no names for.
@@ -134,7 +134,7 @@ def backbone_places(
       shape = torch_names.torch_shape(leaf.shape, path)
       places[name] = Place((fields[collection], *rest), shape)
   if classes:
-    # The projector starts from the features as well.
+    # The projector's input is the features, too.
     width = shapes['params', 'projector', 'linear_0', 'kernel'].shape[0]
     for leaf, shape in ('kernel', (classes, width)), ('bias', (classes,)):
       path = ('params', 'classifier', leaf)
@@ -149,10 +149,10 @@ def _sorted(places: dict[str, Place]) -> dict[str, Place]:
 def constants(
     config: ConfigDict, places: Mapping[str, Place], step: int
 ) -> dict[str, np.ndarray]:
-  """Tensors of a state_dict that hold no weights.
+  """Returns the tensors of a state_dict that hold no weights.
 
-  The fixed position tables, and each BatchNorm's count of the batches that it
-  has seen: two a step.
+  These are the fixed position tables, and each BatchNorm's count of the batches
+  that it has seen: two per step.
   """
   result = {}
   for name in places:
@@ -182,21 +182,22 @@ def from_torch(
     known: Mapping[str, np.ndarray],
     rounding: float,
 ) -> dict[Path, np.ndarray]:
-  """Puts tensors in their places; each must have one, and each place one.
+  """Puts tensors in their places; there must be one tensor for each place.
 
   Args:
     source: file name, for messages.
     tensors: a state_dict.
-    places: what it should hold.
-    known: tensors that may be there and are not needed.
-    rounding: of the file's values, relative.
+    places: the places that it should fill.
+    known: tensors that may be there but are not needed.
+    rounding: relative rounding error of the file's values.
 
   Returns:
     Arrays in our layout by our paths, float32.
 
   Raises:
-    UserError: for tensors that are missing, left over, of another shape, or
-      positions other than the fixed ones; the first of each are listed.
+    UserError: for tensors that are missing, left over, or of another shape or
+      type, and for positions other than the fixed ones; lists the first of
+      each.
   """
   problems = _listed('missing', [n for n in places if n not in tensors])
   problems += _listed(

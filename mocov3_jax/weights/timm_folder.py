@@ -1,9 +1,9 @@
 """Folders from which timm makes a network: weights, config.json, README.md.
 
-`timm.create_model('local-dir:FOLDER')` gives the right network with nothing
-else said; on the Hub such a folder is a model. Its config.json names one of
-timm's functions and the arguments that differ from that function's own, such as
-the 12 heads of MoCo v3's ViT-S, where timm's has 6.
+`timm.create_model('local-dir:FOLDER')` gives the right network without further
+arguments; on the Hub such a folder is a model. Its config.json names one of
+timm's functions and the arguments that differ from that function's defaults,
+such as the 12 heads of MoCo v3's ViT-S, where timm's has 6.
 """
 
 from collections.abc import Iterable
@@ -32,9 +32,9 @@ ARCHITECTURES = {
     'vit_h': 'vit_huge_patch14_224',
     **{name: name for name in models.RESNETS},
 }
-# Attention heads of timm's ViTs, where config.json does not tell.
+# Attention heads of timm's ViTs, used if config.json does not tell.
 HEADS = {'tiny': 3, 'small': 6, 'base': 12, 'large': 16, 'huge': 16}
-# Points of the curve that a card shows.
+# Number of points of the kNN curve that a model card shows.
 POINTS = 12
 
 
@@ -44,8 +44,8 @@ def describe(
   """Returns the config.json of a network.
 
   Args:
-    config: of the run.
-    class_names: of its classifier; none without one.
+    config: config of the run.
+    class_names: class names of its classifier; empty without one.
 
   Raises:
     UserError: for a network that timm does not have.
@@ -110,14 +110,14 @@ def write(
     folder: epath.Path, source: Weights, encoder: str, run: str,
     class_names: Iterable[str] = (),
 ) -> dict[Any, str]:
-  """Writes a folder; config.json comes last, and makes it one.
+  """Writes a folder; config.json comes last, and makes it complete.
 
   Args:
-    folder: does not exist yet.
+    folder: the folder; must not exist yet.
     source: what to write.
-    encoder: 'query' or 'momentum', whose backbone it is.
-    run: the workdir that it is of, for the card; '' = none.
-    class_names: of its classifier.
+    encoder: 'query' or 'momentum': whose backbone to write.
+    run: workdir of the run, for the model card; '' = none.
+    class_names: class names of its classifier.
 
   Returns:
     The name of each array that was written, by its path.
@@ -144,8 +144,8 @@ def read(
 
   Args:
     given: 'timm:FOLDER'.
-    flag: or config field that names it, for messages.
-    config: of the run; None = as the folder tells.
+    flag: the flag or config field that names the folder, for messages.
+    config: config of the run; None = as the folder tells.
     num_heads: attention heads of a ViT; 0 = as the folder tells.
     ignore: names of tensors to leave out; a final * matches the rest.
 
@@ -180,7 +180,7 @@ def read_description(folder: epath.Path) -> dict[str, Any]:
 
 
 def heads_of(description: dict[str, Any]) -> int:
-  """Returns the attention heads that a config.json tells; 0 if it does not."""
+  """Returns the number of attention heads in a config.json; 0 if unknown."""
   arguments = _part(description, 'model_args')
   if 'num_heads' in arguments and type(arguments['num_heads']) is int:
     return arguments['num_heads']
@@ -193,10 +193,10 @@ def heads_of(description: dict[str, Any]) -> int:
 def with_normalisation(
     weights: Weights, description: dict[str, Any]
 ) -> Weights:
-  """Returns weights whose config has mean and standard deviation of a folder.
+  """Puts the mean and standard deviation of a folder into the weights' config.
 
   Raises:
-    UserError: if these are no numbers a channel.
+    UserError: if these are not one number per channel.
   """
   told = _part(description, 'pretrained_cfg')
   if not {'mean', 'std'} <= told.keys():
@@ -230,7 +230,7 @@ def _field(description: dict[str, Any], name: str) -> Any:
 
 
 def _card(name: str, source: Weights, encoder: str, run: str) -> str:
-  """Returns a model card: what it is, of what run, how good, how to use it."""
+  """Returns a model card: what it is, how to use it, its recipe and results."""
   config = source.config
   lines = [
       '---', 'library_name: timm', 'tags:', '- self-supervised-learning',
@@ -258,7 +258,7 @@ def _card(name: str, source: Weights, encoder: str, run: str) -> str:
 
 
 def _results(run: str) -> list[str]:
-  """Returns what the run says of data, kNN and evaluations, as Markdown."""
+  """Returns the run's data, kNN curve and evaluations, as Markdown lines."""
   if not run:
     return []
   try:

@@ -1,4 +1,4 @@
-"""Files of PyTorch and safetensors as `Weights`, and back."""
+"""Reads files of PyTorch and safetensors as `Weights`, and writes them."""
 
 from collections.abc import Mapping
 import contextlib
@@ -22,7 +22,8 @@ from mocov3_jax.weights.state_dict import Place, Weights
 from mocov3_jax.weights.torch_names import COUNTER
 
 FULL = '.pth.tar'
-# The release's names of its architectures, by ours and the patch embedding.
+# The release's names of its architectures, by our name and whether the stem is
+# convolutional.
 ARCHITECTURES = {
     ('vit_s', False): 'vit_small', ('vit_s', True): 'vit_conv_small',
     ('vit_b', False): 'vit_base', ('vit_b', True): 'vit_conv_base',
@@ -36,13 +37,14 @@ def read(
   """Reads a file and finds the place of each tensor.
 
   Args:
-    path: of the file.
+    path: path of the file.
     source: what messages call it, such as '--from=FILE'.
-    config: of the run; None = as a file of ours tells, or else read off the
-      tensors.
-    num_heads: attention heads of a ViT, for the latter; 0 = the paper's.
+    config: config of the run; None = as a file of this project tells, or else
+      inferred from the tensors.
+    num_heads: attention heads of a ViT that is inferred; 0 = the paper's
+      number.
     ignore: names to leave out; a final * matches the rest.
-    heads_beside: attention heads that a file beside it tells; 0 = none does.
+    heads_beside: attention heads given by another file beside it; 0 = unknown.
 
   Returns:
     The weights, and the names of what was left out with the reasons.
@@ -57,7 +59,7 @@ def read(
   told = config is not None
   if not told:
     config = _described(source, file)
-  # What the optimizer's state means, only a recipe can tell.
+  # Only a recipe can tell what the optimizer's state means.
   moments = file.optimizer if full and config is not None else {}
   if config is None:
     config, assumed = _inferred(
@@ -97,7 +99,8 @@ def read(
 def _moments(
     source: str, config: ConfigDict, state: dict[int, dict[str, Any]]
 ) -> tuple[dict[Path, np.ndarray], dict[Path, str]]:
-  # Numbered over the whole model, even if parts of that are not in the file.
+  # States are numbered over the whole model, even if the file lacks parts of
+  # it.
   places = state_dict.full_places(config)
   known = state_dict.constants(config, places, 0)
   order = torch_optimizer.parameter_order([*places, *known])
@@ -129,8 +132,8 @@ def _dropped(
 def _present(
     config: ConfigDict, tensors: Mapping[str, np.ndarray]
 ) -> dict[str, Place]:
-  # Some checkpoints are stripped of what only training needs; of a part that
-  # is there, nothing may be missing.
+  # Some checkpoints lack parts that only training needs. A part that is there
+  # must be complete.
   parts = (
       'momentum_encoder.', 'predictor.',
       f'base_encoder.{state_dict.head_name(config)}.',
@@ -195,7 +198,7 @@ def _inferred(
 def _assumed(
     source: str, config: ConfigDict, full: bool, num_heads: int
 ) -> tuple[str, ...]:
-  """Returns what no tensor tells, in words."""
+  """Returns what is assumed since no tensor tells it, in words."""
   assumed = [
       f'normalisation: mean {config.data.mean}, std {config.data.std}',
       f'data.source: {config.data.source} (name another one to evaluate and '
@@ -247,12 +250,12 @@ def _whole(step: Any) -> int:
 def write(
     path: epath.Path, source: Weights, encoder: str
 ) -> dict[Path, str]:
-  """Writes a file of the kind that its suffix says.
+  """Writes a file, of the kind given by its suffix.
 
   Args:
     path: ends with .pth.tar (everything), .pth or .safetensors (a backbone).
     source: what to write.
-    encoder: 'query' or 'momentum', whose backbone it is.
+    encoder: 'query' or 'momentum': whose backbone to write.
 
   Returns:
     The name of each array that was written, by its path.

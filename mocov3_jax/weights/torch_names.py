@@ -1,8 +1,8 @@
 """Our parameters under the names and in the layouts of PyTorch.
 
 The names are those of the published checkpoints, which for backbones are also
-timm's and torchvision's. Only this direction is written down: what a file of
-PyTorch should hold follows from the tree that we want to fill.
+timm's and torchvision's. Only this direction is defined: what a PyTorch file
+should hold follows from the tree that we want to fill.
 """
 
 from collections.abc import Iterable
@@ -21,8 +21,8 @@ _LEAVES = {
     'mean': 'running_mean', 'var': 'running_var',
     'cls_token': 'cls_token', 'pos_embed': 'pos_embed',
 }
-# The order of siblings in a checkpoint of PyTorch, which numbers the states
-# of its optimizer.
+# The order of sibling modules in a PyTorch checkpoint. It determines the
+# indices of the optimizer's states.
 _ORDER = (
     'base_encoder momentum_encoder predictor cls_token pos_embed patch_embed '
     'blocks norm1 attn qkv norm2 mlp fc1 fc2 norm conv1 bn1 conv2 bn2 conv3 '
@@ -35,14 +35,14 @@ def torch_name(path: Path, head: str) -> str:
   """Returns the name of a tensor of one network.
 
   Args:
-    path: in the tree of parameters or statistics, such as ('projector',
+    path: path in the tree of parameters or statistics, such as ('projector',
       'linear_0', 'kernel').
     head: PyTorch's name of the projector and the classifier: 'head' in a ViT,
       'fc' in a ResNet.
 
   Returns:
-    The name within the encoder: 'head.0.weight'. The predictor's, which is
-    beside the encoders, begins with 'predictor.'.
+    The name within the encoder, such as 'head.0.weight'. The predictor is
+    beside the encoders; its names begin with 'predictor.'.
 
   Raises:
     UserError: for a tensor that PyTorch's networks do not have.

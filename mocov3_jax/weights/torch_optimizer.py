@@ -1,4 +1,4 @@
-"""The state of AdamW and of the release's LARS in PyTorch, and back."""
+"""Converts the state of AdamW and of the release's LARS from and to PyTorch."""
 
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -11,12 +11,12 @@ from mocov3_jax.weights import torch_names
 from mocov3_jax.weights.state_dict import Place, Weights
 from mocov3_jax.weights.torch_names import COUNTER
 
-# Slots of PyTorch (AdamW's, and those of the release's LARS) and of optax.
+# optax's slots by PyTorch's (AdamW's, and those of the release's LARS).
 MOMENTS = {'exp_avg': 'mu', 'exp_avg_sq': 'nu', 'mu': 'trace'}
 
 
 def parameter_order(names: Iterable[str]) -> list[str]:
-  """Returns the names of a state_dict that PyTorch's optimizers count."""
+  """Returns the parameter names of a state_dict as PyTorch orders them."""
   buffers = ('running_mean', 'running_var', COUNTER)
   return [n for n in torch_names.in_order(names) if not n.endswith(buffers)]
 
@@ -29,12 +29,12 @@ def read(
 
   Args:
     source: file name, for messages.
-    state: optimizer['state'], with numpy arrays; numbered as `order`.
-    order: all parameters of the model.
-    places: of its tensors.
+    state: optimizer['state'], with numpy arrays; indexed as in `order`.
+    order: names of all parameters of the model.
+    places: places of its tensors.
 
   Raises:
-    UserError: for a number, slot or shape that does not fit.
+    UserError: for an index, slot or shape that does not fit.
   """
   flat = {}
   for index, slots in state.items():
@@ -66,9 +66,9 @@ def write(
   """Returns the state of an optimizer as PyTorch saves it.
 
   Args:
-    source: whose moments it is; LAMB's have no counterpart in the release.
+    source: has the moments; LAMB's have no counterpart in the release.
     tensors: the state_dict.
-    places: of its tensors.
+    places: places of its tensors.
 
   Returns:
     What `optimizer.state_dict()` returns, and the names of the moments in it.
