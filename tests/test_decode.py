@@ -11,6 +11,7 @@ from PIL import Image, ImageOps
 import pytest
 
 from mocov3_jax.data.decode import Encoded, Unreadable
+from mocov3_jax.data.metadata import stripped
 
 PHOTO = Image.fromarray(photos.photographs()['china'][:120, :160])
 
@@ -114,6 +115,21 @@ def test_unusual_orientations_are_read_one_way_only(kind):
     )
   if kind == 'xmp':
     assert (encoded.height, encoded.width) == (160, 120)
+
+
+@pytest.mark.parametrize('kind', ['JPEG', 'PNG', 'WEBP'])
+def test_a_repaired_picture_is_turned_as_before(kind):
+  exif = Image.Exif()
+  exif[0x0112] = 6
+  data = encode(PHOTO, kind, exif=exif, icc_profile=b'no profile')
+  repaired = stripped(data, exif=True)
+  assert b'no profile' not in repaired
+  np.testing.assert_array_equal(
+      Encoded(repaired).pixels(), Encoded(data).pixels()
+  )
+  assert Encoded(stripped(data, exif=False)).pixels().shape == (
+      PHOTO.height, PHOTO.width, 3
+  )
 
 
 def test_an_animation_gives_its_first_frame():

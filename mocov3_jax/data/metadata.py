@@ -17,7 +17,8 @@ JPEG = b'\xff\xd8'
 # The segments kept out of a JPEG's APP0 to APP15 and comments: JFIF, EXIF, and
 # Adobe's, which gives the colour space.
 JPEG_KEPT = {0xE0: b'JFIF\0', 0xE1: b'Exif\0\0', 0xEE: b'Adobe'}
-WEBP_DROPPED = (b'ICCP', b'EXIF', b'XMP ')
+# The flags in a WebP's header of the metadata that may be removed.
+WEBP_FLAGS = {b'ICCP': 0b100000, b'EXIF': 0b1000, b'XMP ': 0b100}
 
 
 def stripped(data: bytes, exif: bool) -> bytes | None:
@@ -25,8 +26,7 @@ def stripped(data: bytes, exif: bool) -> bytes | None:
 
   Args:
     data: the bytes of a PNG, JPEG or WebP file.
-    exif: whether to keep the EXIF block of a PNG or JPEG. That of a WebP file
-      is always removed.
+    exif: whether to keep the EXIF block, which holds the orientation.
 
   Returns:
     The bytes of the same picture; None if the file has another format, or its
@@ -38,7 +38,7 @@ def stripped(data: bytes, exif: bool) -> bytes | None:
     if data.startswith(JPEG):
       return JPEG + b''.join(_jpeg(data, exif))
     if data[:4] == b'RIFF' and data[8:12] == b'WEBP':
-      body = b'WEBP' + b''.join(_webp(data))
+      body = b'WEBP' + b''.join(_webp(data, exif))
       return b'RIFF' + struct.pack('<I', len(body)) + body
   except (struct.error, IndexError):  # Cut off within a part.
     pass
@@ -76,15 +76,16 @@ def _jpeg(data: bytes, exif: bool) -> Iterator[bytes]:
     place += len(segment)
 
 
-def _webp(data: bytes) -> Iterator[bytes]:
+def _webp(data: bytes, exif: bool) -> Iterator[bytes]:
+  dropped = {k: v for k, v in WEBP_FLAGS.items() if not exif or k != b'EXIF'}
   place = 12
   while place < len(data):
     kind = data[place:place + 4]
     (length,) = struct.unpack_from('<I', data, place + 4)
     chunk = data[place:place + 8 + length + length % 2]
-    if kind == b'VP8X':  # Clears the flags of the removed parts.
-      flags = chunk[8] & ~0b101100
+    if kind == b'VP8X':
+      flags = chunk[8] & ~sum(dropped.values())
       chunk = chunk[:8] + bytes([flags]) + chunk[9:]
-    if kind not in WEBP_DROPPED:
+    if kind not in dropped:
       yield chunk
     place += len(chunk)
