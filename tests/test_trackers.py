@@ -253,9 +253,8 @@ def runs_of(part):
   return [r.run for r in part if r.WhichOneof('record_type') == 'run']
 
 
-@pytest.mark.parametrize('how', [
-    signal.SIGKILL, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)
-])
+@pytest.mark.slow
+@pytest.mark.parametrize('how', [signal.SIGKILL, signal.SIGTERM])
 def test_wandb_has_a_run_that_was_ended_and_continued_once(
     tmp_path, monkeypatch, how
 ):
