@@ -14,21 +14,27 @@ import sys
 
 from mocov3_jax.runs import history
 
-# Of the metrics of a step, besides the gradients of all layers.
+# The metrics of a step that are kept besides the gradients of all layers.
 CURVES = 'knn/top1', 'train/loss'
-GRADIENTS = 'grad_max/'
+BLOCK = 'grad_max/block_'
 # For room, of the layers alone in which spikes may begin.
 UPDATES = 'update_rms/patch_embed', 'update_rms/block_0', 'update_rms/block_1'
 VERSIONS = 'jax', 'python', 'backend', 'device', 'devices'
 
 
 def columns(rows: Sequence[dict[str, float]]) -> list[str]:
-  """Returns which metrics of a run are kept, in order."""
+  """Returns which metrics of a run are kept; layers from the lowest up."""
   logged = {name for row in rows for name in row}
-  layers = sorted(name for name in logged if name.startswith(GRADIENTS))
-  # The last block is logged by its number as well.
-  blocks = [name for name in layers if name.startswith(f'{GRADIENTS}block_')]
-  wanted = [*CURVES, *(x for x in layers if x not in blocks[-1:]), *UPDATES]
+  blocks = sorted(
+      (name for name in logged if name.startswith(BLOCK)),
+      key=lambda name: int(name.removeprefix(BLOCK)),
+  )
+  wanted = [
+      *CURVES, 'grad_max/patch_embed',
+      *blocks[:-1],  # The last block is logged by its number as well.
+      'grad_max/last_block', 'grad_max/projector', 'grad_max/predictor',
+      *UPDATES,
+  ]
   return [name for name in wanted if name in logged]
 
 

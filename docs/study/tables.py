@@ -12,16 +12,16 @@ many and as far apart, had nothing to do with each other.
 import collections
 from collections.abc import Iterator, Sequence
 import csv
-import dataclasses
 import json
 import lzma
 import pathlib
 import statistics
 import sys
-from typing import Any
 
+from etils import epath
 import numpy as np
 
+from mocov3_jax.runs import history
 from mocov3_jax.training import events, stability
 
 SHUFFLES = 1000
@@ -34,45 +34,31 @@ HEAD = (
 )
 
 
-@dataclasses.dataclass(frozen=True)
-class Kept:
-  """A run as `keep.py` keeps it.
-
-  Attributes:
-    config: flat, of the run.
-    rows: of its metrics, one a step.
-  """
-
-  config: dict[str, Any]
-  rows: list[dict[str, float]]
-
-
-def read(path: pathlib.Path) -> Kept:
-  """Reads a file of `keep.py`."""
+def read(path: pathlib.Path) -> history.Run:
+  """Reads a file of `keep.py`; the rows of the run are one a step."""
   with lzma.open(path, 'rt') as file:
     about = json.loads(file.readline().removeprefix('# '))
     rows = [
         {name: float(value) for name, value in row.items() if value}
         for row in csv.DictReader(file)
     ]
-  return Kept(
-      about['config'], [row | {'step': int(row['step'])} for row in rows]
+  return history.Run(
+      epath.Path(path), about['config'],
+      [row | {'step': int(row['step'])} for row in rows],
+      about['status'], about['result'], [],
   )
 
 
-def settings(runs: Sequence[Kept]) -> Iterator[tuple[str, list[Kept]]]:
+def settings(
+    runs: Sequence[history.Run]
+) -> Iterator[tuple[str, list[history.Run]]]:
   """Yields the runs of each setting, with what tells it from the others."""
-  fields = {
-      name for run in runs for name in run.config
-      if name != 'seed' and any(
-          run.config.get(name) != other.config.get(name) for other in runs
-      )
-  }
-  groups: dict[str, list[Kept]] = {}
-  for run in runs:
+  fields = history.differing(history.aligned(runs))
+  groups: dict[str, list[history.Run]] = {}
+  for number, run in enumerate(runs):
     name = ', '.join(
-        f'{field.rpartition(".")[2]} {run.config.get(field)}'
-        for field in sorted(fields)
+        f'{field.rpartition(".")[2]} {fields[field][number]}'
+        for field in sorted(fields) if field != 'seed'
     )
     groups.setdefault(name, []).append(run)
   yield from sorted(groups.items())
@@ -101,14 +87,12 @@ def joint(by_layer: Onsets) -> list[dict[str, int]]:
   return [e for e in events.together(by_layer) if len(e) > 1]
 
 
-def lowest(run: Kept) -> str:
+def lowest(run: history.Run) -> str:
   """Returns the lowest layer that learns: the first with a gradient."""
-  layers = [
+  return next(
       name.removeprefix(GRADIENTS) for name, value in run.rows[0].items()
       if name.startswith(GRADIENTS) and value
-  ]
-  # As 'patch_embed', 'block_0', ..., 'last_block'.
-  return min(layers, key=lambda x: (x != 'patch_embed', x))
+  )
 
 
 def first(event: dict[str, int]) -> list[str]:
@@ -116,7 +100,7 @@ def first(event: dict[str, int]) -> list[str]:
   return sorted(x for x, step in event.items() if step == min(event.values()))
 
 
-def line(name: str, runs: Sequence[Kept]) -> list[str]:
+def line(name: str, runs: Sequence[history.Run]) -> list[str]:
   """Returns the cells of HEAD for the runs of a setting."""
   found = [stability.analyse(run.rows) for run in runs]
   bottom = lowest(runs[0])

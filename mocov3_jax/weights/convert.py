@@ -65,7 +65,9 @@ def convert(
     )
   if to.exists():
     raise UserError(f'--to={target} exists. Use a new path.')
-  ours = _is_ours(source)
+  ours = not source.startswith(timm_folder.PREFIX) and (
+      run_path(source, '--from').is_dir()
+  )
   to_file = target.endswith(files.SUFFIXES)
   if ours and not (timm or to_file):
     raise UserError(
@@ -73,7 +75,7 @@ def convert(
         f'is a folder. Use, as --to, timm:FOLDER or a file that ends with '
         f'{", ".join(files.SUFFIXES)}.'
     )
-  weights, left_out = _read(source, config, num_heads, ignore)
+  weights, left_out = _read(source, ours, config, num_heads, ignore)
   require_finite(f'--from={source}', weights)
   if timm:
     run, names = _run_of(source) if ours else ('', ())
@@ -94,25 +96,18 @@ def convert(
   return result | {'can_continue': complete}
 
 
-def _is_ours(source: str) -> bool:
-  """Returns whether --from names a folder of this project."""
-  return not source.startswith(timm_folder.PREFIX) and (
-      run_path(source, '--from').is_dir()
-  )
-
-
 def _read(
-    source: str, config: ConfigDict | None, num_heads: int,
+    source: str, ours: bool, config: ConfigDict | None, num_heads: int,
     ignore: tuple[str, ...],
 ) -> tuple[Weights, dict[str, str]]:
-  """Reads a folder of this project, a folder of timm, or a file.
+  """Reads a folder of this project (`ours`), a folder of timm, or a file.
 
   Returns:
     The weights, and the names of what was left out with the reasons.
   """
   if source.startswith(timm_folder.PREFIX):
     return timm_folder.read(source, '--from', config, num_heads, ignore)
-  if _is_ours(source):
+  if ours:
     _refuse_unused(source, config is not None or num_heads or ignore)
     return our_checkpoints.read(source), {}
   return torch_checkpoints.read(
