@@ -57,6 +57,28 @@ def restore(folder, whole):
     gc.collect()
 
 
+def test_arrays_that_all_devices_hold_are_restored(tmp_path):
+  whole = sharding.replicated(sharding.make_mesh(jax.devices()))
+  rng = np.random.default_rng(0)
+  each = 2 * checkpoints_lib.LEAST_PART // 4  # float32 values of a device.
+  arrays = {
+      'small': rng.normal(size=(jax.device_count(), 3)).astype(np.float32),
+      'large': rng.normal(size=(jax.device_count(), each)).astype(np.float32),
+  }
+  checkpoints = checkpoints_lib.Checkpoints(
+      epath.Path(tmp_path), 1, 0, print
+  )
+  held = jax.device_put(arrays, whole)
+  checkpoints.save(1, held, {})
+  checkpoints.wait()
+  restored, step = checkpoints.restore(sharding.placed(held, whole))
+  checkpoints.close()
+  assert step == 1
+  jax.tree.map(np.testing.assert_array_equal, restored, arrays)
+  found = checkpoints_lib.restore_whole(epath.Path(tmp_path / 'checkpoints/1'))
+  jax.tree.map(np.testing.assert_array_equal, found, arrays)
+
+
 def steps(folder):
   return sorted(int(p.name) for p in (folder / 'checkpoints').iterdir())
 

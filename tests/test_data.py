@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 import numpy as np
 from PIL import Image
 import pytest
+from sklearn.datasets import load_digits
 import tiny
 
 from mocov3_jax import sources
@@ -37,6 +38,18 @@ def reader(source, positions, batch_size, seed=0, threads=1):
 
 def batch_numbers(batch):
   return batch.images[:, 0, 0, 0].tolist()
+
+
+def test_digits_are_those_of_scikit_learn():
+  data = load_digits()
+  splits = catalog.load('digits')
+  held_out = np.arange(len(data.images)) % 5 == 0
+  for source, chosen in (splits.train, ~held_out), (splits.test, held_out):
+    images = np.round(data.images[chosen] * (255 / 16)).astype(np.uint8)
+    np.testing.assert_array_equal(source.images, images[..., None])
+    np.testing.assert_array_equal(
+        source.labels(np.arange(len(source))), data.target[chosen]
+    )
 
 
 def test_digits_are_split_once_and_for_all():

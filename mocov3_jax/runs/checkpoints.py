@@ -25,6 +25,9 @@ ITEM = 'state'
 # and the bytes that are always allowed. Trained weights hardly compress, but
 # constant arrays, such as fresh moments, compress to almost nothing.
 MOST_GROWTH, ALWAYS_ALLOWED = 64, 2**26
+# Of an array that many devices hold, each writes a part, if the parts have at
+# least so many bytes. To cut smaller arrays costs more time than it saves.
+LEAST_PART = 2**20
 
 
 # The file by which Orbax recognises a complete checkpoint in a bucket; the file
@@ -74,6 +77,13 @@ class Checkpoints:
             ocp.path.atomicity.CommitFileTemporaryPath
         ),
     )
+    types = ocp.type_handlers
+    registry = types.create_type_handler_registry(
+        (np.ndarray, types.NumpyHandler()),
+        (jax.Array, types.ArrayHandler(
+            min_slice_bytes_for_replica_parallel=LEAST_PART
+        )),
+    )
     if jax.process_index() == 0:
       files.make_folder(self._folder)
       _mark_copies(self._folder)
@@ -81,7 +91,9 @@ class Checkpoints:
     _all_arrive('checkpoints opened')
     self._manager = ocp.CheckpointManager(
         self._folder, options=options,
-        item_handlers={ITEM: ocp.StandardCheckpointHandler()},
+        item_handlers={ITEM: ocp.PyTreeCheckpointHandler(
+            type_handler_registry=registry
+        )},
     )
 
   def _check_metrics(self) -> None:
@@ -100,7 +112,7 @@ class Checkpoints:
 
     Args:
       step: the number of updates done.
-      state: a pytree of jax.Arrays.
+      state: a pytree of jax.Arrays or numpy arrays.
       metrics: if they contain the best metric, the checkpoint is a candidate
         for the best ones.
     """
@@ -111,7 +123,7 @@ class Checkpoints:
       if known and not self._manager.metrics(step):
         self._add_metrics(step, known)
       return
-    args = ocp.args.Composite(**{ITEM: ocp.args.StandardSave(state)})
+    args = ocp.args.Composite(**{ITEM: ocp.args.PyTreeSave(state)})
     self._manager.save(step, args=args, metrics=known, force=True)
 
   def _add_metrics(self, step: int, metrics: dict[str, float]) -> None:
@@ -188,9 +200,10 @@ class Checkpoints:
     if any(name not in fields for name in own):
       part = {name: abstract_state.__dict__[name] for name in fields}
       return init().replace(**restore_part(folder, part))
-    args = ocp.args.Composite(
-        **{ITEM: ocp.args.StandardRestore(abstract_state)}
-    )
+    restore_args = ocp.checkpoint_utils.construct_restore_args(abstract_state)
+    args = ocp.args.Composite(**{ITEM: ocp.args.PyTreeRestore(
+        abstract_state, restore_args=restore_args
+    )})
     return self._manager.restore(step, args=args)[ITEM]
 
   def newest_before(self, step: int) -> int | None:
