@@ -186,7 +186,7 @@ def test_each_channel_is_resized_as_if_it_were_alone(box, count):
 
 
 def test_brightness_contrast_and_solarize_of_five_channels():
-  view = tiny.config().augment.view1
+  view = tiny.config(**tiny.COLOUR).augment.view1
   image = FIVE[:8, :8].astype(np.float32) / 255
   drawn = augment.draw_params(jax.random.key(0), view, 8, 8)
   drawn = drawn.replace(
@@ -204,7 +204,7 @@ def test_brightness_contrast_and_solarize_of_five_channels():
 
 
 def test_operations_on_rgb_are_refused_by_name():
-  config = tiny.config()
+  config = tiny.config(**tiny.COLOUR)
   config.data.mean = config.data.std = (0.5,) * 5
   with pytest.raises(UserError) as e:
     checks.validate(config)

@@ -136,8 +136,9 @@ def timm_folder(source, tmp_path_factory):
 
 
 def test_a_folder_of_timm_is_taken_to_the_bit(source, timm_folder, tmp_path):
+  # The program of the run above.
   code, _, err = train(tmp_path / 'run', f'timm:{timm_folder}', **{
-      'schedule.epochs': 0.5, 'schedule.warmup_epochs': 0.1,
+      'init.freeze_backbone_epochs': 1.0, 'knn.every_steps': 0,
   })
   assert code == 0, err
   assert f'begins with timm:{timm_folder}, with fresh heads' in err
@@ -231,7 +232,7 @@ def test_the_recipe_continues_what_it_is_given(
       f'--workdir={tmp_path / "run"}', '--config.data.source=digits',
       '--config.batch_size=64', '--config.schedule.steps=3',
       '--config.schedule.warmup_epochs=0.0', '--config.head.hidden_dim=16',
-      '--config.head.out_dim=8',
+      '--config.head.out_dim=8', '--config.knn.every_steps=0',
   )
   assert code == 0, err
   assert json.loads(out.splitlines()[-1])['step'] == 3

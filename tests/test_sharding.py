@@ -48,6 +48,7 @@ CALM = {
     'model.dim': 32, 'head.hidden_dim': 128, 'head.out_dim': 32,
     'optimizer.lr_per_256': 1e-3,
     'objective.queue': 256,
+    **tiny.COLOUR,
 }
 
 

@@ -199,7 +199,11 @@ def test_a_tracker_that_is_not_known_or_not_installed(tmp_path, monkeypatch):
   )
   assert code == 2 and not out
   assert "log.tracker='wandbb' is not known. Did you mean 'wandb'?" in err
-  monkeypatch.setattr(importlib.util, 'find_spec', lambda name: None)
+  found = importlib.util.find_spec
+  monkeypatch.setattr(
+      importlib.util, 'find_spec',
+      lambda name: None if name == 'wandb' else found(name),
+  )
   code, out, err = tiny.call(
       'train', f'--workdir={tmp_path / "run"}', *tiny.flags(**SHORT)
   )

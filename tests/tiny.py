@@ -20,6 +20,13 @@ from mocov3_jax.runs import network
 from mocov3_jax.weights import our_checkpoints, state_dict
 
 ROOT = pathlib.Path(__file__).parent.parent
+# What the views of most tests lack, since it takes long to compile, as the
+# recipes have it.
+COLOUR = {
+    'augment.view1.jitter_prob': 0.8, 'augment.view2.jitter_prob': 0.8,
+    'augment.view1.gray_prob': 0.2, 'augment.view2.gray_prob': 0.2,
+    'augment.view2.solarize_prob': 0.2,
+}
 
 
 def config(**overrides):
@@ -34,6 +41,7 @@ def flat_overrides():
   return {
       'batch_size': 64,
       'data.image_size': 8, 'data.mean': (0.305,), 'data.std': (0.376,),
+      **{name: 0.0 for name in COLOUR},
       'augment.view1.blur_prob': 0.0, 'augment.view2.blur_prob': 0.0,
       'model.name': 'vit_ti', 'model.patch_size': 4, 'model.dim': 16,
       'model.depth': 1, 'model.num_heads': 2,
