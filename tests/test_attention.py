@@ -1,6 +1,7 @@
 """Implementations of attention: one result, and the choice among them."""
 
 import dataclasses
+import functools
 import json
 import math
 import types
@@ -27,6 +28,7 @@ from mocov3_jax.training import pretrain
 HERE = 'einsum', 'pallas'  # cuDNN is for GPUs.
 
 
+@functools.cache
 def outcome(name, num_heads, head_dim, tokens, dtype=jnp.float32):
   """Output of the real tokens, and all gradients; padding holds junk."""
   images, dim = 2, num_heads * head_dim
