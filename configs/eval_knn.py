@@ -11,7 +11,9 @@ Command:
   python -m mocov3_jax.evaluate --config=configs/eval_knn.py \\
       --config.checkpoint=RUN --workdir=OUT
 Hardware and time: one CPU core, seconds, for digits.
-Expected: the last knn/top1 that the run itself logged.
+Expected: the last knn/top1 that the run itself logged, if the run has the same
+  k, at most 50,000 training images and at most 10,000 test images: its monitor
+  uses no more (knn.bank_images, knn.query_images).
 """
 
 from mocov3_jax.config import eval_config

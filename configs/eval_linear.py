@@ -16,7 +16,7 @@ Command:
   crops of 80 % and more without flips, and a BatchNorm before the heads.
 Hardware and time: ImageNet not run by this project. :small on the digits'
   smoke run: 2 CPU cores, see docs/evaluation.md.
-Expected: the recipes in configs/imagenet/ give the published numbers.
+Expected: the published numbers are quoted in the recipes of configs/imagenet/.
 """
 
 from mocov3_jax.config import eval_config

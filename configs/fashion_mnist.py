@@ -14,8 +14,8 @@ recipe (section 5), adapted to small gray images. What differs, and why:
     memory than the paper's, for a run of few steps.
 
 The four IDX files are read from the folder after the colon. Without one, it is
-that of Debian's package: apt-get install dataset-fashion-mnist. Where there is
-a network, --config.data.source=tfds:fashion_mnist has the same images.
+that of Debian's package: apt-get install dataset-fashion-mnist. A set that TFDS
+has prepared works as well: --config.data.source=tfds:fashion_mnist.
 
 Command:
   python -m mocov3_jax.train --config=configs/fashion_mnist.py:/path/to/idx \\

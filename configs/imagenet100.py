@@ -10,9 +10,11 @@ None of it was tuned.
 
 Command:
   python -m mocov3_jax.train \\
-      --config=configs/imagenet100.py:/imagenet100/train \\
+      --config=configs/imagenet100.py:/imagenet100 \\
       --workdir=runs/imagenet100
-  After the colon comes the folder, with one subfolder per class.
+  After the colon comes a folder that holds train/ and val/, each with one
+  subfolder per class. (Of a folder of classes alone, every tenth image is held
+  out for kNN.)
 Hardware and time: one machine with GPUs or TPU chips; not measured.
 Expected: not measured.
 """

@@ -7,6 +7,7 @@ the paper's jitter and grayscale, crops of 20 % and more, and flips. There is no
 blur, which wipes out images of this size.
 
 Command:
+  pip install -e '.[photos]'
   python -m mocov3_jax.data.photo_tiles runs/photo_tiles
   python -m mocov3_jax.train --config=configs/photo_tiles.py \\
       --workdir=runs/photo

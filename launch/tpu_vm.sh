@@ -72,7 +72,11 @@
 # 13. --compiled=FOLDER  keeps compiled programs, for the next slice; by default
 #     beside the workdir, in `compiled`.
 # 14. --program=train   or evaluate, which runs on all workers in the same way.
-# 15. After --, the flags of mocov3_jax.train (or evaluate), the same on every
+# 15. --extras=hf,wandb  further extras of the package to install (README.md).
+# 16. --env=NAME=VALUE  a variable for the program, and --env again for each
+#     further one, such as WANDB_API_KEY. Whoever may log in to a worker can
+#     read it.
+# 17. After --, the flags of mocov3_jax.train (or evaluate), the same on every
 #     worker.
 #
 # SIGTERM, which a worker's processes get when it is shut down, makes the
@@ -122,6 +126,7 @@ DISK=${DISK:-}
 DATA_BUCKET=${DATA_BUCKET:-}
 COMPILED=${COMPILED:-}
 PROGRAM=${PROGRAM:-train}
+EXTRAS=${EXTRAS:-}
 DISK_MOUNT=${DISK_MOUNT:-/mnt/data}
 DATA=${DATA:-}
 POLL=${POLL:-60}
@@ -130,6 +135,7 @@ WORKER=${WORKER:-0}
 KEEP=${KEEP:-0}
 DRY_RUN=${DRY_RUN:-0}
 more=()
+variables=()
 
 while (($#)); do
   value=${1#*=}
@@ -156,6 +162,8 @@ while (($#)); do
     --data-bucket=*) DATA_BUCKET=$value ;;
     --compiled=*) COMPILED=$value ;;
     --program=*) PROGRAM=$value ;;
+    --extras=*) EXTRAS=$value ;;
+    --env=*) variables+=("$value") ;;
     --data=*) DATA=$value ;;
     --poll=*) POLL=$value ;;
     --restarts=*) RESTARTS=$value ;;
@@ -165,7 +173,8 @@ while (($#)); do
     *) fail "'$1'. Allowed: --name, --zone, --project, --accelerator,\
  --version, --network, --subnetwork, --service-account, --create, --bucket,\
  --nfs, --mount, --gcsfuse, --disk, --disk-mount, --data-bucket, --data,\
- --compiled, --program, --poll, --restarts and --worker, each as --name=value;\
+ --compiled, --program, --extras, --env, --poll, --restarts and --worker, each\
+ as --name=value;\
  --spot, --reserved, --queued, --keep, --dry-run; and, after --, flags of\
  mocov3_jax.train." ;;
   esac
@@ -191,6 +200,14 @@ COMPILED=${COMPILED:-compiled}
 for setting in NAME ZONE ACCELERATOR VERSION; do
   if [ -z "${!setting}" ]; then
     fail "$setting is empty. Allowed: a value (see the head of $0)."
+  fi
+done
+if ! [[ $EXTRAS =~ ^[a-z0-9,-]*$ ]]; then
+  fail "EXTRAS=$EXTRAS. Allowed: names of extras, such as hf,wandb."
+fi
+for variable in ${variables[@]+"${variables[@]}"}; do
+  if ! [[ $variable =~ ^[A-Za-z_][A-Za-z0-9_]*= ]]; then
+    fail "--env=$variable. Allowed: NAME=VALUE."
   fi
 done
 for setting in POLL RESTARTS; do
@@ -359,7 +376,7 @@ rm -rf code && mkdir code
 tar -xzf ../mocov3_jax.tar.gz -C code
 PIP_BREAK_SYSTEM_PACKAGES=1 python3 -m pip install -q --user "uv>=0.5,<1"
 [ -x .venv/bin/python ] || python3 -m uv venv -q --seed --python=3.12 .venv
-.venv/bin/python -m pip install -q -e "./code[tpu,gcs]"
+.venv/bin/python -m pip install -q -e "./code[tpu,gcs${EXTRAS:+,$EXTRAS}]"
 END
 }
 
@@ -390,6 +407,7 @@ fi
 rm -f train.code train.pid train.stopped
 export JAX_PLATFORMS=tpu,cpu TFDS_DATA_DIR=$(quote "$DATA")
 export JAX_COMPILATION_CACHE_DIR=$(quote "$COMPILED")
+${variables:+export $(quote "${variables[@]}")}
 cd code
 nohup setsid sh -c '"\$@" & echo \$! >../train.pid
 wait \$!; echo \$? >../train.code' sh \\

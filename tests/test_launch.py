@@ -157,6 +157,8 @@ BAD = [
     ('tpu_vm.sh', ['logs', '--poll=1s'], ['POLL=1s', 'whole number']),
     ('tpu_vm.sh', ['create', '--data-bucket=gs://b'], ['gs://b', 'name alone']),
     ('tpu_vm.sh', ['run', '--program=x'], ['PROGRAM=x', 'evaluate']),
+    ('tpu_vm.sh', ['install', '--extras=a]b'], ['EXTRAS=a]b', 'hf,wandb']),
+    ('tpu_vm.sh', ['run', '--env=KEY'], ['--env=KEY', 'NAME=VALUE']),
     ('slurm.sbatch', ['--config=a'], ['--config=a', '--workdir=DIR']),
     ('slurm.sbatch', ['seed=1'], ['seed=1', '--name=value']),
     ('slurm.sbatch', ['--process_id=1'], ['--process_id=1', 'Slurm']),
@@ -218,7 +220,8 @@ def test_a_dry_run_on_a_tpu_prints_lines_of_shell(forbidden, command):
 def test_a_run_in_a_bucket_needs_no_mount_but_for_its_images(forbidden):
   code, out, err = outcome(
       'tpu_vm.sh', 'all', '--dry-run', '--data-bucket=images',
-      '--program=evaluate', '--', '--config=configs/eval_linear.py',
+      '--program=evaluate', '--extras=hf,wandb', '--env=WANDB_API_KEY=a b',
+      '--env=WANDB_MODE=online', '--', '--config=configs/eval_linear.py',
       '--config.checkpoint=gs://b/run', '--workdir=gs://b/probe/',
       path=forbidden,
   )
@@ -233,10 +236,12 @@ def test_a_run_in_a_bucket_needs_no_mount_but_for_its_images(forbidden):
   # Read-only, apart from all that is written.
   assert install.count('  gcsfuse ') == 1 and '/mnt/mocov3 ' not in install
   assert '-o ro' in install and 'images /mnt/data' in install
+  assert './code[tpu,gcs,hf,wandb]' in install
   (run,) = {text for text in texts if 'nohup' in text}
   assert 'mocov3_jax.evaluate' in run
   assert 'TFDS_DATA_DIR=/mnt/data/tensorflow_datasets' in run
   assert 'JAX_COMPILATION_CACHE_DIR=gs://b/compiled' in run
+  assert "export 'WANDB_API_KEY=a b' WANDB_MODE=online" in run
 
 
 # What gcloud says, and what `watch` makes of it.

@@ -15,8 +15,10 @@ Command:
   python -m mocov3_jax.train --config=configs/imagenet/resnet50.py:300 \\
       --workdir=runs/resnet50
   The number after the colon is one of the rows above (default 100). TFDS has
-  to prepare imagenet2012 once (docs/data.md). For a folder with one subfolder
-  per class: --config.data.source=folder:/imagenet/train.
+  to prepare imagenet2012 once (docs/data.md). For a folder that holds train/
+  and val/, each with one subfolder per class:
+  --config.data.source=folder:/imagenet. (Of folder:/imagenet/train, every tenth
+  image would be held out for kNN.)
 Hardware and time: the release used 2 machines of 8 V100 (32 GB); no hours
   given. Not run by this project.
 Expected: linear probe 68.9 % (100 epochs), 72.8 % (300), 74.6 % (1000) in the

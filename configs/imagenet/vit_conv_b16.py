@@ -13,8 +13,10 @@ Command:
   python -m mocov3_jax.train --config=configs/imagenet/vit_conv_b16.py \\
       --workdir=runs/vit_conv_b16
   A number after a colon sets the epochs: vit_conv_b16.py:100. TFDS has to
-  prepare imagenet2012 once (docs/data.md). For a folder with one subfolder per
-  class: --config.data.source=folder:/imagenet/train.
+  prepare imagenet2012 once (docs/data.md). For a folder that holds train/ and
+  val/, each with one subfolder per class:
+  --config.data.source=folder:/imagenet. (Of folder:/imagenet/train, every tenth
+  image would be held out for kNN.)
 Hardware and time: not published.
   Not run by this project.
 Expected: not published; an author says "performance is often higher

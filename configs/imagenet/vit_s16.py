@@ -13,8 +13,9 @@ Command:
   python -m mocov3_jax.train --config=configs/imagenet/vit_s16.py \\
       --workdir=runs/vit_s16
   A number after a colon sets the epochs: vit_s16.py:100. TFDS has to prepare
-  imagenet2012 once (docs/data.md). For a folder with one subfolder per class:
-  --config.data.source=folder:/imagenet/train.
+  imagenet2012 once (docs/data.md). For a folder that holds train/ and val/,
+  each with one subfolder per class: --config.data.source=folder:/imagenet. (Of
+  folder:/imagenet/train, every tenth image would be held out for kNN.)
 Hardware and time: the paper's table 3 has 1.2 hours per 100 epochs on 256
   TPU v3; the release 4 machines of 8 V100.
   Not run by this project.
