@@ -475,7 +475,7 @@ def test_a_killed_run_in_a_bucket_goes_on_exactly(on_disk, folder):
   before = time.monotonic()
   code, _, err = tiny.finish(tiny.start(*command, env_add=tiny.here()))
   assert code == 0, err
-  assert 'looking for up to 60 s whether that is alive' in err
+  assert 'checking for up to 60 s whether it is still alive' in err
   assert time.monotonic() - before > locks.PATIENCE
   assert rows(folder) == rows(epath.Path(on_disk))
 

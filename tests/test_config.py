@@ -78,7 +78,7 @@ def test_a_warmup_longer_than_the_training_is_refused():
         ('optimizer.weight_decay', -0.1), ('optimizer.b2', 2.0),
         ('schedule.epochs', -1.0), ('schedule.steps', -5),
         ('knn.k', 0), ('knn.temperature', 0.0), ('save.keep_latest', 0),
-        ('log.every_steps', 0),
+        ('log.every_steps', 0), ('knn.k', 10**400),
     ],
 )
 def test_a_field_out_of_range_is_named(field, value):
@@ -108,6 +108,27 @@ def test_the_only_step_is_no_warm_up():
     config_lib.plan(c, 1437)
   c.schedule.warmup_epochs = 0.0
   assert config_lib.plan(c, 1437).total_steps == 1
+
+
+def test_simclr_has_no_predictor():
+  c = changed(**{'objective.name': 'simclr'})
+  with pytest.raises(UserError, match='predictor_layers=2.*simclr'):
+    checks.validate(c, 1)
+  c.head.predictor_layers = 0
+  checks.validate(c, 1)
+
+
+@pytest.mark.parametrize('protocol, field, value', [
+    ('linear', 'schedule.warmup_epochs', 5.0),
+    ('knn', 'knn.more_k', (10.5,)), ('knn', 'knn.more_k', (5, 5)),
+])
+def test_what_a_protocol_does_not_do_is_refused(protocol, field, value):
+  c = evaluation.eval_config()
+  c.protocol = protocol
+  checks.validate_eval(c, 1)
+  c.update_from_flattened_dict({field: value})
+  with pytest.raises(UserError, match=f'{field}=.* is out of range. Allowed'):
+    checks.validate_eval(c, 1)
 
 
 def test_statistics_of_a_probe_need_two_images():
@@ -185,7 +206,7 @@ def test_a_run_of_an_earlier_version_is_continued(tmp_path, capsys):
   claim(path, changed())
   (path / 'config.json').write_text(json.dumps(older(data__listing_cache=0)))
   claim(path, changed())
-  assert 'earlier version: data.listing_cache' in capsys.readouterr().err
+  assert 'the defaults for data.listing_cache' in capsys.readouterr().err
   with pytest.raises(UserError, match='knn.k: 200 in the workdir, 5 now'):
     claim(path, changed(**{'knn.k': 5}))
 
@@ -255,9 +276,13 @@ def test_only_errors_of_the_file_system_are_blamed_on_the_workdir(tmp_path):
       str(tmp_path), changed(), config_lib.schema()
   ):
     raise BrokenPipeError(errno.EPIPE, 'Broken pipe')
-  with pytest.raises(UserError, match='cannot be written: No space left'):
+  # It has a message of its own, which the commands give.
+  with pytest.raises(OSError, match='No space left'):
     with workdir.claimed(str(tmp_path), changed(), config_lib.schema()):
       raise OSError(errno.ENOSPC, 'No space left')
+  with pytest.raises(UserError, match='cannot be written: Read-only'):
+    with workdir.claimed(str(tmp_path), changed(), config_lib.schema()):
+      raise OSError(errno.EROFS, 'Read-only file system')
 
 
 def test_a_damaged_config_is_named(tmp_path):

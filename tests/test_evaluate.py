@@ -29,7 +29,8 @@ from mocov3_jax.runs import metrics, network
 
 LINEAR = '--config=configs/eval_linear.py:small'
 FINETUNE = '--config=configs/eval_finetune.py:small'
-SHORT = ['--config.schedule.epochs=2', '--config.schedule.warmup_epochs=1']
+SHORT = ['--config.schedule.epochs=2']
+WARM = [*SHORT, '--config.schedule.warmup_epochs=1']
 
 
 @pytest.fixture(scope='module')
@@ -61,7 +62,7 @@ def test_every_protocol_leaves_a_result_that_says_how_it_was_obtained(
       'logistic': ['--config=configs/eval_logistic.py',
                    '--config.encoder=momentum'],
       'linear': [LINEAR, *SHORT],
-      'finetune': [FINETUNE, *SHORT, '--config.batch_size=96'],
+      'finetune': [FINETUNE, *WARM, '--config.batch_size=96'],
   }.items():
     found = result(run, tmp_path / protocol, *arguments)
     assert found == json.loads(
@@ -101,7 +102,8 @@ def test_a_probe_reports_every_rate_last_and_best(run, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize('arguments', [
     [LINEAR, '--config.linear.batch_norm=True'],
-    [FINETUNE, '--config.batch_size=96', '--config.finetune.ema=0.9'],
+    [FINETUNE, '--config.schedule.warmup_epochs=1', '--config.batch_size=96',
+     '--config.finetune.ema=0.9'],
 ], ids=['linear', 'finetune'])
 def test_a_network_that_was_trained_is_used_like_any_other(
     run, tmp_path, arguments

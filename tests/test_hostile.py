@@ -18,6 +18,7 @@ import sys
 import time
 import zlib
 
+from etils import epath
 import fake_runs
 import numpy as np
 from PIL import Image
@@ -54,6 +55,16 @@ OWN = (
     'checkpoints/4/state/planted', 'network', 'anything',
 )
 KNN = '--config=configs/eval_knn.py'
+
+
+def test_a_number_of_four_hundred_digits_is_no_result(tmp_path):
+  run = fake_runs.write(
+      tmp_path / 'run', fake_runs.rows(), evaluations=[
+          ('knn', 10**400), ('logistic', 0.9),
+      ]
+  )
+  found = history.read(epath.Path(run)).evaluations
+  assert [line['protocol'] for line in found] == ['logistic']
 
 
 @pytest.mark.parametrize('kind', ['link', 'pipe'])

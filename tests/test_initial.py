@@ -191,6 +191,9 @@ def test_heads_are_taken_where_they_are_asked_for(source, tmp_path):
      ['backbone/pos_embed: absent there, (1, 5, 16) here']),
     ('other heads', {'model.num_heads': 4},
      ['does not fit', 'model.num_heads: 2 there, 4 here']),
+    # A BatchNorm's parameters are called and shaped as a LayerNorm's.
+    ('other norms', {'model.mlp_norm': 'batch'},
+     ['does not fit', 'norm2/mean: absent there, (16,) here']),
     ('no checkpoint', {}, ["checkpoint='", 'is not a checkpoint']),
     ('no heads', {'init.heads': True}, ['has no predictor and no projector']),
     ('NaN', {}, ['NaN']),

@@ -177,7 +177,7 @@ def test_one_pass_gives_every_k_and_temperature():
   features, labels = random_set(n=700)
   c = ConfigDict({
       'k': 20, 'temperature': 0.07, 'more_k': (1, 5, 500),
-      'more_temperatures': (0.5,), 'bank_images': 0, 'query_images': 0,
+      'more_temperatures': (0.5, 0.07), 'bank_images': 0, 'query_images': 0,
       'leave_one_out': False,
   })
   numbers = np.arange(700, dtype=np.int64).view(np.uint8).reshape(700, 1, 1, 8)
@@ -195,6 +195,7 @@ def test_one_pass_gives_every_k_and_temperature():
   splits = sources.Splits(bank, bank, test)
   found = knn.table(c, extract, splits, mesh, None, None)
   rows = {(r['k'], r['temperature']): r['top1'] for r in found['table']}
+  assert len(rows) == len(found['table'])
   # 500 is capped at a sixth of the 71 images a class, as 20 is.
   assert sorted(rows) == [
       (k, t) for k in (1, 5, 11) for t in (0.07, 0.5)

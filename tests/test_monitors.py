@@ -148,5 +148,5 @@ def test_they_change_nothing_else():
 
 
 def test_lars_has_no_second_moment():
-  with pytest.raises(UserError, match='log.updates=True is of the second'):
+  with pytest.raises(UserError, match='log.updates=True needs an optimizer'):
     run_steps(1, **{'optimizer.name': 'lars'})

@@ -300,5 +300,5 @@ def test_the_bound_of_the_update_is_of_adamw():
   c = settings('lars')
   with c.unlocked():
     c.update_clip = 1.0
-  with pytest.raises(UserError, match='update_clip=1.0 is of AdamW'):
+  with pytest.raises(UserError, match='update_clip=1.0 applies only to AdamW'):
     optimizers.build(c, lambda step: 0.1, False)

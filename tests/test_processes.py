@@ -298,7 +298,7 @@ def test_sigterm_during_the_monitor_saves_and_is_measured_again(one, tmp_path):
   (workdir / 'metrics.jsonl').write_text(text)
   (process,) = start(workdir, 1)
   line = ''
-  while 'it is measured now' not in line:
+  while 'evaluating now' not in line:
     line = process.stderr.readline()
     assert line, 'the run has ended'
   process.send_signal(signal.SIGTERM)

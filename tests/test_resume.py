@@ -247,7 +247,7 @@ def test_an_evaluation_whose_row_was_lost_is_made_again(straight, tmp_path):
   assert 'knn/top1' in lines[-1]
   log.write_text(''.join(lines[:-1]) + lines[-1][:20])
   code, out, err = tiny.call('train', *arguments(workdir))
-  assert code == 0 and 'lacks what was to be measured at step' in err, err
+  assert code == 0 and 'lacks the evaluation of step' in err, err
   assert json.loads(out.splitlines()[-1])['knn/top1'] == (
       straight[1]['knn/top1']
   )

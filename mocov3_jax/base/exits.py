@@ -45,7 +45,9 @@ class StopRequest:
       if number == signal.SIGINT:
         if self._noted:
           exit_at_once()
-        console.say_in_handler(f'\nstopping {then} (again: at once)')
+        console.say_in_handler(
+            f'\nstopping {then} (press Ctrl-C again to stop at once)'
+        )
       self._noted.append(number)
 
     signals = signal.SIGTERM, signal.SIGINT

@@ -475,7 +475,7 @@ def read_object(path: epath.Path) -> dict[str, Any]:
       raise ValueError(f'it holds {type(found).__name__}, no object')
   except ValueError as e:
     raise UserError(
-        f'{path} is damaged: {str(e)[:200]}. Use the JSON object that a '
-        'run wrote; or no such file, if it cannot be had.'
+        f'{path} is damaged: {str(e)[:200]}. Use the file that the run wrote, '
+        'or delete it if that is lost.'
     ) from e
   return found

@@ -6,7 +6,7 @@ what depends on several fields or on the number of devices.
 
 from ml_collections import ConfigDict
 
-from mocov3_jax.base.errors import UserError
+from mocov3_jax.base.errors import UserError, unknown
 from mocov3_jax.config import evaluation, knobs, training
 from mocov3_jax.config.knobs import Range, require
 
@@ -32,6 +32,10 @@ def validate(config: ConfigDict, device_count: int | None = None) -> None:
   require('head.predictor_layers', head.predictor_layers, Range(
       '0 with head.prototypes, which take their place',
       lambda v: v == 0 or not head.prototypes,
+  ))
+  require('head.predictor_layers', head.predictor_layers, Range(
+      "0 if objective.name is 'simclr', which has no predictor",
+      lambda v: v == 0 or name != 'simclr',
   ))
   require('objective.queue', config.objective.queue, Range(
       f'0 where objective.name is {name!r}: only moco_v3 keeps a queue',
@@ -88,7 +92,13 @@ def require_colour(name: str, view: ConfigDict, channels: int) -> None:
 def validate_eval(config: ConfigDict, device_count: int) -> None:
   """Checks an evaluation config, as `validate` checks a pre-training one."""
   knobs.check(evaluation.schema(), config)
+  if config.protocol not in evaluation.PROTOCOLS:
+    raise unknown('protocol', config.protocol, evaluation.PROTOCOLS)
   _require_multiple(config, device_count)
+  if config.protocol == 'linear':
+    require('schedule.warmup_epochs', config.schedule.warmup_epochs, Range(
+        "0: the protocol 'linear' has no warm-up", lambda v: v == 0
+    ))
   if config.protocol == 'linear' and config.linear.batch_norm:
     require('batch_size', config.batch_size, Range(
         'at least 2 with linear.batch_norm: one image has no statistics',

@@ -41,7 +41,8 @@ def schema() -> Schema:
       # used), or one of its folders checkpoints/<step>.
       'checkpoint': Knob(''),
       # Which backbone to evaluate: 'query' = the online network's; 'momentum' =
-      # the target network's; 'random' = as it was before the first step.
+      # the target network's; 'random' = random weights of the run's seed, with
+      # which it began unless it began with a checkpoint.
       'encoder': Knob('query'),
       # Images per forward pass or training step, over all devices.
       'batch_size': Knob(256, within(1, 2**24)),
@@ -119,7 +120,11 @@ def _knn() -> Schema:
       **training.knn(),
       # Further values of k and of the temperature. The result has a table of
       # all combinations.
-      'more_k': Knob((10, 20, 100), _positive_numbers()),
+      'more_k': Knob((10, 20, 100), Range(
+          'different whole numbers above 0',
+          lambda v: len(set(v)) == len(v)
+          and all(isinstance(x, int) and x > 0 for x in v),
+      )),
       'more_temperatures': Knob((0.2,), _positive_numbers()),
       # Classify every image of both splits by all the others, instead of
       # classifying the test split by the training split.

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 import dataclasses
-import math
+import sys
 from typing import Any, NamedTuple
 
 from flax.traverse_util import flatten_dict, unflatten_dict
@@ -116,8 +116,8 @@ def check_types(schema: Schema, values: dict[str, Any]) -> None:
   for field, knob in flatten(schema).items():
     if field in values and not _alike(knob.default, values[field]):
       raise UserError(
-          f'{field}={str(values[field])[:200]!r} is of another type. Allowed: '
-          f'as the default, {knob.default!r}.'
+          f'{field}={str(values[field])[:200]!r} has the wrong type. Allowed: '
+          f'the type of the default, {knob.default!r}.'
       )
 
 
@@ -138,7 +138,8 @@ def require(field: str, value: Any, allowed: Range) -> None:
   """
   numbers = value if isinstance(value, (tuple, list)) else (value,)
   finite = all(
-      isinstance(n, (int, float)) and math.isfinite(n) for n in numbers
+      isinstance(n, (int, float)) and abs(n) <= sys.float_info.max
+      for n in numbers
   )
   if not (finite and allowed.holds(value)):
     raise UserError(

@@ -26,7 +26,7 @@ PyTree = Any
 Extract = Callable[[PyTree, PyTree, Source], tuple[np.ndarray, np.ndarray]]
 # How many unreadable images are named individually at a time.
 NAMED = 10
-STOPPED = 'stopped in an evaluation, which the same line begins anew'
+STOPPED = 'stopped during an evaluation; the same command starts it again'
 
 
 def width(
@@ -115,9 +115,8 @@ def require_finite(
     raise NonFiniteFeatures(
         f'the features of {len(bad)} of {len(places)} images are not finite, '
         f'those of {console.shown(source.name(places[bad[0]]))} first: the '
-        'network gives no '
-        'numbers for them. Use weights that do; an earlier checkpoint; '
-        'model.dtype=float32.'
+        "network's output for them is NaN or infinite. Use other weights, an "
+        'earlier checkpoint, or model.dtype=float32.'
     )
 
 

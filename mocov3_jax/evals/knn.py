@@ -342,7 +342,7 @@ def _classify(
   voters = bank.labels[index]
   rows = []
   for k in dict.fromkeys(ks):
-    for temperature in temperatures:
+    for temperature in dict.fromkeys(temperatures):
       votes = _vote(
           similarity[:, :k], voters[:, :k], num_classes=classes,
           temperature=temperature,

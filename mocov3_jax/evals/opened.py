@@ -21,7 +21,8 @@ from mocov3_jax.sources import catalog, listing
 
 PyTree = Any
 
-# The random network is that of the run before its first step.
+# The value of `encoder` for random weights, drawn by the seed of the run. It
+# began with these, unless it began with a checkpoint.
 RANDOM = 'random'
 ENCODERS = (*network.ENCODERS, RANDOM)
 

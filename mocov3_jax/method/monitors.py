@@ -98,8 +98,9 @@ def updates(
   """
   if c.name not in ('adamw', 'lamb'):
     raise UserError(
-        f'log.updates=True is of the second moment, which optimizer.name='
-        f'{c.name!r} has not. Allowed: False, or adamw, lamb.'
+        'log.updates=True needs an optimizer with a second moment, and '
+        f'optimizer.name={c.name!r} has none. Allowed: log.updates=False; '
+        'optimizer.name=adamw or lamb.'
     )
 
   def measure(step, grads, opt_state, params):

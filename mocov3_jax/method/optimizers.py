@@ -318,7 +318,7 @@ def build(
     raise unknown('optimizer.name', c.name, OPTIMIZERS)
   if c.update_clip and c.name != 'adamw':
     raise UserError(
-        f'optimizer.update_clip={c.update_clip} is of AdamW, and '
+        f'optimizer.update_clip={c.update_clip} applies only to AdamW, and '
         f'optimizer.name is {c.name!r}. Allowed: 0.'
     )
   optimizer = OPTIMIZERS[c.name](c, learning_rate)

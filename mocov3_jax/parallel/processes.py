@@ -75,8 +75,8 @@ def start(
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
   except (RuntimeError, ValueError) as e:
     raise UserError(
-        f'the {num_processes or ""} processes of this run did not meet at '
-        f'{where}: {str(e).splitlines()[0]}'
+        f'the {num_processes or ""} processes of this run could not connect at '
+        f'{where}: {(str(e).splitlines() or [type(e).__name__])[0]}'
     ) from e
 
 

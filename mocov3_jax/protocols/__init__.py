@@ -6,7 +6,6 @@ import jax
 from ml_collections import ConfigDict
 
 from mocov3_jax.base import files
-from mocov3_jax.base.errors import unknown
 from mocov3_jax.config import checks
 from mocov3_jax.parallel import processes
 from mocov3_jax.protocols import finetune, frozen, linear
@@ -37,8 +36,6 @@ def evaluate(config: ConfigDict, path: str) -> dict[str, Any]:
   """
   processes.enable_compilation_cache()
   checks.validate_eval(config, jax.device_count())
-  if config.protocol not in PROTOCOLS:
-    raise unknown('protocol', config.protocol, PROTOCOLS)
   setup = setup_lib.prepare(config)
   results = PROTOCOLS[config.protocol](setup, path)
   return processes.from_primary(

@@ -25,11 +25,7 @@ def evaluate_knn(setup: Setup, path: str) -> dict[str, Any]:
         variables['params'], variables['batch_stats'],
     )
 
-  with setup.stop.caught(SOON), setup_lib.claimed(setup, path):
-    found = classify(setup.variables)
-    found |= _baseline(setup, classify)
-  images = found.pop('test_images')
-  return {f'knn/{k}': v for k, v in found.items()} | {'test/images': images}
+  return _evaluate(setup, path, 'knn', classify)
 
 
 def evaluate_logistic(setup: Setup, path: str) -> dict[str, Any]:
@@ -57,19 +53,27 @@ def evaluate_logistic(setup: Setup, path: str) -> dict[str, Any]:
     if processes.any_of(STOPPED if setup.stop() else ''):
       raise Preempted(STOPPED)
 
+  return _evaluate(setup, path, 'logistic', classify)
+
+
+def _evaluate(
+    setup: Setup, path: str, name: str,
+    classify: Callable[[PyTree], dict[str, Any]],
+) -> dict[str, Any]:
+  """Classifies by the network, and by the random one to compare it with.
+
+  Args:
+    setup: setup of the evaluation.
+    path: the workdir of the evaluation.
+    name: the protocol, with which the names of the results begin.
+    classify: variables of a network -> 'top1', 'test_images', and more.
+
+  Returns:
+    The results by name, with the random network's accuracy as 'top1_random'.
+  """
   with setup.stop.caught(SOON), setup_lib.claimed(setup, path):
     found = classify(setup.variables)
-    found |= _baseline(setup, classify)
+    if setup.config.encoder != RANDOM:
+      found['top1_random'] = classify(setup.random())['top1']
   images = found.pop('test_images')
-  return {f'logistic/{k}': v for k, v in found.items()} | {
-      'test/images': images
-  }
-
-
-def _baseline(
-    setup: Setup, classify: Callable[[PyTree], dict[str, Any]]
-) -> dict[str, float]:
-  """Returns the accuracy of the random network, as 'top1_random'."""
-  if setup.config.encoder == RANDOM:
-    return {}
-  return {'top1_random': classify(setup.random())['top1']}
+  return {f'{name}/{k}': v for k, v in found.items()} | {'test/images': images}

@@ -4,6 +4,7 @@ import functools
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from mocov3_jax import models, sources
@@ -64,7 +65,7 @@ def probe(setup: Setup, path: str) -> dict[str, Any]:
     )
 
   trainer = make_trainer(
-      setup, 1.0, _tester(setup, parts), init=init, step=step,
+      setup, max(rates), _tester(setup, parts), init=init, step=step,
       constants=(setup.variables,), advice='lower linear.lr_per_256',
   )
 
@@ -102,12 +103,13 @@ def build(setup: Setup) -> linear_step.Probe:
   schedule = optimizers.cosine_by_epochs(
       plan.peak_lr, plan.steps_per_epoch, plan.total_steps
   )
+  rates = jnp.asarray(config.linear.lr_per_256)
   return linear_step.Probe(
       features=frozen_features,
       optimizer=linear_step.build_optimizer(
           config.linear.lr_per_256, schedule, config.linear.momentum
       ),
-      learning_rate=schedule,
+      learning_rate=lambda step, head: rates[head] * schedule(step),
       norm=BatchNorm(affine=False) if config.linear.batch_norm else None,
   )
 

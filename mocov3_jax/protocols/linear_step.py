@@ -45,13 +45,14 @@ class Probe:
   Attributes:
     features: (frozen variables, images uint8, key) -> [B, D], float32.
     optimizer: from `build_optimizer`.
-    learning_rate: the schedule for a rate of 1; only logged here.
+    learning_rate: (step, index of a head) -> its learning rate; only logged
+      here.
     norm: applied to the features before the heads, or None.
   """
 
   features: Callable[[PyTree, jax.Array, jax.Array], jax.Array]
   optimizer: optax.GradientTransformation
-  learning_rate: Schedule
+  learning_rate: Callable[[jax.Array, jax.Array], jax.Array]
   norm: BatchNorm | None
 
 
@@ -155,7 +156,7 @@ def probe_step(
   ), {
       'train/loss': losses[best],
       'train/loss_chance': jnp.log(jnp.asarray(classes, float)),
-      'train/lr': probe.learning_rate(state.step),
+      'train/lr': probe.learning_rate(state.step, best),
       'grad_norm/global': optax.tree.norm(
           jax.tree.map(lambda g: g[best], grads)
       ),

@@ -47,7 +47,7 @@ class Setup:
     extract: computes the features of a source.
     variables: 'params' and 'batch_stats' of the backbone, on every device.
     log: records which images `extract` could not read.
-    random: () -> the same variables of the run's network before its first step.
+    random: () -> the same variables of the run's network with random weights.
     source, labels: where the images and labels come from, in the form of
       `config.data` of a run.
     stop: whether this process was asked to stop; `extract` checks it.

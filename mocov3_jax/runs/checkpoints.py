@@ -101,7 +101,7 @@ class Checkpoints:
     # one file is broken.
     for folder in files.entries(self._folder):
       file = folder / 'metrics' / 'metrics'
-      if _is_step(folder.name) and file.exists():
+      if is_step(folder.name) and file.exists():
         try:
           json.loads(file.read_text())
         except ValueError as e:
@@ -248,7 +248,7 @@ def _mark_copies(folder: epath.Path) -> None:
   of completion in all versions.)
   """
   for step in files.entries(folder):
-    if _is_step(step.name) and _has_ended(step):
+    if is_step(step.name) and _has_ended(step):
       if not (step / MARK).exists():
         (step / MARK).write_text('complete')
 
@@ -312,12 +312,12 @@ def _found(path: str) -> tuple[epath.Path, epath.Path]:
       )
     steps = [
         int(p.name) for p in files.entries(folder / 'checkpoints')
-        if _is_step(p.name) and _is_complete(p)
+        if is_step(p.name) and _is_complete(p)
     ]
     if steps:
       return folder, folder / 'checkpoints' / str(max(steps))
     run = folder.parent.parent
-    if _is_step(folder.name) and folder.is_dir():
+    if is_step(folder.name) and folder.is_dir():
       if (run / 'config.json').exists():
         return run, folder
   raise UserError(
@@ -326,7 +326,8 @@ def _found(path: str) -> tuple[epath.Path, epath.Path]:
   )
 
 
-def _is_step(name: str) -> bool:
+def is_step(name: str) -> bool:
+  """Returns whether a folder of checkpoints/ is called after a step."""
   # int() rejects other characters that are digits, such as a superscript two.
   return name.isascii() and name.isdigit() and len(name) <= 10
 

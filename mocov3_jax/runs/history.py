@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Iterator, Sequence
 import dataclasses
-import math
+import sys
 from typing import Any
 
 from etils import epath
@@ -104,7 +104,7 @@ def read(folder: epath.Path, rows: bool = True) -> Run:
 
 
 def _is_number(value: Any) -> bool:
-  return isinstance(value, (int, float)) and math.isfinite(value)
+  return isinstance(value, (int, float)) and abs(value) <= sys.float_info.max
 
 
 def _is_evaluation(line: dict[str, Any]) -> bool:

@@ -224,8 +224,8 @@ def _claim(folder: epath.Path, path: str, wait: bool) -> Iterator[None]:
         if last is not None and last.number > number:
           console.say(
               f'error: {console.shown(last.owner)[:100]} has taken over '
-              f'{folder}, since no sign of life of this process had come for '
-              f'{PATIENCE:.0f} s. This one ends here.'
+              f'{folder}, because this process had not renewed its claim for '
+              f'{PATIENCE:.0f} s. It ends here.'
           )
           os._exit(LOST_CLAIM)
         file.write_bytes(value(ended=False))
@@ -246,7 +246,7 @@ def _is_left(folder: epath.Path, claim: _Claim) -> bool:
     return True
   console.say(
       f'{folder} is held by {console.shown(claim.owner)[:100]}; '
-      f'looking for up to {PATIENCE:.0f} s whether that is alive'
+      f'checking for up to {PATIENCE:.0f} s whether it is still alive'
   )
   until = time.monotonic() + PATIENCE
   while time.monotonic() < until:

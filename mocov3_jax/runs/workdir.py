@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from mocov3_jax.base import buckets, console, files
-from mocov3_jax.base.errors import UserError, may_pass
+from mocov3_jax.base.errors import UserError, is_disk_full, may_pass
 from mocov3_jax.config import knobs
 from mocov3_jax.config import training as config_lib
 from mocov3_jax.parallel import processes
@@ -102,7 +102,7 @@ def _claimed_here(
   except (ConnectionError, TimeoutError):  # A closed pipe, or the network.
     raise
   except OSError as e:
-    if may_pass(e):
+    if may_pass(e) or is_disk_full(e):
       raise
     place = 'a folder this user may write to'
     if buckets.is_in_bucket(workdir):
@@ -243,7 +243,8 @@ def complete(
     raise UserError(f'{where}: {e}') from e
   if absent:
     console.say(
-        f'{where} is of an earlier version: {", ".join(absent)} as by default'
+        f'{where} was written by an earlier version; using the defaults for '
+        f'{", ".join(absent)}'
     )
   return ConfigDict(found)
 

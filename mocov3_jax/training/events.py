@@ -186,7 +186,7 @@ class SpikeFinder:
     )
     near = [x for x in self._high if self._place - x[0] < SPIKE_GAP]
     if not alone and len(near) < 2:
-      self._remember(highest)
+      self._remember(min(log, highest))
       return None
     self._high.clear()
     self._begun = _Begun(middle, sigma, near)

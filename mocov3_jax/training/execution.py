@@ -43,7 +43,6 @@ def choose(
       or was asked for by name and does not agree with the reference.
   """
   asked = config.model.attention
-  processes.require_same({'model.attention': asked})
   size, device = config.data.image_size, mesh.devices.flat[0]
   backbone = models.build_backbone(config.model, size)
   chosen = models.execution_on(mesh, config.model, size)

@@ -227,10 +227,13 @@ class Initial:
     if theirs.image_size != ours.image_size:
       resized = (
           f'; trained at {theirs.image_size} pixels, continued at '
-          f'{ours.image_size}, with positions '
-          + ('resized' if self._config.model.positions == 'learned'
-             else 'computed anew')
+          f'{ours.image_size}'
       )
+      positions = _settings(self._config).setdefault('positions', 'none')
+      if positions != 'none':
+        resized += ', with positions ' + (
+            'resized' if positions == 'learned' else 'computed anew'
+        )
     heads = 'with its heads' if self._config.init.heads else 'with fresh heads'
     yield f'begins with {self._source.name}, {heads}{resized}'
     for name in 'mean', 'std':
@@ -241,7 +244,10 @@ class Initial:
             'checkpoint'
         )
     for text in self._source.assumed:
-      yield f'init.checkpoint does not tell the {text}, as of its width'
+      yield (
+          'not recorded in init.checkpoint, so assumed from its width: '
+          f'{text}'
+      )
 
   def begin(self, state: TrainState) -> TrainState:
     """Copies the weights into both networks of a fresh state.
@@ -259,13 +265,11 @@ class Initial:
       params, batch_stats = weights
       params = state.params | params
       batch_stats = state.batch_stats | batch_stats
-      changed = {'params': params, 'batch_stats': batch_stats}
-      if state.target_params:
-        changed |= {
-            'target_params': encoder(params),
-            'target_batch_stats': encoder(batch_stats),
-        }
-      return state.replace(**jax.tree.map(jnp.copy, changed))
+      return state.replace(**jax.tree.map(jnp.copy, {
+          'params': params, 'batch_stats': batch_stats,
+          'target_params': encoder(params),
+          'target_batch_stats': encoder(batch_stats),
+      }))
 
     return put(state, self.weights)
 
@@ -322,7 +326,8 @@ def find(config: ConfigDict, mesh: Mesh, path: str) -> Initial | None:
 def _noted(path: str) -> dict[str, Any]:
   workdir = files.run_path(path, '--workdir')
   if not any(
-      step.name.isdigit() for step in files.entries(workdir / 'checkpoints')
+      checkpoints.is_step(step.name)
+      for step in files.entries(workdir / 'checkpoints')
   ):
     return {'environment': None}
   found = files.read_object(workdir / 'environment.json')
@@ -332,9 +337,7 @@ def _noted(path: str) -> dict[str, Any]:
 
 
 def _shapes(config: ConfigDict) -> Shapes:
-  """Returns the shape of each parameter of the network, by path."""
+  """Returns the shape of each parameter and statistic of a network, by path."""
   return {
-      path[1:]: x.shape
-      for path, x in network.network_shapes(config).items()
-      if path[0] == 'params'
+      path[1:]: x.shape for path, x in network.network_shapes(config).items()
   }

@@ -28,17 +28,19 @@ class Hook(NamedTuple):
 
 
 class NonFinite(Exception):
-  """A metric became NaN or infinite.
+  """A metric, or what an evaluation computed, became NaN or infinite.
 
   Attributes:
     step: the step at which it did.
     values: all metrics of that step.
+    reason: what an evaluation found; '' = it was a metric.
   """
 
-  def __init__(self, step: int, values: Values):
+  def __init__(self, step: int, values: Values, reason: str = ''):
     super().__init__(f'non-finite metrics at step {step}: {values}')
     self.step = step
     self.values = values
+    self.reason = reason
 
 
 def run(

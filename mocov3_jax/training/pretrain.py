@@ -11,7 +11,7 @@ import numpy as np
 from mocov3_jax import evals, models, sources
 from mocov3_jax.base import exits
 from mocov3_jax.base.errors import UserError
-from mocov3_jax.config import checks
+from mocov3_jax.config import checks, knobs
 from mocov3_jax.config import training as config_lib
 from mocov3_jax.data import pipeline
 from mocov3_jax.data.workers import workers_for
@@ -20,7 +20,7 @@ from mocov3_jax.evals.evaluator import EvalContext
 from mocov3_jax.method import augment
 from mocov3_jax.method.build import build_method, image_shape, run_keys
 from mocov3_jax.method.train_step import Method, init_state, train_step
-from mocov3_jax.parallel import sharding
+from mocov3_jax.parallel import processes, sharding
 from mocov3_jax.runs import workdir as workdir_lib
 from mocov3_jax.sources import catalog, listing
 from mocov3_jax.training import execution, flops, initial
@@ -43,6 +43,8 @@ def pretrain(config: ConfigDict, path: str) -> dict[str, Any]:
     Preempted: after SIGTERM or Ctrl-C, once the state is saved.
   """
   checks.validate(config, jax.device_count())
+  # Before anything that all processes must do together.
+  processes.require_same(knobs.flatten(workdir_lib.to_json(config)))
   splits = load_splits(config)
   plan = config_lib.plan(config, len(splits.train))
   mesh = sharding.make_mesh(fsdp=config.fsdp_devices)
@@ -153,7 +155,7 @@ def load_splits(config: ConfigDict) -> sources.Splits:
     raise UserError(
         f'data.mean={config.data.mean} has {len(config.data.mean)} values, but '
         f'data.source={config.data.source!r} has {channels} channels. Allowed: '
-        f'one a channel.'
+        'one value per channel.'
     )
   if config.knn.queue_share and splits.test is None:
     raise UserError(

@@ -175,7 +175,7 @@ class Trainer:
         except NonFiniteFeatures as e:
           if not log.last_step:
             raise  # The state was already broken at the start.
-          raise loop.NonFinite(step, log.last_step) from e
+          raise loop.NonFinite(step, log.last_step, str(e)) from e
         except Preempted as e:
           save_now(step, state)
           checkpoints.wait()
@@ -202,12 +202,16 @@ class Trainer:
         checkpoints.save(step, state, values or {})
         overdue, saved_at = False, time.monotonic()
 
+      def save_between(step: int, state: State) -> None:
+        with log.throughput.paused():
+          save_now(step, state)
+
       if start == 0:
         evaluate_and_save(0, state)
       elif is_due(start) and log.lacks_evaluation(start):
         log.note(
-            f'metrics.jsonl lacks what was to be measured at step {start}; it '
-            'is measured now'
+            f'metrics.jsonl lacks the evaluation of step {start}; evaluating '
+            'now'
         )
         evaluate_and_save(start, state)
       with self._divergence_explained(log, checkpoints):
@@ -220,12 +224,14 @@ class Trainer:
                 loop.Hook(is_due, evaluate_and_save),
                 # `overdue` comes from the metrics of a step, so all processes
                 # save at the same step.
-                loop.Hook(lambda step: overdue and not saves(step), save_now),
+                loop.Hook(
+                    lambda step: overdue and not saves(step), save_between
+                ),
             ],
             should_stop=lambda: stopping or unreadable.too_many,
         )
       if done < total:
-        checkpoints.save(done, state, {})
+        save_now(done, state)
         checkpoints.wait()
         unreadable.check(done)
         raise Preempted(f'stopped: saved step {done} in {workdir}')
@@ -290,10 +296,13 @@ class Trainer:
       # A checkpoint saved at this very step would hold the broken state.
       saved = checkpoints.newest_before(e.step)
       log.diverged(e.step)
+      what = e.reason or (
+          f'loss {e.values["train/loss"]}, gradient norm '
+          f'{e.values["grad_norm/global"]}'
+      )
       raise UserError(
-          f'training diverged at step {e.step}: loss {e.values["train/loss"]}, '
-          f'gradient norm {e.values["grad_norm/global"]}, learning rate '
-          f'{e.values["train/lr"]:.3g}. Last good checkpoint: '
+          f'training diverged at step {e.step}: {what.rstrip(".")}; learning '
+          f'rate {e.values["train/lr"]:.3g}. Last good checkpoint: '
           f'{"none" if saved is None else f"step {saved}"}. What helps: '
           f'{self.advice}, in a new workdir.'
       ) from e

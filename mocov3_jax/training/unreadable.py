@@ -126,7 +126,7 @@ class UnreadableImages:
           f'not be read from step {self._counted_from} up to step {step}, more '
           f'than that share of the {self._images_per_epoch} of an epoch. They '
           f'are listed in {self._path}; more may follow. Step {step} is saved. '
-          'Mend the files, under the same names, or raise '
+          'Repair or replace the files, keeping their names, or raise '
           'data.max_unreadable, and run the same line again.'
       )
 
