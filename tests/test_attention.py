@@ -22,7 +22,7 @@ from mocov3_jax.models.attention import ATTENTION, Dense, Tokens
 from mocov3_jax.models.execution import Execution
 from mocov3_jax.models.vit import ViT
 from mocov3_jax.parallel import sharding
-from mocov3_jax.training import execution as start
+from mocov3_jax.training import attention_choice
 from mocov3_jax.training import pretrain
 
 HERE = 'einsum', 'pallas'  # cuDNN is for GPUs.
@@ -218,7 +218,7 @@ def test_an_implementation_is_compared_before_it_is_used(
 ):
   if implementation:
     monkeypatch.setitem(ATTENTION, 'pallas', implementation)
-  why = start.disagreement(
+  why = attention_choice.disagreement(
       Execution('pallas'), small_vit(dtype=jnp.bfloat16), 20
   )
   assert (words in why and '\n' not in why) if words else why == ''
@@ -236,7 +236,7 @@ def test_an_implementation_is_compared_before_it_is_used(
 def test_a_continued_run_keeps_its_attention(tmp_path, before, name, said):
   if before:
     (tmp_path / 'environment.json').write_text(json.dumps(before))
-  chosen, notes = start.choose(
+  chosen, notes = attention_choice.choose(
       tiny.config(), sharding.make_mesh(), str(tmp_path)
   )
   assert chosen.attention == name
@@ -256,24 +256,24 @@ def test_an_accelerator_falls_back_to_the_reference(monkeypatch, tmp_path):
   c = tiny.config(**{'model.dtype': 'bfloat16', 'model.dim': 64,
                      'model.num_heads': 2})
   mesh = Tpu()
-  chosen, notes = start.choose(c, mesh, str(tmp_path))
+  chosen, notes = attention_choice.choose(c, mesh, str(tmp_path))
   assert chosen.attention == 'pallas' and chosen.keep_gelu
   assert notes == ['attention: pallas']
   monkeypatch.setitem(ATTENTION, 'pallas', failing)
-  chosen, notes = start.choose(c, mesh, str(tmp_path))
+  chosen, notes = attention_choice.choose(c, mesh, str(tmp_path))
   assert chosen.attention == 'reference' and not chosen.keep_gelu
   assert 'cannot be used here (NotImplementedError' in notes[0]
   # What was asked for by name is not replaced.
   c.model.attention = 'pallas'
   with pytest.raises(UserError, match="'pallas' cannot be used here.*Use auto"):
-    start.choose(c, mesh, str(tmp_path))
+    attention_choice.choose(c, mesh, str(tmp_path))
 
 
 def test_a_run_of_an_earlier_version_keeps_all_of_it(tmp_path):
   (tmp_path / 'environment.json').write_text('{"device": "TPU v5 lite"}')
   c = tiny.config(**{'model.dtype': 'bfloat16', 'model.dim': 64,
                      'model.num_heads': 2})
-  chosen, notes = start.choose(c, Tpu(), str(tmp_path))
+  chosen, notes = attention_choice.choose(c, Tpu(), str(tmp_path))
   assert chosen.attention == 'reference' and not chosen.keep_gelu
   assert notes == ['attention: reference']
 

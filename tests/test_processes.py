@@ -280,7 +280,7 @@ def test_sigterm_to_one_ends_an_evaluation_in_all(one, tmp_path):
   results = finish(processes)
   assert [code for code, _, _ in results] == [143, 143], results
   for _, _, err in results:
-    assert 'stopped in an evaluation' in err and 'Traceback' not in err
+    assert 'stopped during an evaluation' in err and 'Traceback' not in err
   for code, _, err in finish(start_command(command, 2)):
     assert code == 0, err
 

@@ -23,7 +23,7 @@ from mocov3_jax.method.train_step import Method, init_state, train_step
 from mocov3_jax.parallel import processes, sharding
 from mocov3_jax.runs import workdir as workdir_lib
 from mocov3_jax.sources import catalog, listing
-from mocov3_jax.training import execution, flops, initial
+from mocov3_jax.training import attention_choice, flops, initial
 from mocov3_jax.training.trainer import Trainer
 
 
@@ -48,7 +48,7 @@ def pretrain(config: ConfigDict, path: str) -> dict[str, Any]:
   splits = load_splits(config)
   plan = config_lib.plan(config, len(splits.train))
   mesh = sharding.make_mesh(fsdp=config.fsdp_devices)
-  chosen, notes = execution.choose(config, mesh, path)
+  chosen, notes = attention_choice.choose(config, mesh, path)
   method = build_method(config, plan, mesh.size, chosen)
   reader = make_reader(
       config, splits.train, sharding.local_positions(mesh, config.batch_size)
