@@ -22,8 +22,7 @@ from mocov3_jax.models.attention import ATTENTION, Dense, Tokens
 from mocov3_jax.models.execution import Execution
 from mocov3_jax.models.vit import ViT
 from mocov3_jax.parallel import sharding
-from mocov3_jax.training import attention_choice
-from mocov3_jax.training import pretrain
+from mocov3_jax.training import attention_choice, pretrain
 
 HERE = 'einsum', 'pallas'  # cuDNN is for GPUs.
 

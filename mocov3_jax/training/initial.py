@@ -10,7 +10,8 @@ from collections.abc import Callable, Iterator, Mapping
 import dataclasses
 import functools
 import math
-from typing import Any
+import types
+from typing import Any, NamedTuple
 
 from flax.traverse_util import flatten_dict, unflatten_dict
 import jax
@@ -120,6 +121,20 @@ def config_of(given: str) -> ConfigDict:
   found.init.update({'checkpoint': '', 'heads': False})
   found.init.freeze_backbone_epochs = 0.0
   return found.lock()
+
+
+class Beginning(NamedTuple):
+  """How a run begins; by default, as its random state is.
+
+  Attributes:
+    change: changes the fresh state, which it may donate.
+    notes: lines to print when the run begins.
+    environment: entries for environment.json.
+  """
+
+  change: Callable[[TrainState], TrainState] = lambda state: state
+  notes: tuple[str, ...] = ()
+  environment: Mapping[str, str] = types.MappingProxyType({})
 
 
 class Initial:
@@ -302,8 +317,8 @@ def _resized(table: jax.Array, size: int, has_class: bool) -> jax.Array:
   return jnp.concatenate([first, grid.reshape(1, size**2, -1)], axis=1)
 
 
-def find(config: ConfigDict, mesh: Mesh, path: str) -> Initial | None:
-  """Returns the weights to begin with; None without `init.checkpoint`.
+def find(config: ConfigDict, mesh: Mesh, path: str) -> Beginning:
+  """Returns how a run begins: with the weights of `init.checkpoint`, if any.
 
   A run that has begun no longer needs them, and the checkpoint they came from
   may be gone. They are then read only if the run turns out to have no
@@ -318,9 +333,10 @@ def find(config: ConfigDict, mesh: Mesh, path: str) -> Initial | None:
     UserError: see `Initial.weights`.
   """
   if not config.init.checkpoint:
-    return None
+    return Beginning()
   noted = processes.from_primary(lambda: _noted(path))
-  return Initial(config, mesh, noted['environment'])
+  found = Initial(config, mesh, noted['environment'])
+  return Beginning(found.begin, found.notes, found.environment)
 
 
 def _noted(path: str) -> dict[str, Any]:

@@ -55,7 +55,7 @@ def pretrain(config: ConfigDict, path: str) -> dict[str, Any]:
   )
   watched = splits.train if config.knn.queue_share else None
   init, step = make_step(config, method, watched)
-  begins = initial.find(config, mesh, path)
+  beginning = initial.find(config, mesh, path)
   stop = exits.StopRequest()
   context = EvalContext(
       config, method.model, method.augment, splits, mesh, reader, stop
@@ -69,14 +69,9 @@ def pretrain(config: ConfigDict, path: str) -> dict[str, Any]:
       ) / config.batch_size,
       advice='a lower optimizer.lr_per_256, a longer schedule.warmup_epochs, '
       'model.patch_embed=frozen',
-      notes=(
-          *_notes(config, splits, method), *notes,
-          *(begins.notes if begins else ()),
-      ),
-      begin=begins.begin if begins else lambda state: state,
-      environment={'attention': chosen.attention} | (
-          begins.environment if begins else {}
-      ),
+      notes=(*_notes(config, splits, method), *notes, *beginning.notes),
+      begin=beginning.change,
+      environment={'attention': chosen.attention, **beginning.environment},
       stop=stop,
   ).run(
       path, lambda results, workdir, _: workdir_lib.write_result(
