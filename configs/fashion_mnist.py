@@ -3,8 +3,8 @@
 60,000 training and 10,000 test images, 28x28 gray, of ten kinds of clothes
 (Xiao et al. 2017, arXiv 1708.07747). This is not a row of the paper but its ViT
 recipe (section 5), adapted to small gray images. What differs, and why:
-  - A small ViT, 64 wide and 4 blocks deep, so that a run takes an hour on two
-    CPU cores. Its 16 tokens are of 8x8 pixels; the views have 32.
+  - A small ViT, 64 wide and 4 blocks deep, so that a run takes an hour on a
+    CPU. Its 16 tokens are of 8x8 pixels; the views have 32.
   - A convolutional stem, which learns faster than a projection of patches, and
     the normalised mean of all tokens as the feature.
   - Crops, flips, brightness and contrast alone: images are gray, and a blur
@@ -20,8 +20,9 @@ has prepared works as well: --config.data.source=tfds:fashion_mnist.
 Command:
   python -m mocov3_jax.train --config=configs/fashion_mnist.py:/path/to/idx \\
       --workdir=runs/fashion
-Hardware and time: see docs/fashion-mnist.md.
-Expected: see docs/fashion-mnist.md.
+Hardware and time: one CPU core, 300 images a second: a little over an hour.
+Expected: kNN accuracy 0.864 and 0.863 with k = 5, seeds 0 and 1 (random network
+  0.717, 0.713); see docs/fashion-mnist.md.
 """
 
 from mocov3_jax.config import default_config
@@ -55,7 +56,6 @@ def get_config(folder=DEBIAN):
   c.optimizer.b2 = 0.95
   c.schedule.epochs = 20.0
   c.schedule.warmup_epochs = 1.0
-  # The random network is at 72 % with k = 5, raw pixels at 86.2 %.
   c.knn.k = 5
   c.knn.every_steps = 2340
   return c
