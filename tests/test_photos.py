@@ -1,5 +1,6 @@
 """Whole runs on folders of photographs, some of them corrupt."""
 
+import contextlib
 import itertools
 import json
 import os
@@ -22,7 +23,7 @@ from mocov3_jax.data import photo_tiles, pipeline
 from mocov3_jax.evals.evaluator import Evaluator
 from mocov3_jax.parallel import sharding
 from mocov3_jax.runs import checkpoints
-from mocov3_jax.training import pretrain
+from mocov3_jax.training import pretrain, progress
 from mocov3_jax.training import trainer as trainer_lib
 from mocov3_jax.training.trainer import Trainer
 
@@ -192,11 +193,23 @@ def test_a_checkpoint_is_saved_by_time_as_well(spoil, tmp_path, monkeypatch):
       spoil(), lambda state: measured.append(1) or {'test/top1': 0.0}
   )
   trainer.config.save.every_minutes = 5.0
-  save = checkpoints.Checkpoints.save
-  monkeypatch.setattr(
-      checkpoints.Checkpoints, 'save',
-      lambda self, step, *rest: saved.append(step) or save(self, step, *rest),
-  )
+  save, paused = checkpoints.Checkpoints.save, progress.Throughput.paused
+  pauses = []  # Of the rate of images, that have begun and not ended.
+
+  def noted_save(self, step, *rest):
+    saved.append(step)
+    assert pauses  # Saving is no training.
+    save(self, step, *rest)
+
+  @contextlib.contextmanager
+  def noted_pause(self):
+    pauses.append(self)
+    with paused(self):
+      yield
+    pauses.pop()
+
+  monkeypatch.setattr(checkpoints.Checkpoints, 'save', noted_save)
+  monkeypatch.setattr(progress.Throughput, 'paused', noted_pause)
   trainer.run(str(tmp_path / 'run'))
   total = trainer.plan.total_steps
   assert saved[-1] == total and 2 <= len(saved) - 1 <= total // 5 + 1
