@@ -20,10 +20,7 @@ def probe_of(rates, schedule, features=None, norm=None):
   return linear_step.Probe(
       features=features or (lambda frozen, images, key: images),
       optimizer=linear_step.build_optimizer(rates, schedule, 0.9),
-      learning_rate=lambda step, head: jnp.asarray(rates)[head] * (
-          schedule(step)
-      ),
-      norm=norm,
+      rates=jnp.asarray(rates), learning_rate=schedule, norm=norm,
   )
 
 

@@ -99,10 +99,9 @@ def validate_eval(config: ConfigDict, device_count: int) -> None:
     require('schedule.warmup_epochs', config.schedule.warmup_epochs, Range(
         "0: the protocol 'linear' has no warm-up", lambda v: v == 0
     ))
-  if config.protocol == 'linear' and config.linear.batch_norm:
     require('batch_size', config.batch_size, Range(
         'at least 2 with linear.batch_norm: one image has no statistics',
-        lambda v: v >= 2,
+        lambda v: v >= 2 or not config.linear.batch_norm,
     ))
 
 

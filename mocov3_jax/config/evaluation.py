@@ -103,12 +103,14 @@ def schema() -> Schema:
   }
 
 
-def _positive_numbers(fewest: int = 0) -> Range:
-  """Returns the range of tuples of distinct numbers above 0."""
-  text = 'different numbers above 0' + (', at least one' if fewest else '')
+def _positive_numbers(fewest: int = 0, whole: bool = False) -> Range:
+  """Returns the range of tuples of distinct (whole) numbers above 0."""
+  text = f'different {"whole " * whole}numbers above 0'
+  kinds = int if whole else (int, float)
   return Range(
-      text,
-      lambda v: len(set(v)) == len(v) >= fewest and all(x > 0 for x in v),
+      text + ', at least one' * (fewest > 0),
+      lambda v: len(set(v)) == len(v) >= fewest
+      and all(isinstance(x, kinds) and x > 0 for x in v),
   )
 
 
@@ -120,11 +122,7 @@ def _knn() -> Schema:
       **training.knn(),
       # Further values of k and of the temperature. The result has a table of
       # all combinations.
-      'more_k': Knob((10, 20, 100), Range(
-          'different whole numbers above 0',
-          lambda v: len(set(v)) == len(v)
-          and all(isinstance(x, int) and x > 0 for x in v),
-      )),
+      'more_k': Knob((10, 20, 100), _positive_numbers(whole=True)),
       'more_temperatures': Knob((0.2,), _positive_numbers()),
       # Classify every image of both splits by all the others, instead of
       # classifying the test split by the training split.

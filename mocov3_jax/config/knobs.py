@@ -130,6 +130,12 @@ def _alike(default: Any, value: Any) -> bool:
   return type(value) is type(default)
 
 
+def is_finite(value: Any) -> bool:
+  """Returns whether a value is a number that a float can hold."""
+  # math.isfinite raises for integers that are too large.
+  return isinstance(value, (int, float)) and abs(value) <= sys.float_info.max
+
+
 def require(field: str, value: Any, allowed: Range) -> None:
   """Checks that a value consists of finite numbers within a range.
 
@@ -137,11 +143,7 @@ def require(field: str, value: Any, allowed: Range) -> None:
     UserError: naming the field, the value and the range, if it does not.
   """
   numbers = value if isinstance(value, (tuple, list)) else (value,)
-  finite = all(
-      isinstance(n, (int, float)) and abs(n) <= sys.float_info.max
-      for n in numbers
-  )
-  if not (finite and allowed.holds(value)):
+  if not (all(map(is_finite, numbers)) and allowed.holds(value)):
     raise UserError(
         f'{field}={value!r} is out of range. Allowed: {allowed.text}.'
     )

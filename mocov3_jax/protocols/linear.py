@@ -103,13 +103,13 @@ def build(setup: Setup) -> linear_step.Probe:
   schedule = optimizers.cosine_by_epochs(
       plan.peak_lr, plan.steps_per_epoch, plan.total_steps
   )
-  rates = jnp.asarray(config.linear.lr_per_256)
   return linear_step.Probe(
       features=frozen_features,
       optimizer=linear_step.build_optimizer(
           config.linear.lr_per_256, schedule, config.linear.momentum
       ),
-      learning_rate=lambda step, head: rates[head] * schedule(step),
+      rates=jnp.asarray(config.linear.lr_per_256),
+      learning_rate=schedule,
       norm=BatchNorm(affine=False) if config.linear.batch_norm else None,
   )
 

@@ -45,14 +45,15 @@ class Probe:
   Attributes:
     features: (frozen variables, images uint8, key) -> [B, D], float32.
     optimizer: from `build_optimizer`.
-    learning_rate: (step, index of a head) -> its learning rate; only logged
-      here.
+    rates: the learning rate of each head, at a schedule of 1; only logged here.
+    learning_rate: the schedule for a rate of 1; only logged here.
     norm: applied to the features before the heads, or None.
   """
 
   features: Callable[[PyTree, jax.Array, jax.Array], jax.Array]
   optimizer: optax.GradientTransformation
-  learning_rate: Callable[[jax.Array, jax.Array], jax.Array]
+  rates: jax.Array
+  learning_rate: Schedule
   norm: BatchNorm | None
 
 
@@ -156,7 +157,7 @@ def probe_step(
   ), {
       'train/loss': losses[best],
       'train/loss_chance': jnp.log(jnp.asarray(classes, float)),
-      'train/lr': probe.learning_rate(state.step, best),
+      'train/lr': probe.rates[best] * probe.learning_rate(state.step),
       'grad_norm/global': optax.tree.norm(
           jax.tree.map(lambda g: g[best], grads)
       ),

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterable, Iterator, Sequence
 import dataclasses
-import sys
 from typing import Any
 
 from etils import epath
@@ -76,7 +75,7 @@ def read(folder: epath.Path, rows: bool = True) -> Run:
       ('result.json', result, ('step', 'knn/top1')),
   ):
     for field in fields:
-      if field in found and not _is_number(found[field]):
+      if field in found and not knobs.is_finite(found[field]):
         raise UserError(
             f'{folder / path} is damaged: {field} is no number.'
         )
@@ -103,10 +102,6 @@ def read(folder: epath.Path, rows: bool = True) -> Run:
   )
 
 
-def _is_number(value: Any) -> bool:
-  return isinstance(value, (int, float)) and abs(value) <= sys.float_info.max
-
-
 def _is_evaluation(line: dict[str, Any]) -> bool:
   """Returns whether a line of results.jsonl has the format of `evaluate`."""
   try:
@@ -117,7 +112,7 @@ def _is_evaluation(line: dict[str, Any]) -> bool:
             for name in ('workdir', 'protocol', 'encoder')
         )
         and isinstance(line['settings']['data']['labels_per_class'], int)
-        and _is_number(line[f'{line["protocol"]}/top1'])
+        and knobs.is_finite(line[f'{line["protocol"]}/top1'])
     )
   except (KeyError, TypeError):
     return False

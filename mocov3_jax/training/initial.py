@@ -244,7 +244,8 @@ class Initial:
           f'; trained at {theirs.image_size} pixels, continued at '
           f'{ours.image_size}'
       )
-      positions = _settings(self._config).setdefault('positions', 'none')
+      settings = _settings(self._config)
+      positions = settings['positions'] if settings else 'none'
       if positions != 'none':
         resized += ', with positions ' + (
             'resized' if positions == 'learned' else 'computed anew'

@@ -164,8 +164,8 @@ class Trainer:
             if saves(step) or evaluator.is_due(step):
               values |= measured(evaluator, step, state)
           log.evaluation(step, values)
-          if saves(step) and (step or save.initial):
-            save_now(step, state, values)
+        if saves(step) and (step or save.initial):
+          save_now(step, state, values)
 
       def measured(
           evaluator: Evaluator, step: int, state: State
@@ -197,14 +197,11 @@ class Trainer:
           step: int, state: State, values: dict[str, float] | None = None
       ) -> None:
         nonlocal overdue, saved_at
-        log.flush()
-        unreadable.flush()
-        checkpoints.save(step, state, values or {})
-        overdue, saved_at = False, time.monotonic()
-
-      def save_between(step: int, state: State) -> None:
         with log.throughput.paused():
-          save_now(step, state)
+          log.flush()
+          unreadable.flush()
+          checkpoints.save(step, state, values or {})
+        overdue, saved_at = False, time.monotonic()
 
       if start == 0:
         evaluate_and_save(0, state)
@@ -224,9 +221,7 @@ class Trainer:
                 loop.Hook(is_due, evaluate_and_save),
                 # `overdue` comes from the metrics of a step, so all processes
                 # save at the same step.
-                loop.Hook(
-                    lambda step: overdue and not saves(step), save_between
-                ),
+                loop.Hook(lambda step: overdue and not saves(step), save_now),
             ],
             should_stop=lambda: stopping or unreadable.too_many,
         )
