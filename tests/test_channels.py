@@ -7,7 +7,7 @@ import zlib
 
 import jax
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 import pytest
 import safetensors.numpy
 import tiny
@@ -52,6 +52,42 @@ def test_a_tiff_of_five_channels_is_read_as_it_is(data):
   pixels = image.pixels()
   np.testing.assert_array_equal(pixels, FIVE)
   assert pixels.dtype == np.uint8 and pixels.flags.c_contiguous
+
+
+@pytest.mark.parametrize('planar', [
+    {'planarconfig': 'contig'}, {'planarconfig': 'separate'},
+    {'planarconfig': 'contig', 'rowsperstrip': 16, 'compression': 'zlib'},
+], ids=['samples', 'planes', 'strips'])
+@pytest.mark.parametrize('orientation', range(1, 9))
+def test_a_tiff_is_turned_as_its_orientation_says(planar, orientation):
+  pixels = FIVE
+  if planar['planarconfig'] == 'separate':
+    pixels = np.moveaxis(FIVE, -1, 0)
+  data = tiff(
+      pixels, **planar, extratags=[(274, 'H', 1, orientation, True)]
+  )
+  # Pillow turns each channel on its own.
+  exif = Image.Exif()
+  exif[274] = orientation
+  expected = [
+      ImageOps.exif_transpose(Image.open(io.BytesIO(encode(
+          Image.fromarray(FIVE[..., channel]), 'PNG', exif=exif
+      )))) for channel in range(5)
+  ]
+  image = channels.opened(data, 5)
+  np.testing.assert_array_equal(image.pixels(), np.stack(expected, axis=-1))
+  assert (image.width, image.height) == expected[0].size
+
+
+def test_an_image_with_transparency_is_turned_as_its_orientation_says():
+  exif = Image.Exif()
+  exif[274] = 6
+  data = encode(Image.fromarray(FIVE[..., :4], 'RGBA'), 'PNG', exif=exif)
+  image = channels.opened(data, 4)
+  np.testing.assert_array_equal(
+      image.pixels(), np.rot90(FIVE[..., :4], axes=(1, 0))
+  )
+  assert (image.height, image.width) == (52, 40)
 
 
 def test_transparency_is_a_fourth_channel_where_four_are_wanted():

@@ -49,7 +49,7 @@ class Planes:
   """An image with neither one nor three channels, used like a `decode.Encoded`.
 
   Attributes:
-    height, width: pixels.
+    height, width: pixels, as shown (the orientation is applied).
   """
 
   def __init__(self, data: bytes, channels: int):
@@ -69,11 +69,15 @@ class Planes:
       self._pages = _pages(data, channels)
       sides = self._pages[0].axes, self._pages[0].shape
       self.height, self.width = (sides[1][sides[0].index(a)] for a in 'YX')
-      return
-    self._image = decode.open_image(data)
-    self.width, self.height = self._image.size
-    if len(self._image.getbands()) != channels:
-      raise _wrong(len(self._image.getbands()), channels)
+      self._orientation = _orientation(self._pages[0])
+    else:
+      self._image = decode.open_image(data)
+      self.width, self.height = self._image.size
+      self._orientation = decode.orientation(self._image)
+      if len(self._image.getbands()) != channels:
+        raise _wrong(len(self._image.getbands()), channels)
+    if self._orientation >= 5:
+      self.width, self.height = self.height, self.width
 
   def begins(self, shrink: int) -> tuple[int, int]:
     """Returns zeros; see `Encoded.begins`."""
@@ -92,17 +96,23 @@ class Planes:
     del shrink
     try:
       if self._image is not None:
-        return np.ascontiguousarray(self._image)
-      planes = [page.asarray(maxworkers=1) for page in self._pages]
+        found = np.asarray(self._image)
+      else:
+        found = self._planes()
     except Exception as e:  # Both libraries raise many kinds.
       raise Unreadable(str(e)) from e
-    axes = self._pages[0].axes
-    found = np.stack(planes, axis=-1) if axes == 'YX' else planes[0]
-    if axes == 'SYX':
-      found = np.moveaxis(found, 0, -1)
     if found.dtype == np.uint16:
       found = found >> 8
-    return np.ascontiguousarray(found, np.uint8)
+    turned = decode.TURNS[self._orientation](found)
+    return np.ascontiguousarray(turned, np.uint8)
+
+  def _planes(self) -> np.ndarray:
+    """Returns the pages of a TIFF as [H, W, channels]."""
+    planes = [page.asarray(maxworkers=1) for page in self._pages]
+    axes = self._pages[0].axes
+    if axes == 'YX':
+      return np.stack(planes, axis=-1)
+    return np.moveaxis(planes[0], 0, -1) if axes == 'SYX' else planes[0]
 
 
 def _pages(data: bytes, channels: int) -> list[Any]:
@@ -160,6 +170,14 @@ def _each(pages: Any) -> Iterator[Any]:
       yield pages[number]
     except IndexError:
       return
+
+
+def _orientation(page: Any) -> int:
+  """Returns how a page lies, a key of decode.TURNS."""
+  if decode.ORIENTATION not in page.tags:
+    return 1
+  found = page.tags[decode.ORIENTATION].value
+  return found if found in decode.TURNS else 1
 
 
 def _bytes(page: Any) -> int:

@@ -74,7 +74,7 @@ class Encoded:
     self._data, self._gray = data, gray
     self._image = open_image(data)
     self.width, self.height = self._image.size
-    self._orientation = _orientation(self._image)
+    self._orientation = orientation(self._image)
     if self._orientation >= 5:
       self.width, self.height = self.height, self.width
 
@@ -193,7 +193,8 @@ def _opened(data: bytes) -> Image.Image:
   return Image.open(io.BytesIO(data), formats=FORMATS)
 
 
-def _orientation(image: Image.Image) -> int:
+def orientation(image: Image.Image) -> int:
+  """Returns how an image lies by its EXIF data, a key of TURNS."""
   if image.format == 'TIFF':  # Pillow turns these itself.
     return 1
   try:
