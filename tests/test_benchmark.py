@@ -118,6 +118,16 @@ def test_a_batch_that_does_not_fit_is_halved(monkeypatch):
   assert tried[:4] == [1024, 512, 256, 128]
 
 
+def runs_out(_):
+  raise MemoryError  # Python's own has no message.
+
+
+def test_a_lack_of_memory_in_the_process_of_a_step_is_told():
+  with step_process.stepper(dict) as ask:
+    with pytest.raises(step_process.OutOfMemory, match='MemoryError'):
+      ask(runs_out)
+
+
 def test_what_is_computed_again_does_not_count_as_work():
   flops = []
   for changes in {}, {'model.remat': True}, {'micro_batch': 8}:

@@ -4,6 +4,7 @@ from collections.abc import Iterable
 import difflib
 import errno
 import re
+import textwrap
 import traceback
 
 
@@ -27,6 +28,13 @@ def unknown(field: str, given: str, allowed: Iterable[str]) -> UserError:
   return UserError(
       f'{field}={given!r} is not known.{hint} Allowed: {", ".join(allowed)}.'
   )
+
+
+def first_line(error: BaseException) -> str:
+  """Returns an error's type and the first line of its message, shortened."""
+  lines = str(error).strip().splitlines() or ['']
+  text = textwrap.shorten(lines[0], 160, placeholder=' ...')
+  return f'{type(error).__name__}: {text}'
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -16,7 +16,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from mocov3_jax.base.errors import UserError, is_out_of_memory
+from mocov3_jax.base.errors import UserError, first_line, is_out_of_memory
 from mocov3_jax.benchmarks.jax_step import JaxStep
 
 Ask = Callable[..., Any]
@@ -80,7 +80,7 @@ def _serve(connection, build: Callable[[], Any]) -> None:
       except Exception as e:
         if not is_out_of_memory(e):
           raise
-        connection.send((OutOfMemory, str(e).splitlines()[0]))
+        connection.send((OutOfMemory, first_line(e)))
 
 
 def jax_step(config: ConfigDict, memory_share: float, alone: bool) -> Any:

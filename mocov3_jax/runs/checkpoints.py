@@ -3,7 +3,6 @@
 from collections.abc import Callable
 import json
 import math
-import textwrap
 from typing import Any
 
 from etils import epath
@@ -16,7 +15,7 @@ from orbax.checkpoint import checkpoint_managers
 from orbax.checkpoint.metadata import ArrayMetadata
 
 from mocov3_jax.base import files
-from mocov3_jax.base.errors import UserError, is_of_environment
+from mocov3_jax.base.errors import UserError, first_line, is_of_environment
 
 PyTree = Any
 # Name of the state within checkpoints/<step>/.
@@ -276,13 +275,6 @@ def _all_arrive(where: str) -> None:
   # All processes of a run see the same folder.
   if jax.process_count() > 1:
     multihost_utils.sync_global_devices(where)
-
-
-def first_line(error: Exception) -> str:
-  """Returns an error's type and the first line of its message, shortened."""
-  lines = str(error).strip().splitlines() or ['']
-  text = textwrap.shorten(lines[0], 160, placeholder=' ...')
-  return f'{type(error).__name__}: {text}'
 
 
 def find(path: str) -> tuple[epath.Path, epath.Path]:

@@ -13,7 +13,7 @@ from typing import Any
 from etils import epath
 import numpy as np
 
-from mocov3_jax.base.errors import UserError, is_of_environment
+from mocov3_jax.base.errors import UserError, first_line, is_of_environment
 from mocov3_jax.sources import LOST, Source, Splits, Unreadable, hold_out
 from mocov3_jax.sources.layout import NAMED, listed
 
@@ -77,7 +77,7 @@ class TfdsSource:
       expected = builder.info.splits[split].num_examples
     except ValueError as e:
       raise UserError(
-          f'data.source=tfds:{self._title}: {str(e).splitlines()[0]} Allowed: '
+          f'data.source=tfds:{self._title}: {first_line(e)} Allowed: '
           f'{", ".join(known)}, or a part, such as {known[0]}[:10%].'
       ) from e
     if not count:
@@ -217,9 +217,7 @@ def _open(name: str) -> Any:
         + 'Use a name of its catalogue, or of a set prepared before.'
     ) from e
   except Exception as e:  # TFDS raises many kinds, for versions and configs.
-    raise UserError(
-        f'{where} cannot be opened: {str(e).splitlines()[0]}'
-    ) from e
+    raise UserError(f'{where} cannot be opened: {first_line(e)}') from e
   if not builder.info.splits:
     raise UserError(
         f'{where} is not prepared in {builder.data_dir}. To prepare it (TFDS '
