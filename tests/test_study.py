@@ -3,10 +3,16 @@
 import importlib.util
 
 from etils import epath
+import numpy as np
 import pytest
 import tiny
 
 from mocov3_jax.runs import history
+
+
+@pytest.fixture(autouse=True)
+def scripts_find_each_other(monkeypatch):
+  monkeypatch.syspath_prepend(tiny.ROOT / 'docs' / 'study')
 
 
 def script(name):
@@ -57,3 +63,54 @@ def test_runs_are_grouped_by_all_but_their_seed(tmp_path, capsys):
   assert [line.split('|')[1:3] for line in lines[2:]] == [
       [' lr_per_256 0.03 ', ' 2 '], [' lr_per_256 0.1 ', ' 1 ']
   ]
+
+
+def noisy(level, noise, count, seed):
+  rng = np.random.default_rng(seed)
+  return level * np.exp(noise * rng.standard_normal(count))
+
+
+def test_a_rise_of_the_loss_is_told_by_the_steps_before_it():
+  lead = script('lead')
+  loss = noisy(2.0, 0.02, 4000, 0)
+  assert lead.rises(np.arange(4000), loss) == []
+  loss[1000:1015] += 0.5
+  loss[1030:1032] += 0.5
+  loss[2000:] += 1.0  # A new level is one rise.
+  found = lead.rises(np.arange(4000), loss)
+  assert found == [1000, 1030, 2000]
+
+
+def test_what_comes_before_a_rise_is_counted_beside_chance(tmp_path, capsys):
+  keep, lead = script('keep'), script('lead')
+  loss, gradient = noisy(2.0, 0.02, 2000, 0), noisy(0.1, 0.1, 2000, 1)
+  update = noisy(0.9, 0.05, 2000, 2)
+  for step in 500, 900, 1300, 1700:
+    gradient[step:step + 12] *= 9
+    update[step + 1:step + 4] *= 4
+    loss[step + 5:step + 12] += 0.5
+  rows = [
+      {'step': i, 'train/loss': x, 'grad_max/patch_embed': g,
+       'grad_max/block_0': 0.1, 'grad_max/last_block': 0.1,
+       'update_rms/patch_embed': u, 'knn/top1': 0.5}
+      for i, (x, g, u) in enumerate(zip(loss, gradient, update, strict=True))
+  ]
+  keep.keep(history.Run(
+      epath.Path('run'), {'seed': 0}, rows, 'done', {}, []
+  ), tmp_path / 'a.csv.xz')
+  lead.main(str(tmp_path))
+  cells = capsys.readouterr().out.splitlines()[-1].split('|')[3:-1]
+  rising, bottom, spikes, chance, lag, high, by_chance, later, rms = (
+      cell.strip() for cell in cells
+  )
+  assert (rising, bottom, spikes, lag, high, later) == (
+      '4', 'patch_embed', '4', '5', '4', '4'
+  )
+  # Four marks of 21 steps in 2,000, for each of four rises.
+  assert float(chance) < 0.5 and float(by_chance) < 0.5
+  assert rms.startswith('0.9')
+
+
+def test_a_cause_is_the_first_one_shortly_before():
+  lead = script('lead')
+  assert lead.lags([10, 12, 50, 101], [15, 40, 100]) == [5]
