@@ -112,14 +112,14 @@ def test_an_epoch_count_that_is_no_row_is_named():
 def test_the_instability_recipe_is_that_of_digits_but_for_what_it_says():
   flat = {
       name: knobs.flatten(loaded(ROOT / f'configs/{name}.py').to_dict())
-      for name in ('digits', 'digits_instability')
+      for name in ('digits', 'instability')
   }
   differ = {
       field for field, value in flat['digits'].items()
-      if flat['digits_instability'][field] != value
+      if flat['instability'][field] != value
   }
   assert differ == {
       'model.patch_embed', 'optimizer.lr_per_256', 'optimizer.b2',
       'schedule.epochs', 'schedule.warmup_epochs', 'knn.every_steps',
-      'log.blocks', 'save.every_steps',
+      'log.blocks', 'log.updates', 'save.every_steps',
   }

@@ -1,0 +1,52 @@
+"""The paper's instability on digits, in minutes: kNN that falls, and spikes.
+
+This is a small version of section 4 of the paper: a ViT of width 64 on 8x8
+digits instead of ViT-B on ImageNet, with the network and the views of
+configs/digits.py. AdamW has the paper's b2 of 0.999, whose memory is 1,000
+steps; a run has four of these, 4,000 steps, and the paper's share of warm-up,
+40 %. The peak rate is 0.1 per 256 images and the patch projection is learned.
+It logs the gradients and the updates of every block, and kNN every 20 steps.
+
+Command:
+  python -m mocov3_jax.train --config=configs/instability.py \\
+      --workdir=runs/learned
+  python -m mocov3_jax.train --config=configs/instability.py \\
+      --config.model.patch_embed=frozen --workdir=runs/frozen
+  python -m mocov3_jax.report runs/learned runs/frozen --out=instability.html
+Hardware and time: 2 CPU cores, five minutes a run.
+Expected: not run yet with this warm-up. With 1,200 steps of it
+  (schedule.warmup_epochs=240) and seed 0, kNN accuracy falls to 0.444 and ends
+  at 0.825 with the learned projection; it falls to 0.083 and ends at 0.964 with
+  the frozen one. The random network has 0.831 (docs/study.md).
+"""
+
+from mocov3_jax.config import default_config
+
+
+def get_config():
+  c = default_config()
+  c.batch_size = 256
+  c.data.source = 'digits'
+  c.data.image_size = 8
+  c.data.mean = (0.305,)
+  c.data.std = (0.376,)
+  for view in (c.augment.view1, c.augment.view2):
+    view.crop_min = 0.4
+    view.crop_ratio = (1 / 2, 2.0)
+    view.saturation = view.hue = 0.0
+    view.gray_prob = view.blur_prob = view.solarize_prob = 0.0
+    view.flip_prob = 0.0
+  c.model.name = 'vit_ti'
+  c.model.patch_size = 4
+  c.model.dim = 64
+  c.model.depth = 4
+  c.model.num_heads = 4
+  c.model.patch_embed = 'learned'
+  c.head.hidden_dim = 512
+  c.head.out_dim = 128
+  c.optimizer.lr_per_256 = 0.1
+  c.schedule.epochs = 800.0
+  c.schedule.warmup_epochs = 320.0
+  c.knn.every_steps = 20
+  c.log.blocks = c.log.updates = True
+  return c
