@@ -20,8 +20,10 @@ has prepared works as well: --config.data.source=tfds:fashion_mnist.
 Command:
   python -m mocov3_jax.train --config=configs/fashion_mnist.py:/path/to/idx \\
       --workdir=runs/fashion
-Hardware and time: one CPU core, 300 images a second: a little over an hour.
-Expected: see docs/fashion-mnist.md.
+Hardware and time: one CPU core, 200 images a second beside another such run: 50
+  minutes.
+Expected: kNN accuracy 0.853, 0.858 and 0.859 with k = 5, seeds 0, 1 and 2
+  (random network 0.771, 0.782, 0.771); see docs/fashion-mnist.md.
 """
 
 from mocov3_jax.config import default_config
