@@ -79,6 +79,15 @@ def test_a_tiff_is_turned_as_its_orientation_says(planar, orientation):
   assert (image.width, image.height) == expected[0].size
 
 
+def test_an_orientation_that_is_none_turns_nothing():
+  for found, code, count in (9, 'H', 1), ((6, 6), 'H', 2), (b'up', 's', 3):
+    data = tiff(
+        FIVE, planarconfig='contig',
+        extratags=[(274, code, count, found, True)],
+    )
+    np.testing.assert_array_equal(channels.opened(data, 5).pixels(), FIVE)
+
+
 def test_an_image_with_transparency_is_turned_as_its_orientation_says():
   exif = Image.Exif()
   exif[274] = 6

@@ -177,7 +177,7 @@ def _orientation(page: Any) -> int:
   if decode.ORIENTATION not in page.tags:
     return 1
   found = page.tags[decode.ORIENTATION].value
-  return found if found in decode.TURNS else 1
+  return found if isinstance(found, int) and found in decode.TURNS else 1
 
 
 def _bytes(page: Any) -> int:
