@@ -12,7 +12,6 @@ against the other.
 """
 
 from collections.abc import Sequence
-import pathlib
 import statistics
 import sys
 
@@ -78,7 +77,7 @@ def lags(causes: Sequence[int], effects: Sequence[int]) -> list[int]:
 def shuffled(
     causes: Sequence[Sequence[int]], effects: Sequence[Sequence[int]],
     lengths: Sequence[int],
-) -> str:
+) -> float:
   """Returns how many effects have a cause before them by chance: a mean.
 
   Args:
@@ -86,12 +85,12 @@ def shuffled(
     lengths: steps of each run.
   """
   rng = np.random.default_rng(0)
-  return f'''{np.mean([
+  return np.mean([
       sum(
           len(lags((np.asarray(those, int) + rng.integers(n)) % n, its))
           for those, its, n in zip(causes, effects, lengths, strict=True)
       ) for _ in range(tables.SHUFFLES)
-  ]):.1f}'''
+  ])
 
 
 def line(name: str, runs: Sequence[history.Run]) -> list[str]:
@@ -110,7 +109,7 @@ def line(name: str, runs: Sequence[history.Run]) -> list[str]:
     found = [lag for pair in zip(causes, rising, strict=True)
              for lag in lags(*pair)]
     cells += [
-        str(len(found)), shuffled(causes, rising, lengths),
+        str(len(found)), f'{shuffled(causes, rising, lengths):.1f}',
         f'{statistics.median(found):g}' if found else '',
     ]
   values = np.concatenate([values for _, values in updates])
@@ -120,13 +119,7 @@ def line(name: str, runs: Sequence[history.Run]) -> list[str]:
 
 def main(*folders: str) -> None:
   """Prints the table of all runs in some folders."""
-  runs = [
-      tables.read(path) for folder in folders
-      for path in sorted(pathlib.Path(folder).glob('*.csv.xz'))
-  ]
-  print(f'| {" | ".join(HEAD)} |\n|{"---|" * len(HEAD)}')
-  for name, those in tables.settings(runs):
-    print(f'| {" | ".join(line(name, those))} |')
+  tables.show(folders, HEAD, line)
 
 
 if __name__ == '__main__':

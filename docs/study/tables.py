@@ -10,7 +10,7 @@ many and as far apart, had nothing to do with each other.
 """
 
 import collections
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 import csv
 import json
 import lzma
@@ -135,15 +135,29 @@ def line(name: str, runs: Sequence[history.Run]) -> list[str]:
   ]
 
 
-def main(*folders: str) -> None:
-  """Prints the table of all runs in some folders."""
+def show(
+    folders: Sequence[str], head: Sequence[str],
+    cells: Callable[[str, Sequence[history.Run]], Sequence[str]],
+) -> None:
+  """Prints a table of all runs in some folders, a line for each setting.
+
+  Args:
+    folders: folders of kept runs.
+    head: names of the columns.
+    cells: (setting, its runs) -> the cells of its line.
+  """
   runs = [
       read(path) for folder in folders
       for path in sorted(pathlib.Path(folder).glob('*.csv.xz'))
   ]
-  print(f'| {" | ".join(HEAD)} |\n|{"---|" * len(HEAD)}')
+  print(f'| {" | ".join(head)} |\n|{"---|" * len(head)}')
   for name, those in settings(runs):
-    print(f'| {" | ".join(line(name, those))} |')
+    print(f'| {" | ".join(cells(name, those))} |')
+
+
+def main(*folders: str) -> None:
+  """Prints the table of all runs in some folders."""
+  show(folders, HEAD, line)
 
 
 if __name__ == '__main__':
