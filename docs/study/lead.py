@@ -19,7 +19,7 @@ import numpy as np
 import tables
 
 from mocov3_jax.runs import history
-from mocov3_jax.training import events
+from mocov3_jax.training import events, stability
 
 # A loss this many standard deviations above the median of the WINDOW before is
 # a rise; within APART steps of another, it is the same one.
@@ -33,13 +33,6 @@ HEAD = (
     'by shuffling', 'steps from it', f'after RMS_t > {HIGH:g}',
     'by shuffling', 'steps from it', 'RMS_t: median, 99.9 %',
 )
-
-
-def curve(run: history.Run, name: str) -> tuple[np.ndarray, np.ndarray]:
-  """Returns the steps and values of a metric."""
-  rows = [(row['step'], row[name]) for row in run.rows if name in row]
-  steps, values = np.array(rows, np.float64).reshape(-1, 2).T
-  return steps.astype(int), values
 
 
 def rises(steps: np.ndarray, loss: np.ndarray) -> list[int]:
@@ -96,12 +89,14 @@ def shuffled(
 def line(name: str, runs: Sequence[history.Run]) -> list[str]:
   """Returns the cells of HEAD for the runs of a setting."""
   bottom = tables.lowest(runs[0])
-  rising = [rises(*curve(run, 'train/loss')) for run in runs]
-  spiking = [
-      [x.onset for x in events.spikes(*curve(run, f'grad_max/{bottom}'))]
-      for run in runs
+  rising = [rises(*stability.series(run.rows, 'train/loss')) for run in runs]
+  gradients = [
+      stability.series(run.rows, f'grad_max/{bottom}') for run in runs
   ]
-  updates = [curve(run, f'update_rms/{bottom}') for run in runs]
+  spiking = [[x.onset for x in events.spikes(*of_run)] for of_run in gradients]
+  updates = [
+      stability.series(run.rows, f'update_rms/{bottom}') for run in runs
+  ]
   high = [steps[values > HIGH] for steps, values in updates]
   lengths = [run.rows[-1]['step'] + 1 for run in runs]
   cells = [name, str(len(runs)), str(sum(map(len, rising))), bottom]
