@@ -114,3 +114,60 @@ def test_what_comes_before_a_rise_is_counted_beside_chance(tmp_path, capsys):
 def test_a_cause_is_the_first_one_shortly_before():
   lead = script('lead')
   assert lead.lags([10, 12, 50, 101], [15, 40, 100]) == [5]
+
+
+def test_what_comes_after_a_run_has_fallen_is_left_out():
+  lead = script('lead')
+  rows = [{'step': i, 'train/loss': 1.0} for i in range(100)]
+  for step, knn in ((0, 0.8), (20, 0.9), (40, 0.5), (60, 0.85), (80, 0.3)):
+    rows[step]['knn/top1'] = knn
+  fallen = history.Run(epath.Path('run'), {}, rows, 'done', {}, [])
+  assert [row['step'] for row in lead.lived(fallen).rows] == list(range(61))
+
+
+def marked(tmp_path, text):
+  """Two planted spikes of 9 times, in a run that is kept, and some marks."""
+  gradient = noisy(0.1, 0.1, 1000, 1)
+  for step in 500, 700:
+    gradient[step:step + 12] *= 9
+  rows = [
+      {'step': i, 'train/loss': 2.0, 'grad_max/patch_embed': g,
+       'grad_max/block_0': b, 'grad_max/last_block': b}
+      for i, (g, b) in enumerate(zip(
+          gradient, noisy(0.1, 0.1, 1000, 2), strict=True
+      ))
+  ]
+  script('keep').keep(history.Run(
+      epath.Path('a'), {'seed': 0}, rows, 'done', {}, []
+  ), tmp_path / 'a.csv.xz')
+  (tmp_path / 'marks.csv').write_text('run,layer,first,last\n' + text)
+
+
+@pytest.mark.parametrize('text, counts', [
+    ('a,patch_embed,498,515\na,patch_embed,700,711\n', [2, 2, 2, 2, 2, 0]),
+    ('a,patch_embed,498,515\n', [1, 1, 1, 1, 2, 1]),  # One is a false alarm,
+    ('a,,,\n', [0, 0, 0, 0, 2, 2]),  # both are.
+    # The marks of block_0 are too small to be missed.
+    ('a,patch_embed,498,711\na,block_0,600,620\na,block_0,500,511\n',
+     [3, 1, 1, 1, 2, 0]),
+    ('a,patch_embed,480,515\n', [1, 1, 1, 0, 2, 1]),  # Known too late.
+])
+def test_what_is_found_is_compared_with_marks(tmp_path, capsys, text, counts):
+  marked(tmp_path, text)
+  script('recall').main(str(tmp_path / 'marks.csv'), str(tmp_path))
+  lines = capsys.readouterr().out.splitlines()
+  expected = [*map(str, counts), f'{4 * counts[-1]:.1f}']
+  for line, name in zip(lines[2:], ('a', 'all'), strict=True):
+    assert [cell.strip() for cell in line.split('|')[1:-1]] == [name, *expected]
+
+
+def test_a_large_mark_in_which_nothing_is_found_is_missed():
+  recall = script('recall')
+  gradient = noisy(0.1, 0.1, 1000, 1)
+  gradient[500:600] *= 9  # A new level is no spike.
+  rows = [
+      {'step': i, 'grad_max/patch_embed': g} for i, g in enumerate(gradient)
+  ]
+  assert recall.compare(
+      rows, [recall.Mark('patch_embed', 500, 600)]
+  ) == [1, 1, 0, 0, 0, 0]

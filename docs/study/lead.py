@@ -8,10 +8,12 @@ lowest layer that learns, a gradient spike (mocov3_jax/training/events.py), or
 RMS_t, the update before the learning rate, above a limit (Wortsman et al.
 2023, arXiv 2304.13013; the limit is ours). What shuffling gives is how many
 rises would have it before them by chance: as a mean over shifts of the one
-against the other.
+against the other. Of a run that falls below the random network for good, what
+comes after that is left out.
 """
 
 from collections.abc import Sequence
+import dataclasses
 import statistics
 import sys
 
@@ -53,6 +55,15 @@ def rises(steps: np.ndarray, loss: np.ndarray) -> list[int]:
   return found
 
 
+def lived(run: history.Run) -> history.Run:
+  """Returns a run up to its last kNN not below that of the random network."""
+  steps, knn = stability.series(run.rows, 'knn/top1')
+  last = steps[knn >= knn[0]][-1]
+  return dataclasses.replace(
+      run, rows=[row for row in run.rows if row['step'] <= last]
+  )
+
+
 def lags(causes: Sequence[int], effects: Sequence[int]) -> list[int]:
   """Returns the steps to each effect from the first cause shortly before it.
 
@@ -88,6 +99,7 @@ def shuffled(
 
 def line(name: str, runs: Sequence[history.Run]) -> list[str]:
   """Returns the cells of HEAD for the runs of a setting."""
+  runs = [lived(run) for run in runs]
   bottom = tables.lowest(runs[0])
   rising = [rises(*stability.series(run.rows, 'train/loss')) for run in runs]
   gradients = [

@@ -1,0 +1,138 @@
+"""Compares the spikes that are found with those a person marked by eye.
+
+  python docs/study/recall.py docs/study/marks.csv docs/study/rates
+
+prints a line for each run that has marks, and one for all of them. A line of
+the marks is run,layer,first,last: the name of the run's file and the steps
+between which a person sees the gradient of the layer leave its past. A run in
+which nothing was seen has one line without layer and steps. Marks are read off
+plots, to some five steps. Only those that reach five times the median of the
+hundred steps before count as missed if nothing is found; smaller ones may be
+found or not. What is found where nothing is marked is a false alarm.
+"""
+
+from collections.abc import Sequence
+import csv
+import pathlib
+import sys
+from typing import NamedTuple
+
+import numpy as np
+import tables
+
+from mocov3_jax.training import events, stability
+
+READ_TO = 5  # Steps to which a mark is read off a plot.
+HEAD = (
+    'run', 'marks', 'of 5 times and more', 'found', 'warned of within 5 steps',
+    'found in all', 'false alarms', 'per 4,000 steps',
+)
+
+
+class Mark(NamedTuple):
+  """A stretch in which a person sees a gradient leave its own past.
+
+  Attributes:
+    layer: the layer's name.
+    first, last: steps.
+  """
+
+  layer: str
+  first: int
+  last: int
+
+
+class Alarm(NamedTuple):
+  """A spike that was found, and the step at which it was known."""
+
+  spike: events.Spike
+  known: int
+
+
+def marks(path: pathlib.Path) -> dict[str, list[Mark]]:
+  """Returns the marks of each run; none for a run in which nothing is seen."""
+  found: dict[str, list[Mark]] = {}
+  with path.open() as file:
+    for row in csv.DictReader(file):
+      of_run = found.setdefault(row['run'], [])
+      if row['layer']:
+        of_run.append(
+            Mark(row['layer'], int(row['first']), int(row['last']))
+        )
+  return found
+
+
+def ratio(steps: np.ndarray, values: np.ndarray, mark: Mark) -> float:
+  """Returns how far a gradient rises in a mark: peak over median before it."""
+  inside = values[(steps >= mark.first) & (steps <= mark.last)]
+  before = values[
+      (steps < mark.first) & (steps >= mark.first - events.WINDOW)
+  ]
+  return float(inside.max() / np.median(before))
+
+
+def alarms(steps: np.ndarray, values: np.ndarray) -> list[Alarm]:
+  """Returns the spikes of a curve, as a run that goes on learns of them."""
+  finder = events.SpikeFinder()
+  known = {}
+  for step, value in zip(steps.tolist(), values.tolist(), strict=True):
+    spike = finder.see(step, value)
+    if spike:
+      known[spike.onset] = step
+  last = [finder.current] if finder.current else []
+  return [Alarm(x, known[x.onset]) for x in [*finder.ended, *last]]
+
+
+def touch(mark: Mark, spike: events.Spike) -> bool:
+  """Returns whether a mark and a spike of the same layer share a step."""
+  return (
+      spike.onset <= mark.last + READ_TO and spike.end >= mark.first - READ_TO
+  )
+
+
+def compare(rows: stability.Rows, marked: Sequence[Mark]) -> list[int]:
+  """Returns the counts of HEAD, from the marks to the false alarms."""
+  large = found = soon = every = false = 0
+  layers = [
+      name for name in stability.all_series(rows)
+      if name.startswith(tables.GRADIENTS)
+  ]
+  for name in layers:
+    curve = stability.series(rows, name)
+    of_layer = [x for x in marked if x.layer == name.split('/')[1]]
+    those = alarms(*curve)
+    every += len(those)
+    false += sum(
+        not any(touch(mark, alarm.spike) for mark in of_layer)
+        for alarm in those
+    )
+    for mark in of_layer:
+      if ratio(*curve, mark) >= events.SPIKE_RATIO:
+        known = [x.known for x in those if touch(mark, x.spike)]
+        large += 1
+        found += bool(known)
+        soon += any(step - mark.first <= READ_TO for step in known)
+  return [len(marked), large, found, soon, every, false]
+
+
+def show(name: str, counts: Sequence[int], steps: int) -> None:
+  """Prints a line of the table."""
+  rate = f'{4000 * counts[-1] / steps:.1f}'
+  print(f'| {" | ".join([name, *map(str, counts), rate])} |')
+
+
+def main(path: str, *folders: str) -> None:
+  """Prints the table of all runs that have marks."""
+  print(f'| {" | ".join(HEAD)} |\n|{"---|" * len(HEAD)}')
+  counts, steps = [], []
+  for name, marked in marks(pathlib.Path(path)).items():
+    found = [p for x in folders for p in pathlib.Path(x).glob(f'{name}.*')]
+    rows = tables.read(found[0]).rows
+    counts.append(compare(rows, marked))
+    steps.append(len(rows))
+    show(name, counts[-1], steps[-1])
+  show('all', np.sum(counts, 0).tolist(), sum(steps))
+
+
+if __name__ == '__main__':
+  main(*sys.argv[1:])
