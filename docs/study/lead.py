@@ -1,20 +1,20 @@
-"""Counts what comes before the loss rises, in kept runs.
+"""Measures what comes before the loss rises, in kept runs.
 
   python docs/study/lead.py docs/study/rates
 
 prints a line for each setting, that is for all runs that differ in their seed
-alone. A rise is told by the losses before it. What may come before is, in the
-lowest layer that learns, a gradient spike (mocov3_jax/training/events.py), or
-RMS_t, the update before the learning rate, above a limit (Wortsman et al.
-2023, arXiv 2304.13013; the limit is ours). What shuffling gives is how many
-rises would have it before them by chance: as a mean over shifts of the one
-against the other. Of a run that falls below the random network for good, what
-comes after that is left out.
+alone. A rise is told by the losses before it. For each layer the line says how
+high its gradients are in the five steps before a rise, over their median from
+140 to 40 steps before: the median over all rises, and how high it is for 97.5
+in 100 sets of steps drawn by chance. It says the same of RMS_t, the update
+before the learning rate (Wortsman et al. 2023, arXiv 2304.13013). Nothing here
+depends on what counts as a spike. Of a run that falls below the random network
+for good, what comes after that is left out.
 """
 
-from collections.abc import Sequence
+import collections
+from collections.abc import Mapping, Sequence
 import dataclasses
-import statistics
 import sys
 
 import numpy as np
@@ -26,32 +26,31 @@ from mocov3_jax.training import events, stability
 # A loss this many standard deviations above the median of the WINDOW before is
 # a rise; within APART steps of another, it is the same one.
 SIGMAS, APART = 4.0, 10
-# RMS_t is 1 if the second moment is that of the gradients now.
-HIGH = 2.0
-# Most steps from what comes before to the rise.
-MOST = 20
+# Steps from a rise.
+BEFORE, PAST = np.arange(-5, 0), np.arange(-140, -40)
+LEVELS = tables.GRADIENTS, 'update_rms/'
 HEAD = (
-    'setting', 'runs', 'rises', 'lowest layer', 'after its spike',
-    'by shuffling', 'steps from it', f'after RMS_t > {HIGH:g}',
-    'by shuffling', 'steps from it', 'RMS_t: median, 99.9 %',
+    'setting', 'runs', 'rises', 'gradients before', 'by chance', 'highest in',
+    'RMS_t before', 'by chance', 'highest in',
 )
 
+Curves = Mapping[str, np.ndarray]
 
-def rises(steps: np.ndarray, loss: np.ndarray) -> list[int]:
+
+def rises(loss: np.ndarray) -> list[int]:
   """Returns the steps at which the loss begins to leave its own past.
 
   Args:
-    steps: int [n].
-    loss: [n].
+    loss: [n], of each step.
   """
   found, last = [], -np.inf
-  for place in range(events.WINDOW, len(loss)):
-    past = loss[place - events.WINDOW:place]
+  for step in range(events.WINDOW, len(loss)):
+    past = loss[step - events.WINDOW:step]
     middle = np.median(past)
-    if loss[place] > middle + SIGMAS * events.noise_bound(past - middle):
-      if steps[place] - last > APART:
-        found.append(int(steps[place]))
-      last = steps[place]
+    if loss[step] > middle + SIGMAS * events.noise_bound(past - middle):
+      if step - last > APART:
+        found.append(step)
+      last = step
   return found
 
 
@@ -64,64 +63,91 @@ def lived(run: history.Run) -> history.Run:
   )
 
 
-def lags(causes: Sequence[int], effects: Sequence[int]) -> list[int]:
-  """Returns the steps to each effect from the first cause shortly before it.
+def curves(run: history.Run) -> dict[str, np.ndarray]:
+  """Returns the logs of what may lead a rise, of each step, by metric.
 
-  Effects without one are left out.
+  Layers that do not learn are left out.
   """
-  causes = np.asarray(causes, int)
-  found = []
-  for effect in effects:
-    near = causes[(causes <= effect) & (causes >= effect - MOST)]
-    if near.size:
-      found.append(effect - int(near.min()))
-  return found
+  every = stability.all_series(run.rows)
+  return {
+      name: np.log(values) for name, (_, values) in every.items()
+      if name.startswith(LEVELS) and values.min() > 0
+  }
 
 
-def shuffled(
-    causes: Sequence[Sequence[int]], effects: Sequence[Sequence[int]],
-    lengths: Sequence[int],
-) -> float:
-  """Returns how many effects have a cause before them by chance: a mean.
+def heights(curve: np.ndarray, at: Sequence[int]) -> np.ndarray:
+  """Returns how high a curve is before some steps, over its past.
 
   Args:
-    causes, effects: steps, for each run.
-    lengths: steps of each run.
+    curve: [n], logs.
+    at: [m] steps, at least 140.
+
+  Returns:
+    [m], logs of a ratio.
+  """
+  at = np.asarray(at, int)[:, None]
+  return np.median(curve[at + BEFORE], 1) - np.median(curve[at + PAST], 1)
+
+
+def by_chance(
+    of_runs: Sequence[np.ndarray], counts: Sequence[int]
+) -> float:
+  """Returns the bound of the median height before steps drawn by chance.
+
+  Args:
+    of_runs: the curve of each run, logs.
+    counts: how many steps are drawn in each run.
   """
   rng = np.random.default_rng(0)
-  return np.mean([
-      sum(
-          len(lags((np.asarray(those, int) + rng.integers(n)) % n, its))
-          for those, its, n in zip(causes, effects, lengths, strict=True)
-      ) for _ in range(tables.SHUFFLES)
-  ])
+  return np.quantile([
+      np.median(np.concatenate([
+          heights(curve, rng.integers(-PAST[0], len(curve), count))
+          for curve, count in zip(of_runs, counts, strict=True)
+      ])) for _ in range(tables.SHUFFLES)
+  ], 0.975)
+
+
+def level(
+    of_runs: Sequence[Curves], rising: Sequence[Sequence[int]], prefix: str
+) -> list[str]:
+  """Returns the cells of HEAD for the gradients or for RMS_t."""
+  metrics = [x for x in of_runs[0] if x.startswith(prefix)]
+  found = {
+      name.removeprefix(prefix): np.concatenate([
+          heights(of_run[name], at)
+          for of_run, at in zip(of_runs, rising, strict=True)
+      ]) for name in metrics
+  }
+  if not found or not any(map(len, rising)):
+    return [''] * 3
+  chance = max(
+      by_chance([of_run[x] for of_run in of_runs], [*map(len, rising)])
+      for x in metrics
+  )
+  names = [*found]
+  highest = collections.Counter(
+      names[i] for i in np.argmax([*found.values()], 0)
+  )
+  return [
+      ', '.join(f'{x} {np.exp(np.median(v)):.1f}' for x, v in found.items()),
+      f'{np.exp(chance):.1f}',
+      ', '.join(f'{x} {n}' for x, n in highest.most_common(3)),
+  ]
 
 
 def line(name: str, runs: Sequence[history.Run]) -> list[str]:
   """Returns the cells of HEAD for the runs of a setting."""
   runs = [lived(run) for run in runs]
-  bottom = tables.lowest(runs[0])
-  rising = [rises(*stability.series(run.rows, 'train/loss')) for run in runs]
-  gradients = [
-      stability.series(run.rows, f'grad_max/{bottom}') for run in runs
+  rising = [
+      [x for x in rises(stability.series(run.rows, 'train/loss')[1])
+       if x >= -PAST[0]]
+      for run in runs
   ]
-  spiking = [[x.onset for x in events.spikes(*of_run)] for of_run in gradients]
-  updates = [
-      stability.series(run.rows, f'update_rms/{bottom}') for run in runs
+  of_runs = [curves(run) for run in runs]
+  return [
+      name, str(len(runs)), str(sum(map(len, rising))),
+      *(cell for x in LEVELS for cell in level(of_runs, rising, x)),
   ]
-  high = [steps[values > HIGH] for steps, values in updates]
-  lengths = [run.rows[-1]['step'] + 1 for run in runs]
-  cells = [name, str(len(runs)), str(sum(map(len, rising))), bottom]
-  for causes in spiking, high:
-    found = [lag for pair in zip(causes, rising, strict=True)
-             for lag in lags(*pair)]
-    cells += [
-        str(len(found)), f'{shuffled(causes, rising, lengths):.1f}',
-        f'{statistics.median(found):g}' if found else '',
-    ]
-  values = np.concatenate([values for _, values in updates])
-  usual = np.quantile(values, (0.5, 0.999)) if values.size else ()
-  return [*cells, ', '.join(f'{x:.2f}' for x in usual)]
 
 
 def main(*folders: str) -> None:
