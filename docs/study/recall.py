@@ -5,10 +5,12 @@
 prints a line for each run that has marks, and one for all of them. A line of
 the marks is run,layer,first,last: the name of the run's file and the steps
 between which a person sees the gradient of the layer leave its past. A run in
-which nothing was seen has one line without layer and steps. Marks are read off
-plots, to some five steps. Only those that reach five times the median of the
-hundred steps before count as missed if nothing is found; smaller ones may be
-found or not. What is found where nothing is marked is a false alarm.
+which nothing was seen has one line without layer and steps; the layer ? is a
+stretch in which a person cannot tell, which is left out. So are the heads, in
+which nobody looked. Marks are read off plots, to some five steps. Only those
+that reach five times the median of the hundred steps before count as missed if
+nothing is found; smaller ones may be found or not. What is found where nothing
+is marked is a false alarm.
 """
 
 from collections.abc import Sequence
@@ -23,6 +25,8 @@ import tables
 from mocov3_jax.training import events, stability
 
 READ_TO = 5  # Steps to which a mark is read off a plot.
+UNCLEAR = '?'
+HEADS = 'projector', 'predictor'
 HEAD = (
     'run', 'marks', 'of 5 times and more', 'found', 'warned of within 5 steps',
     'found in all', 'false alarms', 'per 4,000 steps',
@@ -93,14 +97,16 @@ def touch(mark: Mark, spike: events.Spike) -> bool:
 def compare(rows: stability.Rows, marked: Sequence[Mark]) -> list[int]:
   """Returns the counts of HEAD, from the marks to the false alarms."""
   large = found = soon = every = false = 0
-  layers = [
-      name for name in stability.all_series(rows)
-      if name.startswith(tables.GRADIENTS)
-  ]
-  for name in layers:
-    curve = stability.series(rows, name)
-    of_layer = [x for x in marked if x.layer == name.split('/')[1]]
-    those = alarms(*curve)
+  unclear = [x for x in marked if x.layer == UNCLEAR]
+  for name, curve in stability.all_series(rows).items():
+    layer = name.removeprefix(tables.GRADIENTS)
+    if layer == name or layer in HEADS:
+      continue
+    of_layer = [x for x in marked if x.layer == layer]
+    those = [
+        alarm for alarm in alarms(*curve)
+        if not any(touch(mark, alarm.spike) for mark in unclear)
+    ]
     every += len(those)
     false += sum(
         not any(touch(mark, alarm.spike) for mark in of_layer)
@@ -112,7 +118,7 @@ def compare(rows: stability.Rows, marked: Sequence[Mark]) -> list[int]:
         large += 1
         found += bool(known)
         soon += any(step - mark.first <= READ_TO for step in known)
-  return [len(marked), large, found, soon, every, false]
+  return [len(marked) - len(unclear), large, found, soon, every, false]
 
 
 def show(name: str, counts: Sequence[int], steps: int) -> None:
@@ -129,7 +135,9 @@ def main(path: str, *folders: str) -> None:
     found = [p for x in folders for p in pathlib.Path(x).glob(f'{name}.*')]
     rows = tables.read(found[0]).rows
     counts.append(compare(rows, marked))
-    steps.append(len(rows))
+    steps.append(len(rows) - sum(
+        x.last - x.first for x in marked if x.layer == UNCLEAR
+    ))
     show(name, counts[-1], steps[-1])
   show('all', np.sum(counts, 0).tolist(), sum(steps))
 
