@@ -6,6 +6,8 @@ configs/digits.py. AdamW has the paper's b2 of 0.999, whose memory is 1,000
 steps; a run has four of these, 4,000 steps, and the paper's share of warm-up,
 40 %. The peak rate is 0.1 per 256 images and the patch projection is learned.
 It logs the gradients and the updates of every block, and kNN every 20 steps.
+A name after a colon selects another method: instability.py:simclr, :byol or
+:swav.
 
 Command:
   python -m mocov3_jax.train --config=configs/instability.py \\
@@ -22,8 +24,19 @@ Expected: with seed 0, kNN accuracy ends at 0.300 with the learned projection
 from mocov3_jax.config import default_config
 
 
-def get_config():
+def get_config(objective='moco_v3'):
   c = default_config()
+  c.objective.name = objective
+  if objective == 'simclr':
+    c.head.predictor_layers = 0
+  if objective == 'byol':
+    c.head.projector_out_bn = c.head.predictor_out_bn = False
+  if objective == 'swav':
+    c.head.projector_out_bn = False
+    c.head.predictor_layers = 0
+    c.head.prototypes = 100
+    c.objective.temperature = 0.1
+    c.objective.sinkhorn_epsilon = 0.03
   c.batch_size = 256
   c.data.source = 'digits'
   c.data.image_size = 8

@@ -109,10 +109,12 @@ def test_an_epoch_count_that_is_no_row_is_named():
   assert '100, 300, 800, 1000' in err
 
 
-def test_the_instability_recipe_is_that_of_digits_but_for_what_it_says():
+@pytest.mark.parametrize('method', ['moco_v3', 'simclr', 'byol', 'swav'])
+def test_the_instability_recipe_is_that_of_digits_but_for_what_it_says(method):
   flat = {
-      name: knobs.flatten(loaded(ROOT / f'configs/{name}.py').to_dict())
-      for name in ('digits', 'instability')
+      name: knobs.flatten(
+          recipe(ROOT / f'configs/{name}.py').get_config(method).to_dict()
+      ) for name in ('digits', 'instability')
   }
   differ = {
       field for field, value in flat['digits'].items()
