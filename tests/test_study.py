@@ -93,7 +93,7 @@ def test_what_comes_before_a_rise_is_measured_beside_chance(tmp_path, capsys):
     loss[step:step + 7] += 0.5
     values['grad_max/patch_embed'][step - 5:step + 7] *= 9
     values['grad_max/block_0'][step:step + 7] *= 20  # After it.
-    values['update_rms/patch_embed'][step - 5:step - 2] *= 4
+    values['update_rms/patch_embed'][step - 2:step] *= 4
   rows = [
       {'step': i, 'train/loss': x, 'knn/top1': 0.5, 'grad_max/block_1': 0.1}
       | {name: those[i] for name, those in values.items()}
@@ -109,11 +109,11 @@ def test_what_comes_before_a_rise_is_measured_beside_chance(tmp_path, capsys):
   ]
   height = dict(cell.split() for cell in gradients.split(', '))
   assert rises == '4'
-  assert float(height['patch_embed']) == pytest.approx(9, rel=0.1)
-  assert float(height['block_0']) == pytest.approx(1, abs=0.15)
+  assert float(height['patch_embed']) == pytest.approx(9, rel=0.2)
+  assert float(height['block_0']) == pytest.approx(1, abs=0.2)
   assert float(chance) < 1.5 and float(by_chance) < 1.5
   assert highest == rms_highest == 'patch_embed 4'
-  assert float(rms.split(', ')[0].split()[1]) == pytest.approx(4, rel=0.1)
+  assert float(rms.split(', ')[0].split()[1]) == pytest.approx(4, rel=0.2)
 
 
 def test_a_layer_that_does_not_learn_leads_nothing():
@@ -178,3 +178,34 @@ def test_a_large_mark_in_which_nothing_is_found_is_missed():
   assert recall.compare(
       rows, [recall.Mark('patch_embed', 500, 600)]
   ) == [1, 1, 0, 0, 0, 0]
+
+
+def test_curves_are_aligned_to_steps_and_to_their_past():
+  lead = script('lead')
+  curve = np.zeros(400)
+  curve[:250] = 1.0
+  curve[299] = 3.0  # One step before 300, over a past of steps at 1 and at 0.
+  found = lead.aligned(curve, [300], np.array([-2, -1, 0, 1000]))
+  np.testing.assert_array_equal(found, [[-1.0, 2.0, -1.0, -1.0]])
+  assert lead.heights(curve, [300]) == [2.0]
+
+
+def test_the_figure_is_drawn(tmp_path):
+  keep, figure = script('keep'), script('figure')
+  for seed, projection in ((0, 'learned'), (1, 'learned'), (0, 'frozen')):
+    one = run(seed, 0.1, projection == 'frozen')
+    one.config['model.patch_embed'] = projection
+    keep.keep(one, tmp_path / f'{seed},{projection}.csv.xz')
+  # One run has a rise of the loss, the others have none.
+  layers = [x for x in run(0, 0.1).rows[1] if x.startswith('grad_max/')]
+  lasting = [
+      {'step': i, 'train/loss': x, 'knn/top1': 0.5} | dict.fromkeys(layers, 0.1)
+      for i, x in enumerate([2.0] * 300 + [3.0] * 100)
+  ]
+  keep.keep(history.Run(
+      epath.Path('run'),
+      {'seed': 2, 'optimizer.lr_per_256': 0.1, 'model.patch_embed': 'learned'},
+      lasting, 'done', {}, [],
+  ), tmp_path / '2.csv.xz')
+  figure.main(str(tmp_path / 'a.png'), str(tmp_path))
+  assert (tmp_path / 'a.png').read_bytes().startswith(b'\x89PNG')

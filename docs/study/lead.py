@@ -3,13 +3,14 @@
   python docs/study/lead.py docs/study/rates
 
 prints a line for each setting, that is for all runs that differ in their seed
-alone. A rise is told by the losses before it. For each layer the line says how
-high its gradients are in the five steps before a rise, over their median from
-140 to 40 steps before: the median over all rises, and how high it is for 97.5
-in 100 sets of steps drawn by chance. It says the same of RMS_t, the update
-before the learning rate (Wortsman et al. 2023, arXiv 2304.13013). Nothing here
-depends on what counts as a spike. Of a run that falls below the random network
-for good, what comes after that is left out.
+alone. A rise is told by the losses before it. Its loss is that of the network
+after the update of the step before. For each layer the line says how high the
+gradient of that step is, over its median from 140 to 40 steps before the rise:
+the median over all rises, and how high it is for 97.5 in 100 sets of steps
+drawn by chance. It says the same of RMS_t, the update before the learning rate
+(Wortsman et al. 2023, arXiv 2304.13013). Nothing here depends on what counts as
+a spike. Of a run that falls below the random network for good, what comes after
+that is left out.
 """
 
 import collections
@@ -26,11 +27,10 @@ from mocov3_jax.training import events, stability
 # A loss this many standard deviations above the median of the WINDOW before is
 # a rise; within APART steps of another, it is the same one.
 SIGMAS, APART = 4.0, 10
-# Steps from a rise.
-BEFORE, PAST = np.arange(-5, 0), np.arange(-140, -40)
+PAST = np.arange(-140, -40)  # Steps from a rise.
 LEVELS = tables.GRADIENTS, 'update_rms/'
 HEAD = (
-    'setting', 'runs', 'rises', 'gradients before', 'by chance', 'highest in',
+    'setting', 'runs', 'rises', 'gradient before', 'by chance', 'highest in',
     'RMS_t before', 'by chance', 'highest in',
 )
 
@@ -63,6 +63,12 @@ def lived(run: history.Run) -> history.Run:
   )
 
 
+def risen(run: history.Run) -> list[int]:
+  """Returns the steps of a run at which its loss rises, if they have a past."""
+  _, loss = stability.series(run.rows, 'train/loss')
+  return [step for step in rises(loss) if step >= -PAST[0]]
+
+
 def curves(run: history.Run) -> dict[str, np.ndarray]:
   """Returns the logs of what may lead a rise, of each step, by metric.
 
@@ -75,18 +81,28 @@ def curves(run: history.Run) -> dict[str, np.ndarray]:
   }
 
 
-def heights(curve: np.ndarray, at: Sequence[int]) -> np.ndarray:
-  """Returns how high a curve is before some steps, over its past.
+def aligned(
+    curve: np.ndarray, at: Sequence[int], lags: np.ndarray
+) -> np.ndarray:
+  """Returns how high a curve is around some steps, over its past.
 
   Args:
     curve: [n], logs.
     at: [m] steps, at least 140.
+    lags: [k] steps from them; beyond the end of the curve, its last value.
 
   Returns:
-    [m], logs of a ratio.
+    [m, k], logs of a ratio.
   """
   at = np.asarray(at, int)[:, None]
-  return np.median(curve[at + BEFORE], 1) - np.median(curve[at + PAST], 1)
+  last = len(curve) - 1
+  past = np.median(curve[at + PAST], 1, keepdims=True)
+  return curve[np.minimum(at + lags, last)] - past
+
+
+def heights(curve: np.ndarray, at: Sequence[int]) -> np.ndarray:
+  """Returns how high a curve is one step before some steps: logs, [m]."""
+  return aligned(curve, at, np.array([-1]))[:, 0]
 
 
 def by_chance(
@@ -138,11 +154,7 @@ def level(
 def line(name: str, runs: Sequence[history.Run]) -> list[str]:
   """Returns the cells of HEAD for the runs of a setting."""
   runs = [lived(run) for run in runs]
-  rising = [
-      [x for x in rises(stability.series(run.rows, 'train/loss')[1])
-       if x >= -PAST[0]]
-      for run in runs
-  ]
+  rising = [risen(run) for run in runs]
   of_runs = [curves(run) for run in runs]
   return [
       name, str(len(runs)), str(sum(map(len, rising))),
