@@ -28,7 +28,8 @@ READ_TO = 5  # Steps to which a mark is read off a plot.
 UNCLEAR = '?'
 HEADS = 'projector', 'predictor'
 HEAD = (
-    'run', 'marks', 'of 5 times and more', 'found', 'warned of within 5 steps',
+    'run', 'marks', 'of 5 times and more', 'found',
+    'known within 5 steps of the first', 'of reaching 5 times',
     'found in all', 'false alarms', 'per 4,000 steps',
 )
 
@@ -66,13 +67,21 @@ def marks(path: pathlib.Path) -> dict[str, list[Mark]]:
   return found
 
 
-def ratio(steps: np.ndarray, values: np.ndarray, mark: Mark) -> float:
-  """Returns how far a gradient rises in a mark: peak over median before it."""
-  inside = values[(steps >= mark.first) & (steps <= mark.last)]
+def reached(
+    steps: np.ndarray, values: np.ndarray, mark: Mark
+) -> int | None:
+  """Returns the step of a mark at which a gradient reaches five times its past.
+
+  Returns None if it does not.
+  """
   before = values[
       (steps < mark.first) & (steps >= mark.first - events.WINDOW)
   ]
-  return float(inside.max() / np.median(before))
+  high = steps[
+      (values >= events.SPIKE_RATIO * np.median(before))
+      & (steps >= mark.first) & (steps <= mark.last)
+  ]
+  return int(high[0]) if high.size else None
 
 
 def alarms(steps: np.ndarray, values: np.ndarray) -> list[Alarm]:
@@ -96,7 +105,7 @@ def touch(mark: Mark, spike: events.Spike) -> bool:
 
 def compare(rows: stability.Rows, marked: Sequence[Mark]) -> list[int]:
   """Returns the counts of HEAD, from the marks to the false alarms."""
-  large = found = soon = every = false = 0
+  large = found = soon = at_once = every = false = 0
   unclear = [x for x in marked if x.layer == UNCLEAR]
   for name, curve in stability.all_series(rows).items():
     layer = name.removeprefix(tables.GRADIENTS)
@@ -113,12 +122,16 @@ def compare(rows: stability.Rows, marked: Sequence[Mark]) -> list[int]:
         for alarm in those
     )
     for mark in of_layer:
-      if ratio(*curve, mark) >= events.SPIKE_RATIO:
+      high = reached(*curve, mark)
+      if high is not None:
         known = [x.known for x in those if touch(mark, x.spike)]
         large += 1
         found += bool(known)
         soon += any(step - mark.first <= READ_TO for step in known)
-  return [len(marked) - len(unclear), large, found, soon, every, false]
+        at_once += any(step - high <= READ_TO for step in known)
+  return [
+      len(marked) - len(unclear), large, found, soon, at_once, every, false
+  ]
 
 
 def show(name: str, counts: Sequence[int], steps: int) -> None:

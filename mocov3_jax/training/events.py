@@ -25,10 +25,11 @@ MIN_HISTORY = 20
 # window count as at most PAIR_RATIO times the median.
 SPIKE_RATIO, PAIR_RATIO = 5.0, 3.0
 # The first value of a spike is also SPIKE_SIGMAS standard deviations of the log
-# above the median; each of two smaller values, PAIR_SIGMAS. The tails of the
-# noise differ from layer to layer, so these values must also exceed the whole
-# window; a single one by a factor of ABOVE_ALL.
-SPIKE_SIGMAS, PAIR_SIGMAS = 4.0, 3.0
+# above the median, which one normal value in a thousand is; each of two smaller
+# values, PAIR_SIGMAS. The tails of the noise differ from layer to layer, so
+# these values must also exceed the whole window; a single one by a factor of
+# ABOVE_ALL.
+SPIKE_SIGMAS, PAIR_SIGMAS = 3.1, 3.0
 ABOVE_ALL = 1.5
 # A spike ends after SPIKE_GAP consecutive values below LASTING_RATIO times the
 # median or below LASTING_SIGMAS standard deviations.
