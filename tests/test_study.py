@@ -217,6 +217,6 @@ def test_most_of_what_a_person_marked_is_found_and_little_else(capsys):
   *_, line = capsys.readouterr().out.splitlines()
   large, found, _, at_once, _, _, false = map(float, line.split('|')[3:-1])
   assert large >= 100
-  assert found >= 0.9 * large  # 0.78 with four standard deviations.
+  assert found >= 0.85 * large  # With four standard deviations, 0.75.
   assert at_once >= 0.95 * found
   assert false <= 1  # In 4,000 steps.
