@@ -26,11 +26,11 @@ def script(name):
 
 def run(seed, rate, frozen=False):
   """A run of twelve blocks, whose first layers may be frozen."""
-  layers = ['patch_embed', *(f'block_{i}' for i in range(12)), 'last_block']
+  layers = ['patch_embed', *(f'block_{i}' for i in range(11)), 'last_block']
   rows = [{'step': 0, 'knn/top1': 0.25}]
   for step in range(60):
     rows.append({'step': step, 'train/loss': 2.0 - step / 1000} | {
-        f'grad_max/{layer}': 0.0 if frozen and place < 3 else 0.125
+        f'grad_max/{layer}': 0.0 if frozen and place < 3 else 2.0**-place
         for place, layer in enumerate(layers)
     })
   return history.Run(
@@ -39,14 +39,18 @@ def run(seed, rate, frozen=False):
   )
 
 
-def test_a_kept_run_is_read_back_by_layers_from_the_lowest_up(tmp_path):
+@pytest.mark.parametrize('twice', [False, True])
+def test_a_kept_run_is_read_back_by_layers_from_the_lowest_up(tmp_path, twice):
   keep, tables = script('keep'), script('tables')
-  keep.keep(run(0, 0.03, frozen=True), tmp_path / 'a.csv.xz')
+  made = run(0, 0.03, frozen=True)
+  if twice:  # The last block by its number as well.
+    for row in made.rows[1:]:
+      row['grad_max/block_11'] = row['grad_max/last_block']
+  keep.keep(made, tmp_path / 'a.csv.xz')
   found = tables.read(tmp_path / 'a.csv.xz')
   assert [row['step'] for row in found.rows] == list(range(60))
   assert found.rows[0]['knn/top1'] == 0.25
   assert found.rows[59]['train/loss'] == pytest.approx(1.94)
-  # Without the last block's number, which is its name as well.
   assert [x for x in found.rows[0] if x.startswith('grad_max/')] == [
       'grad_max/patch_embed', *(f'grad_max/block_{i}' for i in range(11)),
       'grad_max/last_block',
@@ -95,7 +99,7 @@ def test_what_comes_before_a_rise_is_measured_beside_chance(tmp_path, capsys):
     values['grad_max/block_0'][step:step + 7] *= 20  # After it.
     values['update_rms/patch_embed'][step - 2:step] *= 4
   rows = [
-      {'step': i, 'train/loss': x, 'knn/top1': 0.5, 'grad_max/block_1': 0.1}
+      {'step': i, 'train/loss': x, 'knn/top1': 0.5}
       | {name: those[i] for name, those in values.items()}
       for i, x in enumerate(loss)
   ]
@@ -137,7 +141,7 @@ def marked(tmp_path, text):
     gradient[step:step + 12] *= 9
   rows = [
       {'step': i, 'train/loss': 2.0, 'grad_max/patch_embed': g,
-       'grad_max/block_0': b, 'grad_max/last_block': b}
+       'grad_max/block_0': b, 'grad_max/last_block': 2 * b}
       for i, (g, b) in enumerate(zip(
           gradient, noisy(0.1, 0.1, 1000, 2), strict=True
       ))
@@ -197,9 +201,9 @@ def test_the_figure_is_drawn(tmp_path):
     one.config['model.patch_embed'] = projection
     keep.keep(one, tmp_path / f'{seed},{projection}.csv.xz')
   # One run has a rise of the loss, the others have none.
-  layers = [x for x in run(0, 0.1).rows[1] if x.startswith('grad_max/')]
+  layers = {x: v for x, v in run(0, 0.1).rows[1].items() if 'grad_max' in x}
   lasting = [
-      {'step': i, 'train/loss': x, 'knn/top1': 0.5} | dict.fromkeys(layers, 0.1)
+      {'step': i, 'train/loss': x, 'knn/top1': 0.5} | layers
       for i, x in enumerate([2.0] * 300 + [3.0] * 100)
   ]
   keep.keep(history.Run(

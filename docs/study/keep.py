@@ -16,7 +16,7 @@ from mocov3_jax.runs import history
 
 # The metrics of a step that are kept besides the gradients of all layers.
 CURVES = 'knn/top1', 'train/loss'
-BLOCK = 'grad_max/block_'
+BLOCK, LAST = 'grad_max/block_', 'grad_max/last_block'
 # For room, of the layers alone in which spikes may begin.
 UPDATES = 'update_rms/patch_embed', 'update_rms/block_0', 'update_rms/block_1'
 VERSIONS = 'jax', 'python', 'backend', 'device', 'devices'
@@ -25,14 +25,16 @@ VERSIONS = 'jax', 'python', 'backend', 'device', 'devices'
 def columns(rows: Sequence[dict[str, float]]) -> list[str]:
   """Returns which metrics of a run are kept; layers from the lowest up."""
   logged = {name for row in rows for name in row}
+  # Runs before 2026-12 log the last block by its number as well.
   blocks = sorted(
-      (name for name in logged if name.startswith(BLOCK)),
-      key=lambda name: int(name.removeprefix(BLOCK)),
+      (
+          name for name in logged if name.startswith(BLOCK)
+          and any(name in row and row[name] != row[LAST] for row in rows)
+      ), key=lambda name: int(name.removeprefix(BLOCK)),
   )
   wanted = [
       *CURVES, 'grad_max/patch_embed',
-      *blocks[:-1],  # The last block is logged by its number as well.
-      'grad_max/last_block', 'grad_max/projector', 'grad_max/predictor',
+      *blocks, LAST, 'grad_max/projector', 'grad_max/predictor',
       *UPDATES,
   ]
   return [name for name in wanted if name in logged]

@@ -34,8 +34,8 @@ def layers_of(backbone: Any, every: bool) -> Layers:
 
   Args:
     backbone: the network's backbone.
-    every: whether to add all blocks and both heads to the first layer and the
-      last block.
+    every: whether to add the other blocks and both heads to the first layer
+      and the last block.
   """
   found = {
       'patch_embed': ('backbone', backbone.first_layer),
@@ -44,7 +44,7 @@ def layers_of(backbone: Any, every: bool) -> Layers:
   if every:
     found |= {
         f'block_{i}': ('backbone', name)
-        for i, name in enumerate(backbone.blocks)
+        for i, name in enumerate(backbone.blocks[:-1])
     } | {name: (name,) for name in ('projector', 'predictor')}
   return found
 
