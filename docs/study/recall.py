@@ -136,13 +136,14 @@ def compare(rows: stability.Rows, marked: Sequence[Mark]) -> list[int]:
 
 def show(name: str, counts: Sequence[int], steps: int) -> None:
   """Prints a line of the table."""
-  rate = f'{4000 * counts[-1] / steps:.1f}'
-  print(f'| {" | ".join([name, *map(str, counts), rate])} |')
+  tables.print_row([
+      name, *map(str, counts), f'{4000 * counts[-1] / steps:.1f}'
+  ])
 
 
 def main(path: str, *folders: str) -> None:
   """Prints the table of all runs that have marks."""
-  print(f'| {" | ".join(HEAD)} |\n|{"---|" * len(HEAD)}')
+  tables.print_head(HEAD)
   counts, steps = [], []
   for name, marked in marks(pathlib.Path(path)).items():
     found = [p for x in folders for p in pathlib.Path(x).glob(f'{name}.*')]

@@ -135,6 +135,17 @@ def line(name: str, runs: Sequence[history.Run]) -> list[str]:
   ]
 
 
+def print_row(cells: Sequence[str]) -> None:
+  """Prints a line of a table."""
+  print(f'| {" | ".join(cells)} |')
+
+
+def print_head(names: Sequence[str]) -> None:
+  """Prints the first two lines of a table."""
+  print_row(names)
+  print(f'|{"---|" * len(names)}')
+
+
 def show(
     folders: Sequence[str], head: Sequence[str],
     cells: Callable[[str, Sequence[history.Run]], Sequence[str]],
@@ -150,9 +161,9 @@ def show(
       read(path) for folder in folders
       for path in sorted(pathlib.Path(folder).glob('*.csv.xz'))
   ]
-  print(f'| {" | ".join(head)} |\n|{"---|" * len(head)}')
+  print_head(head)
   for name, those in settings(runs):
-    print(f'| {" | ".join(cells(name, those))} |')
+    print_row(cells(name, those))
 
 
 def main(*folders: str) -> None:
