@@ -97,7 +97,7 @@ def alarms(steps: np.ndarray, values: np.ndarray) -> list[Alarm]:
 
 
 def touch(mark: Mark, spike: events.Spike) -> bool:
-  """Returns whether a mark and a spike of the same layer share a step."""
+  """Returns whether a mark and a spike share a step, or almost."""
   return (
       spike.onset <= mark.last + READ_TO and spike.end >= mark.first - READ_TO
   )
@@ -147,6 +147,8 @@ def main(path: str, *folders: str) -> None:
   counts, steps = [], []
   for name, marked in marks(pathlib.Path(path)).items():
     found = [p for x in folders for p in pathlib.Path(x).glob(f'{name}.*')]
+    if not found:
+      sys.exit(f'No {name}.csv.xz in {", ".join(folders)}.')
     rows = tables.read(found[0]).rows
     counts.append(compare(rows, marked))
     steps.append(len(rows) - sum(
