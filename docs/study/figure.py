@@ -8,7 +8,6 @@ rises of the loss, of each layer over its own past (see lead.py).
 """
 
 from collections.abc import Sequence
-import pathlib
 import sys
 
 import lead
@@ -69,10 +68,7 @@ def draw_lead(ax: Axes, runs: Sequence[history.Run]) -> None:
 
 def main(path: str, *folders: str) -> None:
   """Draws the figure of all runs in some folders."""
-  runs = [
-      tables.read(file) for folder in folders
-      for file in sorted(pathlib.Path(folder).glob('*.csv.xz'))
-  ]
+  runs = tables.kept(folders)
   highest = max(run.config[RATE] for run in runs)
   figure = Figure(figsize=(10, 6), layout='constrained')
   axes = figure.subplots(2, 2, sharey='row')

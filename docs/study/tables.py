@@ -49,6 +49,14 @@ def read(path: pathlib.Path) -> history.Run:
   )
 
 
+def kept(folders: Sequence[str]) -> list[history.Run]:
+  """Returns all runs that are kept in some folders."""
+  return [
+      read(path) for folder in folders
+      for path in sorted(pathlib.Path(folder).glob('*.csv.xz'))
+  ]
+
+
 def settings(
     runs: Sequence[history.Run]
 ) -> Iterator[tuple[str, list[history.Run]]]:
@@ -157,12 +165,8 @@ def show(
     head: names of the columns.
     cells: (setting, its runs) -> the cells of its line.
   """
-  runs = [
-      read(path) for folder in folders
-      for path in sorted(pathlib.Path(folder).glob('*.csv.xz'))
-  ]
   print_head(head)
-  for name, those in settings(runs):
+  for name, those in settings(kept(folders)):
     print_row(cells(name, those))
 
 
