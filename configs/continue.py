@@ -7,7 +7,7 @@ checkpoint, and starts from its backbone. What differs, and why
     features lose accuracy before they gain any.
   - Each block learns at 0.65 of the rate of the block above it. A ResNet,
     which has no such option, gets a quarter of the checkpoint's rate.
-  - Batch 256 at most, since one's own images are often few.
+  - A batch of at most 256, since a user's own data sets are often small.
 
 The checkpoint is named after the colon: a workdir (of a run, or written by
 `convert`), one of its folders checkpoints/<step>, or timm:FOLDER. The images

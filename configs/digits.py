@@ -5,9 +5,10 @@ method is a small version of its ViT recipe (section 5): frozen random patch
 projection, AdamW, warm-up and half-cycle cosine. What differs, and why:
   - Four patches of 4x4 pixels, width 64, four blocks, to fit the data.
   - Both views have the same augmentation: crops, brightness and contrast only.
-    There is no colour, no blur fits into 8 pixels, and a mirrored digit is
-    another sign. Crops take 40 % or more, since less of a digit is often no
-    digit. They are stretched by up to two, as handwriting is.
+    There is no colour, a blur does not fit into 8 pixels, and a mirrored digit
+    is a different symbol. Crops take 40 % or more of the image, since a smaller
+    part of a digit is often not recognisable. They are stretched by a factor of
+    up to two, as handwriting is.
   - Only 800 steps, hence a higher learning rate, and b2 0.95 for AdamW instead
     of 0.999, which would average over more steps than there are.
 

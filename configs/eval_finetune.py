@@ -13,8 +13,8 @@ Command:
   From random weights instead: --config.finetune.from_scratch=True.
   For digits or another small data set use eval_finetune.py:small, whose
   augmentation is for small images without orientation or colour.
-Hardware and time: ImageNet not run by this project. :small on the digits'
-  smoke run: 2 CPU cores, see docs/evaluation.md.
+Hardware and time: not run on ImageNet by this project. With :small, on the
+  smoke run of the digits: 2 CPU cores; see docs/evaluation.md.
 Expected: ViT-B 83.2 % (paper), not reproduced by this project.
 """
 

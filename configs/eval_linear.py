@@ -14,8 +14,8 @@ Command:
       --config.checkpoint=RUN --workdir=OUT
   For digits or another small data set use eval_linear.py:small, with batch 128,
   crops of 80 % and more without flips, and a BatchNorm before the heads.
-Hardware and time: ImageNet not run by this project. :small on the digits'
-  smoke run: 2 CPU cores, see docs/evaluation.md.
+Hardware and time: not run on ImageNet by this project. With :small, on the
+  smoke run of the digits: 2 CPU cores; see docs/evaluation.md.
 Expected: the published numbers are quoted in the recipes of configs/imagenet/.
 """
 

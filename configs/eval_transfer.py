@@ -2,12 +2,12 @@
 
 The settings are those of the release's transfer recipe for ViT-B: DeiT's, for
 100 epochs, 3e-4 per 512 images, 3 epochs of warm-up, no repeated augmentation,
-crops from 0.05 of the image. Weight decay, erasing, stochastic depth, mixup and
-cutmix depend on the data set. Test images are cropped to the central 0.875,
-except for CIFAR's, which are taken whole (like all sources of one size). For
-CIFAR, RandAugment comes before the crop. The release is ambiguous about the
-batch: its "128" is a flag per GPU, with eight GPUs; here the batch is 1024 in
-all.
+crops of at least 0.05 of the image. Weight decay, erasing, stochastic depth,
+mixup and cutmix depend on the data set. Test images are cropped to the central
+0.875, except for CIFAR's, which are used whole (as all images of sources with a
+single image size are). For CIFAR, RandAugment comes before the crop. The
+release is ambiguous about the batch: its "128" is a flag per GPU, with eight
+GPUs; here the total batch is 1024.
 
 Command:
   python -m mocov3_jax.evaluate --config=configs/eval_transfer.py:cifar10 \\
@@ -16,7 +16,7 @@ Command:
   set once (docs/data.md). Flowers are trained on 'train' and 'validation'
   together and tested on 'test', as in the release.
 Hardware and time: not run by this project.
-Expected: ViT-B of the paper 98.9, 90.5, 97.7 and 93.2 %. Not reproduced by
+Expected: 98.9, 90.5, 97.7 and 93.2 % (the paper's ViT-B). Not reproduced by
   this project.
 """
 

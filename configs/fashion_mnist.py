@@ -4,12 +4,12 @@
 (Xiao et al. 2017, arXiv 1708.07747). This is not a row of the paper but its ViT
 recipe (section 5), adapted to small gray images. What differs, and why:
   - A small ViT, 128 wide and 2 blocks deep, so that a run takes an hour on a
-    CPU. Its 16 tokens are of 8x8 pixels; the views have 32.
+    CPU. It has 16 tokens of 8x8 pixels; the views are 32x32 pixels.
   - A convolutional stem, which learns faster than a projection of patches, and
     the normalised mean of all tokens as the feature.
-  - Crops, flips, brightness and contrast alone: images are gray, and a blur
+  - Only crops, flips, brightness and contrast: images are gray, and a blur
     would wipe them out. Brightness and contrast vary twice as much, since they
-    say little of what kind of clothes it is.
+    say little about the kind of clothing.
   - AdamW at 2e-3 per 256 images with b2 0.95: a higher rate and a shorter
     memory than the paper's, for a run of few steps.
 
@@ -20,8 +20,8 @@ has prepared works as well: --config.data.source=tfds:fashion_mnist.
 Command:
   python -m mocov3_jax.train --config=configs/fashion_mnist.py:/path/to/idx \\
       --workdir=runs/fashion
-Hardware and time: one CPU core, 200 images a second beside another such run: 50
-  minutes.
+Hardware and time: one CPU core, 50 minutes (200 images per second, with another
+  such run on the same machine).
 Expected: kNN accuracy 0.853, 0.858 and 0.859 with k = 5, seeds 0, 1 and 2
   (random network 0.771, 0.782, 0.771); see docs/fashion-mnist.md.
 """

@@ -2,10 +2,11 @@
 
 This is a small version of section 4 of the paper: a ViT of width 64 on 8x8
 digits instead of ViT-B on ImageNet, with the network and the views of
-configs/digits.py. AdamW has the paper's b2 of 0.999, whose memory is 1,000
-steps; a run has four of these, 4,000 steps, and the paper's share of warm-up,
-40 %. The peak rate is 0.1 per 256 images and the patch projection is learned.
-It logs the gradients and the updates of every block, and kNN every 20 steps.
+configs/digits.py. AdamW has the paper's b2 of 0.999, that is, a memory of 1,000
+steps. A run is four times as long, 4,000 steps, with the paper's share of
+warm-up, 40 %. The peak rate is 0.1 per 256 images, and the patch projection is
+learned. The run logs the gradients and the updates of every block, and kNN
+every 20 steps.
 A name after a colon selects another method: instability.py:simclr, :byol or
 :swav.
 

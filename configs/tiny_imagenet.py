@@ -1,7 +1,7 @@
 """MoCo v3 on Tiny ImageNet (100,000 images of 64x64) or a folder like it.
 
 This is not a row of the paper but its ViT recipe (section 5) for images of 64
-pixels on one device. What differs, by rule:
+pixels on one device. What differs, set by rules of thumb:
   - ViT-Ti with 64 patches of 8x8 pixels.
   - Batch 512 instead of 4096; the peak learning rate is lr_per_256 * 512 / 256.
   - lr_per_256 is 5e-4, as in configs/cifar10.py, for a smaller model and batch.

@@ -4,15 +4,15 @@
 #
 #   bash launch/accelerator_check.sh OUT [--long]
 #
-# OUT is a new folder. Each measurement is written there as it is had: its row
-# to OUT/rows.jsonl, what it printed to OUT/NAME.log, a profile of ViT-B/16 to
-# OUT/profile; the table comes last. One that fails, or for which no time is
-# left, is a row as well. --long adds ViT-L/16, PyTorch beside all networks, and
-# 15 minutes. PyTorch is compared with where it is installed.
+# OUT is a new folder. Each result is written there as soon as it is available:
+# its row to OUT/rows.jsonl, what it printed to OUT/NAME.log, a profile of
+# ViT-B/16 to OUT/profile; the table comes last. A measurement that fails, or
+# for which no time is left, gets a row as well. --long adds ViT-L/16, PyTorch
+# for all networks, and 15 minutes. PyTorch is included only if it is installed.
 #
-# PYTHON chooses an interpreter that has the packages already; .venv is made
-# otherwise. TINY=1 takes small networks, and an hour, to try this script on a
-# CPU.
+# PYTHON names an interpreter that already has the packages; without it, .venv
+# is created. TINY=1 uses small networks, and allows an hour, to try this script
+# on a CPU.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 if [ $# -lt 1 ] || [ $# -gt 2 ] || [ -e "$1" ] || [ "${2:---long}" != --long ]

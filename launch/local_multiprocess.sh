@@ -4,21 +4,23 @@
 #   bash launch/local_multiprocess.sh [--processes=N] [--devices=N] [--port=N]
 #       [--dry-run] [--config=FILE] [--workdir=DIR] [--config.FIELD=VALUE ...]
 #
-# 1. --processes=2   how many there are.
-# 2. --devices=N     gives each of them N forced CPU devices, on any machine:
-#                    what N chips a host compute, without the chips. Left out,
-#                    the GPUs of the machine are dealt out evenly (not yet run
-#                    on GPUs); without GPUs, each has its one CPU device.
-# 3. --port=N        where they meet; left out, a free one.
-# 4. --dry-run       prints what would be run, and runs nothing.
-# 5. All else goes to `python -m mocov3_jax.train`, the same to each. Left out,
-#    --config is configs/digits.py and --workdir is runs/local_multiprocess.
+# 1. --processes=2   the number of processes.
+# 2. --devices=N     gives each process N virtual CPU devices, on any machine:
+#                    it computes what a host with N chips would. Without this
+#                    flag, the GPUs of the machine are divided evenly (not yet
+#                    run on GPUs); without GPUs, each process has its one CPU
+#                    device.
+# 3. --port=N        the port of the coordinator; by default, a free one.
+# 4. --dry-run       prints the commands without running them.
+# 5. All other flags go to `python -m mocov3_jax.train` in every process. By
+#    default, --config is configs/digits.py and --workdir is
+#    runs/local_multiprocess.
 #
-# What comes out: the first process's stdout and stderr as they are, the stderr
-# of the others with their number before each line. SIGTERM, or Ctrl-C, is
-# passed on to all, which save and end with 143; the same line continues. A
-# second Ctrl-C ends them at once. The exit code is the first, by number, that
-# is not 0.
+# Output: stdout and stderr of the first process, unchanged; stderr of the
+# others, with the number of the process before each line. SIGTERM and Ctrl-C
+# are forwarded to all processes, which save and end with 143; the same command
+# continues the run. A second Ctrl-C ends them at once. The exit code is that of
+# the lowest-numbered process whose code is not 0, or else 0.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -70,7 +72,7 @@ for given in "$@"; do
       flags+=("$given") ;;
     *)
       fail "'$given'. Allowed: --processes=N, --devices=N, --port=N,\
- --dry-run, and flags of mocov3_jax.train, as --name=value." ;;
+ --dry-run, and flags of mocov3_jax.train, such as --name=value." ;;
   esac
 done
 number --processes "$processes" 1 256
@@ -108,7 +110,8 @@ command_of() {  # Sets $line to the command of process $1.
     line=(env JAX_PLATFORMS=cpu "XLA_FLAGS=${XLA_FLAGS:+$XLA_FLAGS }\
 --xla_force_host_platform_device_count=$devices" "${line[@]}")
   elif ((gpus)); then
-    # JAX opens these alone; all stay visible, so that they can talk directly.
+    # JAX opens only these GPUs; all remain visible, so that they can
+    # communicate directly.
     local share=$((gpus / processes))
     line=(env "JAX_LOCAL_DEVICE_IDS=$(
       seq -s, $(($1 * share)) $(($1 * share + share - 1))
@@ -122,7 +125,8 @@ signal=TERM
 trap 'kill -TERM "${pids[@]}" 2>/dev/null || true' TERM HUP
 trap 'kill -"$signal" "${pids[@]}" 2>/dev/null || true; signal=INT' INT
 
-# In groups of their own, so that a Ctrl-C reaches them through pass_on alone.
+# Each process is in its own group, so that a Ctrl-C reaches it only through the
+# traps above.
 set -m
 for ((i = 0; i < processes; i++)); do
   command_of "$i"

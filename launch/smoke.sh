@@ -4,7 +4,7 @@
 #   bash launch/smoke.sh [--workdir=DIR] [--config.FIELD=VALUE ...]
 #
 # The first run makes .venv and installs the project into it. Results go
-# to runs/smoke; the last line on stdout is one JSON object. The same line
+# to runs/smoke; the last line on stdout is one JSON object. The same command
 # again continues, or, when the run is complete, shows its results.
 set -euo pipefail
 cd "$(dirname "$0")/.."

@@ -10,7 +10,7 @@ source launch/venv.sh
 use_venv '.[test]'
 "$python" -m ruff check .
 export JAX_PLATFORMS=cpu
-# A process a core; a file's tests stay together, since they share fixtures, and
+# A process per core; a file's tests stay together, since they share fixtures, and
 # files come in the order of tests/conftest.py.
 exec "$python" -m pytest --numprocesses=auto --dist=loadfile \
   --no-loadscope-reorder "$@"

@@ -10,9 +10,10 @@
 #   trixie    Debian 13 with nothing but Python 3.13, git and a C compiler
 #   forky     Debian 14 likewise, with Python 3.14
 #
-# The last two need debootstrap and root. MOCOV3_VERSIONS=FOLDER says where all
-# is made, /tmp/mocov3_versions if left out; what is there is used again, but
-# for the clones. The table comes last; the exit code is 1 if one has failed.
+# The last two need debootstrap and root. Everything is created in the folder
+# that MOCOV3_VERSIONS names, by default /tmp/mocov3_versions, and reused later,
+# except for the clones. A table comes last; the exit code is 1 if any version
+# failed.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -32,7 +33,7 @@ make_root() {  # make_root SUITE: a Debian system in $folder/SUITE.
  apt-get install debootstrap."
     [ "$(id -u)" = 0 ] || fail "$1 needs root, as debootstrap does."
     rm -rf "$root"
-    # Suites newer than debootstrap are made as the one before them was.
+    # A suite newer than debootstrap is made by the script for sid.
     local script=/usr/share/debootstrap/scripts/$1
     [ -e "$script" ] || script=/usr/share/debootstrap/scripts/sid
     debootstrap --variant=minbase --include="$packages" "$1" "$root" \

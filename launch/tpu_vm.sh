@@ -6,7 +6,7 @@
 #   create    the slice; waits while the zone has no capacity
 #   install   the storage, the code and its requirements, on every worker
 #   run       starts the training on every worker, and leaves it running
-#   logs      follows what it prints (Ctrl-C ends the following alone)
+#   logs      follows its output (Ctrl-C stops only the following)
 #   watch     until the training is complete or stopped: a preempted slice is
 #             deleted, created anew, installed and run again; a run that broke
 #             is run again, unless the input was bad
@@ -21,17 +21,18 @@
 #       --config=configs/imagenet/vit_b16.py --workdir=gs://my-bucket/b16 \
 #       --config.micro_batch=32
 #
-# Not yet run on a Cloud TPU. The tests hold what --dry-run prints, and what
-# `watch` and `all` do, to a stand-in for gcloud; the lines themselves are
+# Not yet run on a Cloud TPU. The tests run what --dry-run prints, `watch` and
+# `all` against a stand-in for gcloud; the gcloud commands themselves are
 # unproven.
 #
-# The workers get the files that git tracks, as they lie on this disk, changes
-# included: what runs there is what you have here. A run continues exactly on
-# the code it began with, so start a long one from a checkout that you leave as
-# it is.
+# The workers get the files that git tracks, in their current state on this
+# disk, including uncommitted changes. A run continues exactly only with the
+# code that it began with, so start a long one from a checkout that you will not
+# change.
 #
-# Nothing is remembered between commands: give each the same settings, as
-# flags, or as environment variables of the name in capitals (SERVICE_ACCOUNT).
+# Nothing is remembered between commands: give each of them the same settings,
+# as flags or as environment variables with the name in capitals
+# (SERVICE_ACCOUNT).
 #
 #  1. --name=mocov3     of the slice.
 #  2. --zone=us-west4-a --project=ID (default: gcloud's own).
@@ -43,32 +44,34 @@
 #     --queued          (QUEUED=1) asks for the slice as a queued resource, and
 #     waits for its turn.
 #  5. --network=NAME --subnetwork=NAME --service-account=ADDRESS  of the slice.
-#     --create=FLAG     any other flag of gcloud's create, and --create again for
-#     each further one: --create=--reservation=projects/...
-#  6. The workdir must be one that all workers see and that outlives the slice:
+#     --create=FLAG     any other flag of gcloud's create command; repeat
+#     --create for each of them: --create=--reservation=projects/...
+#  6. The workdir must be visible to all workers and outlive the slice:
 #     --workdir=gs://BUCKET/FOLDER  needs nothing else; the service account of
-#     the slice must be allowed to write there. Or
+#     the slice must be allowed to write there. Or else
 #     --bucket=NAME or --nfs=HOST:/SHARE  is mounted at --mount=/mnt/mocov3 on
 #     every worker. A Filestore share (--nfs) is an ordinary file system. In a
-#     bucket that is mounted by gcsfuse a file is uploaded once it is closed,
-#     which is at each save.
+#     bucket mounted by gcsfuse, a file is uploaded when it is closed, that is,
+#     at each save.
 #     --gcsfuse=3.0.0  is the version that is installed.
 #  7. Images are read from --disk-mount=/mnt/data, where one of these is mounted
 #     for reading:
 #     --disk=projects/P/zones/Z/disks/NAME  is attached to every worker; it is
 #     faster than a bucket.
-#     --data-bucket=NAME   what is known of its files is kept for good: it must
-#     not change meanwhile.
-#  8. --data=FOLDER     is TFDS_DATA_DIR, where prepared sets lie (docs/data.md);
-#     by default tensorflow_datasets in the mount of 7, or else in that of 6. It
-#     may be gs://BUCKET/FOLDER.
-#  9. --poll=60         seconds between two looks of `create` and `watch`;
-#     --restarts=20     how often it starts again before it gives up.
-# 10. --keep            (KEEP=1) leaves the slice after `all`, and its costs. It
-#     is left as well when Ctrl-C ends `all`, since the training goes on.
-# 11. --worker=0        whose output `logs` follows: a number, or all. The
-#     first process speaks for the run; the others only of their errors.
-# 12. --dry-run         (DRY_RUN=1) prints the gcloud lines, and runs none.
+#     --data-bucket=NAME   metadata of its files is cached without expiry: the
+#     bucket must not change while it is mounted.
+#  8. --data=FOLDER     sets TFDS_DATA_DIR, the folder of prepared data sets
+#     (docs/data.md); by default tensorflow_datasets in the mount of 7, or else
+#     in that of 6. It may be gs://BUCKET/FOLDER.
+#  9. --poll=60         seconds between two checks by `create` and `watch`;
+#     --restarts=20     number of restarts before `watch` gives up.
+# 10. --keep            (KEEP=1) does not delete the slice after `all`; it keeps
+#     costing money. Ctrl-C during `all` does not delete it either, since the
+#     training goes on.
+# 11. --worker=0        the worker whose output `logs` follows: a number, or
+#     all. The first process reports for the run; the others report only errors.
+# 12. --dry-run         (DRY_RUN=1) prints the gcloud commands without running
+#     them.
 # 13. --compiled=FOLDER  keeps compiled programs, for the next slice; by default
 #     beside the workdir, in `compiled`.
 # 14. --program=train   or evaluate, which runs on all workers in the same way.
@@ -79,9 +82,9 @@
 # 17. After --, the flags of mocov3_jax.train (or evaluate), the same on every
 #     worker.
 #
-# SIGTERM, which a worker's processes get when it is shut down, makes the
-# program save and end with 143. A Spot slice is given half a minute; if that
-# was too short, the newest regular checkpoint counts (config.save).
+# When a worker is shut down, its processes get SIGTERM; the program then saves
+# and ends with 143. A Spot slice is given half a minute. If that is too short,
+# the run continues from its newest regular checkpoint (config.save).
 set -euo pipefail
 
 fail() {
@@ -244,7 +247,7 @@ if ! [[ $NFS =~ ^([A-Za-z0-9][A-Za-z0-9.-]*:/.*)?$ ]]; then
   fail "NFS=$NFS. Allowed: HOST:/SHARE."
 fi
 if ! [[ $GCSFUSE =~ ^[0-9][0-9.]*$ ]]; then
-  fail "GCSFUSE=$GCSFUSE. Allowed: a version, as 3.0.0."
+  fail "GCSFUSE=$GCSFUSE. Allowed: a version, such as 3.0.0."
 fi
 if [ -n "$BUCKET" ] && [ -n "$NFS" ]; then
   fail "BUCKET=$BUCKET and NFS=$NFS. Allowed: one of them."
@@ -332,8 +335,8 @@ sudo mkdir -p $(quote "$MOUNT")
 if ! mountpoint -q $(quote "$MOUNT"); then
 END
   if [ -n "$NFS" ]; then
-    # Locks of the worker alone (nolock): a lock on the server would stay when
-    # the slice that holds it is preempted, and keep the next one out.
+    # Locks are local to the worker (nolock): a lock on the server would outlive
+    # a slice that is preempted, and keep the next slice out.
     cat <<END
   $APT update && $APT install nfs-common
   sudo mount -t nfs -o nolock $(quote "$NFS" "$MOUNT")
@@ -380,10 +383,11 @@ PIP_BREAK_SYSTEM_PACKAGES=1 python3 -m pip install -q --user "uv>=0.5,<1"
 END
 }
 
-# The same text on every worker, which asks the metadata server for its place,
-# as jax.distributed does. Said by flags, since TPU_WORKER_HOSTNAMES, by which
-# the program knows that there are others, is set on GKE alone. Without a TPU
-# the platforms make the program fail, where it would train on the CPU.
+# The same script on every worker. Like jax.distributed, it asks the metadata
+# server for the worker's number and its peers. They are passed as flags, since
+# TPU_WORKER_HOSTNAMES, by which the program would find its peers, is set only
+# on GKE. JAX_PLATFORMS makes the program fail without a TPU, instead of
+# training on the CPU.
 running() {
   cat <<END
 set -eo pipefail
@@ -419,7 +423,7 @@ echo "started on worker \$me of \${#all[@]}"
 END
 }
 
-marking() {  # For `watch`: the user wants no more of it.
+marking() {  # Lets `watch` know that the user stopped the training.
   cat <<'END'
 if [ -d mocov3_jax ]; then touch mocov3_jax/train.stopped; fi
 END

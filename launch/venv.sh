@@ -23,7 +23,7 @@ find_python() {
   cat >&2 <<END
 error: no Python 3.11 to 3.14 was found (${PYTHON:-python3} is $(
     "${PYTHON:-python3}" --version 2>&1 || echo absent)).
-Get one in any of these ways, and run the same line again:
+Get one in any of these ways, and run the same command again:
   uv:              uv python install 3.13 && export PYTHON="\$(uv python find 3.13)"
   conda:           conda create -n mocov3 python=3.13 && conda activate mocov3
   Debian, Ubuntu:  apt-get install python3 python3-venv

@@ -3,12 +3,12 @@
 train      pre-trains
 evaluate   runs a protocol on a checkpoint: kNN, linear, logistic, fine-tuning
 extract    writes features of images
-convert    converts weights to and from the release's and timm's
+convert    converts weights to and from the formats of the release and of timm
 preview    draws the views that training sees
 visualize  draws attention, neighbours and embeddings
 sweep      trains a grid of runs
 report     shows runs side by side
-plan       tells what a run would cost on TPUs that are not there
+plan       shows what a run would cost on TPUs or GPUs that this machine lacks
 benchmark  measures the input pipeline and the training step
 
 `python -m mocov3_jax COMMAND` and `python -m mocov3_jax.COMMAND` are the same.
@@ -61,7 +61,7 @@ def main(argv: list[str]) -> int:
 
 
 def execute() -> None:
-  """Runs the command of this process: what `mocov3-jax` starts."""
+  """Runs the command line of this process; entry point of `mocov3-jax`."""
   command_line.execute(main)
 
 

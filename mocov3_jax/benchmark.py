@@ -1,14 +1,14 @@
 """Measures: python -m mocov3_jax.benchmark WORD --config=FILE
 
-input    images a second that the host reads and crops, by the number of
-         threads and processes, beside the original's chain of Pillow operations
-         (all of the augmentation on the host) on as many cores; what Python's
-         lock allows; and what chips need.
+input    images per second that the host reads and crops, by the number of
+         threads and processes, compared with the original's chain of Pillow
+         operations (all augmentation on the host) on the same number of cores;
+         the most that Python's interpreter lock allows; and what chips need.
 augment  what the augmentation of crops on the device adds to a training step,
          in FLOPs (as the compiler counts them) and in time.
-step     images a second, use of the device, memory and compile time of the
-         whole training step, taking turns with the same step in PyTorch.
-         --suite: for several networks, at the largest batch that fits.
+step     images per second, utilisation of the device, memory and compile time
+         of the whole training step, alternating with the same step in PyTorch.
+         --suite: for several networks, each at the largest batch that fits.
 attention  milliseconds of each implementation of attention in one block.
 losses   the first losses of a run on this machine's device and on its CPU.
 
@@ -23,17 +23,19 @@ def define(flags: command_line.Flags) -> dict[str, command_line.Action]:
   """Defines the flags; returns what they ask for, by the word given."""
   config = flags.config('Recipe, such as configs/folder.py:/my/photos.')
   images = flags.integer(
-      'images', 640, 'input: images to read at each turn.', at_least=1
+      'images', 640, 'input: images to read per round.', at_least=1
   )
-  rounds = flags.integer('rounds', 5, 'Turns of each contender.', at_least=1)
+  rounds = flags.integer(
+      'rounds', 5, 'Measurements of each of the compared variants.', at_least=1
+  )
   steps = flags.integer(
-      'steps', 10, 'step, attention: steps in a turn; losses: in all.',
+      'steps', 10, 'step, attention: steps per round; losses: steps in total.',
       at_least=1,
   )
   against = flags.string(
       'against', 'compiled',
-      'step: PyTorch as it is compared with, "compiled" by torch.compile, '
-      '"eager", or "none".',
+      'step: the PyTorch variant to compare with: "compiled" by '
+      'torch.compile, "eager", or "none".',
   )
   profile = flags.string(
       'profile', None, 'step: folder for a profile of our step.'

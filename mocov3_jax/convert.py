@@ -20,17 +20,19 @@ from mocov3_jax.weights.convert import convert
 
 
 def define(flags: command_line.Flags) -> command_line.Action:
-  """Defines the flags; returns what they ask for."""
+  """Defines the flags; returns the command's action."""
   source = flags.string('from', None, 'Source.', required=True)
   target = flags.string('to', None, 'Target; must not exist.', required=True)
   encoder = flags.string(
-      'encoder', 'query', 'Which encoder a backbone alone is: query, momentum.'
+      'encoder', 'query', 'Encoder to write, if the target holds a single '
+      'backbone: query or momentum.',
   )
   config = flags.config(
-      'Recipe of the run, for files of PyTorch.', required=False
+      'Recipe of the run, if --from is a PyTorch file.', required=False
   )
   num_heads = flags.integer(
-      'num_heads', 0, 'Attention heads; 0 = as the file or the paper says.'
+      'num_heads', 0, 'Attention heads; 0 = as in the file or, if it does not '
+      'say, in the paper.',
   )
   ignore = flags.names(
       'ignore', 'Tensors to leave out; a final * matches the rest.'

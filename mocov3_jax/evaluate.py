@@ -3,10 +3,10 @@
 
 DIR is the workdir of a training run (its newest checkpoint) or one of its
 folders checkpoints/<step>. The protocols: configs/eval_knn.py, eval_linear.py,
-eval_logistic.py, eval_finetune.py. The last line on stdout is one JSON object,
-which OUT/result.json holds as well; a line of results.jsonl in the run's
-workdir has the same. A linear probe or a fine-tuning that was stopped goes on
-with the same line. Several processes work together, started as those of train.
+eval_logistic.py, eval_finetune.py. The last line on stdout is one JSON object.
+It is also written to OUT/result.json and added as a line to results.jsonl in
+the run's workdir. The same command continues a linear probe or a fine-tuning
+that was stopped. Several processes can share the work; start them as for train.
 """
 
 from typing import Any
@@ -17,7 +17,7 @@ from mocov3_jax.parallel import processes
 
 
 def define(flags: command_line.Flags) -> command_line.Action:
-  """Defines the flags; returns what they ask for."""
+  """Defines the flags; returns the command's action."""
   config = flags.config('Protocol, such as configs/eval_knn.py.')
   workdir = flags.string(
       'workdir', None, 'Folder of the evaluation.', required=True

@@ -9,9 +9,9 @@ holds, for each image that could be read,
   labels     int32 [N], places in `classes`; -1 where there is none
   classes    [C], their names
   splits     [N], 'train' or 'test', as `train` would split the source
-With --predict=FILE.csv, a network that has a classifier says what the images
-show: a row for each, with its label where there is one, and the five likeliest
-classes with their probabilities. The last line on stdout is one JSON object.
+With --predict=FILE.csv, a network with a classifier classifies the images: one
+row per image, with its label if there is one, and the five likeliest classes
+with their probabilities. The last line on stdout is one JSON object.
 """
 
 from mocov3_jax.config import command_line
@@ -19,12 +19,12 @@ from mocov3_jax.evals.extract import extract
 
 
 def define(flags: command_line.Flags) -> command_line.Action:
-  """Defines the flags; returns what they ask for."""
+  """Defines the flags; returns the command's action."""
   checkpoint = flags.string(
       'checkpoint', None, 'Workdir of a run, or a checkpoint.', required=True
   )
   source = flags.string(
-      'source', '', 'As data.source of a recipe; default: the run\'s own.'
+      'source', '', 'Like data.source in a recipe; default: that of the run.'
   )
   out = flags.string('out', '', 'The .npz file of features.')
   predict = flags.string(
@@ -33,8 +33,8 @@ def define(flags: command_line.Flags) -> command_line.Action:
   layer = flags.string('layer', 'backbone', 'backbone or projector.')
   encoder = flags.string('encoder', 'query', 'query, momentum or random.')
   labels = flags.string(
-      'labels', '', 'auto, none, or a CSV file; default: the run\'s, or auto '
-      'of another --source.',
+      'labels', '', 'auto, none, or a CSV file; default: that of the run, or '
+      'auto if --source is given.',
   )
   batch_size = flags.integer('batch_size', 256, 'Images at a time.')
   threads = flags.integer(

@@ -1,9 +1,9 @@
 """Draws what training sees: python -m mocov3_jax.preview --config=FILE \\
     --out=views.png [--count=8]
 
-A row an example: the original with the first crop (red) and the second
-(blue), the two views, and what was drawn for each. They are the examples,
-and the draws, of the run's first step.
+One row per example: the original with the first crop (red) and the second
+(blue), the two views, and the random parameters of each view. The examples and
+the parameters are those of the run's first step.
 """
 
 from mocov3_jax.config import command_line
@@ -11,7 +11,7 @@ from mocov3_jax.pictures import views
 
 
 def define(flags: command_line.Flags) -> command_line.Action:
-  """Defines the flags; returns what they ask for."""
+  """Defines the flags; returns the command's action."""
   config = flags.config('Recipe, such as configs/digits.py.')
   out = flags.string('out', None, 'PNG to write.', required=True)
   count = flags.integer(

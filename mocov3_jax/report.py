@@ -5,9 +5,9 @@ RUN is the workdir of a pre-training run, or a folder of them (a sweep).
 --out ends with
   .html  one page with charts to hover over and zoom; opens from disk, loads
          nothing
-  .png   a figure of the same
-  .csv   a line a run
-or --format=html|png|csv says which. A report that is there is replaced. The
+  .png   the same as a figure
+  .csv   one line per run
+or --format=html|png|csv selects the format. An existing report is replaced. The
 last line on stdout is one JSON object.
 """
 

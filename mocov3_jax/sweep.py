@@ -4,10 +4,11 @@
     --seeds=3 [--config.FIELD=VALUE ...] [--evaluate=FILE ...] \\
     [--print=commands]
 
-A run for each combination, one after another, each in a folder of DIR. Run the
-same line again to continue; more values and seeds may be added. The same line
-started several times, such as once a GPU, shares the work. A table over the
-seeds comes last on stderr, and on stdout as one JSON object.
+Trains one run for each combination, one after another, each in its own folder
+in DIR. Run the same command again to continue; more values and seeds may be
+added. If the same command is started several times, such as once per GPU, the
+processes share the work. A table of means over the seeds comes last on stderr,
+and on stdout as one JSON object.
 """
 
 from mocov3_jax.config import command_line
@@ -16,24 +17,24 @@ from mocov3_jax.sweeps import sweep
 
 
 def define(flags: command_line.Flags) -> command_line.Action:
-  """Defines the flags; returns what they ask for."""
+  """Defines the flags; returns the command's action."""
   config = flags.config('Recipe, such as configs/digits.py.')
   workdir = flags.string('workdir', None, 'Folder of the sweep.', required=True)
   grid = flags.repeated(
-      'grid', 'FIELD=VALUE,VALUE,...: an axis. Values with commas stand in '
-      'brackets: data.std=(0.3,),(0.4,).',
+      'grid', 'FIELD=VALUE,VALUE,...: an axis. Put values that contain commas '
+      'in brackets: data.std=(0.3,),(0.4,).',
   )
   seeds = flags.integer(
-      'seeds', 1, 'Of each grid point: 0, 1, ...; 1 = that of the config.',
-      at_least=1,
+      'seeds', 1, 'Number of seeds of each grid point: 0, 1, ...; 1 = only the '
+      'seed of the config.', at_least=1,
   )
   evaluate = flags.repeated(
       'evaluate', 'Protocol for each run that is done, such as '
       'configs/eval_linear.py:small.',
   )
   print_ = flags.string(
-      'print', None, 'commands: prints the runs that are left, as lines of '
-      'shell, and runs nothing.',
+      'print', None, 'commands: print shell commands for the remaining runs, '
+      'and run nothing.',
   )
   return lambda: sweep.main(
       sweep_grid.parse(

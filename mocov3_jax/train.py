@@ -1,7 +1,7 @@
 """Pre-trains: python -m mocov3_jax.train --config=FILE --workdir=DIR
 
-Run the same line again to continue, exactly. The last line on stdout is one
-JSON object with the results.
+Run the same command again to continue exactly where it stopped. The last line
+on stdout is one JSON object with the results.
 """
 
 from typing import Any
@@ -12,7 +12,7 @@ from mocov3_jax.training.pretrain import pretrain
 
 
 def define(flags: command_line.Flags) -> command_line.Action:
-  """Defines the flags; returns what they ask for."""
+  """Defines the flags; returns the command's action."""
   config = flags.config('Recipe, such as configs/digits.py.')
   workdir = flags.string('workdir', None, 'Folder of the run.', required=True)
   several = flags.processes()

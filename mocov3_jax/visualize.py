@@ -2,11 +2,11 @@
     --checkpoint=DIR --out=FILE.png [--source=folder:PATH]
 
 attention   where the class token looks: the attention of a ViT's last block
-            to the patches, a map a head, and the mean of these maps
-neighbours  images, and those nearest to them by backbone features: of test
-            images in kNN's bank, with a green frame where the label is the
-            same; without labels, of any images among all others
-embedding   the features of many images, as points of the plane
+            to the patches, one map per head, and the mean of these maps
+neighbours  images and their nearest neighbours by backbone features: of test
+            images, those in kNN's bank, with a green frame if the labels are
+            the same; without labels, of any images, those among all others
+embedding   the features of many images, as points in the plane
 
 DIR is the workdir of a run (its newest checkpoint) or one of its folders
 checkpoints/<step>. The last line on stdout is one JSON object.
@@ -24,11 +24,11 @@ def define(flags: command_line.Flags) -> dict[str, command_line.Action]:
   )
   out = flags.string('out', None, 'The PNG file.', required=True)
   source = flags.string(
-      'source', '', 'As data.source of a recipe; default: the run\'s own.'
+      'source', '', 'Like data.source in a recipe; default: that of the run.'
   )
   labels = flags.string(
-      'labels', '', 'auto, none, or a CSV file; default: the run\'s, or auto '
-      'of another --source.',
+      'labels', '', 'auto, none, or a CSV file; default: that of the run, or '
+      'auto if --source is given.',
   )
   encoder = flags.string('encoder', 'query', 'query, momentum or random.')
   images = flags.integer(

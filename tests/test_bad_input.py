@@ -207,15 +207,16 @@ CASES = {
     'a report of no run': (
         'report', ['--out=report.html'], ['no run was given', 'RUN']
     ),
-    'a report of what is no run': (
-        'report', ['docs', '--out=report.html'], ["'docs' is no run"]
+    'a report of what is not a run': (
+        'report', ['docs', '--out=report.html'], ["'docs' is neither a run"]
     ),
     'a report of runs that are not there': (
-        'report', ['/nowhere', '--out=report.html'], ["'/nowhere' is no run"]
+        'report', ['/nowhere', '--out=report.html'],
+        ["'/nowhere' is neither a run"],
     ),
     'a report in no folder': (
         'report', ['docs', '--out=/nowhere/x.html'],
-        ['--out=/nowhere/x.html', '/nowhere is no folder'],
+        ['--out=/nowhere/x.html', '/nowhere is not a folder'],
     ),
     'a report of no known kind': (
         'report', ['docs', '--out=report.pdf'],

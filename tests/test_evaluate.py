@@ -188,7 +188,8 @@ def test_a_training_that_was_not_finished_says_what_to_do(run, tmp_path):
     ([], 'nothing to write'),
     (['--predict=p.csv'], 'has no classifier'),
     (['--predict=p.txt'], 'does not end with .csv'),
-    (['--predict=p.csv', '--encoder=momentum'], 'without the two'),
+    (['--predict=p.csv', '--encoder=momentum'],
+     'without --layer and --encoder'),
 ])
 def test_predictions_that_cannot_be_are_refused(run, flags, words):
   code, _, err = tiny.call('extract', f'--checkpoint={run}', *flags)

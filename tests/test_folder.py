@@ -121,7 +121,7 @@ def test_pictures_may_be_links(tmp_path):
   (root / 'b.png').symlink_to(tmp_path / 'elsewhere/gone.png')
   splits = catalog.load(f'folder:{root}')
   assert names(splits.train) == ['a.png']
-  assert '1 links that lead nowhere' in splits.note
+  assert '1 broken or circular links' in splits.note
 
 
 def test_links_that_lead_back_end(tmp_path):

@@ -159,7 +159,7 @@ def test_what_is_no_program_is_not_run_as_one(tmp_path):
   code, _, err = tiny.call(
       'train', f'--config={file}', f'--workdir={tmp_path / "run"}'
   )
-  assert code == 2 and 'is no Python file' in err
+  assert code == 2 and 'is not a Python file' in err
   assert not (tmp_path / 'ran').exists()
 
 

@@ -125,7 +125,7 @@ def test_too_many_corrupt_files_end_the_run_after_a_save(labelled, tmp_path):
       folder, **unlabelled
   )))
   assert final['step'] == 20
-  # And so does the same line, once the files are mended.
+  # And so does the same command, once the files are mended.
   photos.write_tiles(folder, tile=48, each=16)
   final = result(tiny.call('train', f'--workdir={workdir}', *arguments))
   assert final['step'] == 20

@@ -190,7 +190,7 @@ def test_processes_of_different_configs_are_refused(tmp_path):
   processes = start(tmp_path / 'run', 2, others=['--config.seed=1'])
   for code, out, err in finish(processes):
     assert code == 2 and '{' not in out and 'Traceback' not in err, err
-    assert 'differ in seed. Use the same line' in err
+    assert 'differ in seed. Use the same command' in err
   assert not (tmp_path / 'run').exists()
 
 

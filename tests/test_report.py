@@ -461,10 +461,10 @@ def test_a_fall_without_return_is_told_as_one(tmp_path):
   made = data.make(map(history.read, history.find([str(tmp_path / 'run')])))
   text = verdict.verdict(made)
   assert re.search(r'accuracy falls by 2\d\.\d points from step 3\d\d', text)
-  assert 'does not come back' in text and 'dip' not in text
+  assert 'does not recover' in text and 'dip' not in text
   row, = data.table(made)
   assert row['dips'] == 0 and 0.2 < row['fall'] < 0.3
-  assert 'fall without return' in report_page.page(made, '')
+  assert 'fall without recovery' in report_page.page(made, '')
 
 
 def test_a_run_that_diverged_is_drawn_up_to_there(tmp_path):

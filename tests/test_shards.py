@@ -197,12 +197,12 @@ def damaged(root, what):
     ('no tar file', 'set-train-000001.tar cannot be read as a tar file'),
     ('a bad header', 'is no header, and not the end'),
     ('two in one', 'is no header, and not the end'),
-    ('bad json', "'1.json' is no JSON"),
+    ('bad json', "'1.json' is not JSON"),
     ('several images', "the sample '1' has several images"),
     ('no image', 'holds no image in 3 shards'),
-    ('packed', 'is no .tar file'), ('absent', 'there is no such file'),
+    ('packed', 'is not a .tar file'), ('absent', 'there is no such file'),
     ('a gap', 'set-train-000003.tar is missing'),
-    ('backwards', 'is no range'), ('nothing', 'names no shards'),
+    ('backwards', 'is not a range'), ('nothing', 'names no shards'),
 ])
 def test_faults_of_shards_are_named(tmp_path, what, words):
   with pytest.raises(UserError) as error:
@@ -322,7 +322,7 @@ def test_a_row_without_image_is_unreadable(tmp_path):
     ('split', "there is no split 'vaildation'. Did you mean 'validation'?"),
     ('images', 'has 0 columns of images'), ('two', 'has 2 columns of images'),
     ('absent', 'cannot be opened'), ('pictures', 'is folder:PATH'),
-    ('damaged', 'cannot be opened'), ('nothing', 'names no set'),
+    ('damaged', 'cannot be opened'), ('nothing', 'names no data set'),
 ])
 def test_faults_of_such_sets_are_named(tmp_path, monkeypatch, what, words):
   monkeypatch.setenv('HF_HUB_OFFLINE', '1')

@@ -280,7 +280,7 @@ def test_a_failed_run_does_not_stop_the_others_and_is_tried_again(
 
 @pytest.mark.parametrize('code', [143, -signal.SIGTERM])
 def test_a_run_that_was_stopped_stops_the_sweep(tmp_path, code):
-  with pytest.raises(Preempted, match='the same line continues'):
+  with pytest.raises(Preempted, match='the same command continues'):
     sweep(tmp_path, RATES, acts={'0.0001': code})
   result, players = sweep(tmp_path, RATES)
   assert players.started == ['lr_per_256=0.0001,seed=0']

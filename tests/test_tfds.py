@@ -93,7 +93,7 @@ def test_parquet_files_of_which_images_are_lost_are_refused(
     splits = catalog.load(f'tfds:toy_digits:{split}')
     assert len(splits.train) == count
   except UserError as e:
-    assert f'has {count} images, and TFDS' in str(e)
+    assert f'has {count} images, but TFDS' in str(e)
 
 
 def test_a_set_of_many_sizes_without_test_split_is_read(data_dir):

@@ -1,9 +1,9 @@
 """ResNet-50 on ImageNet: the comparison of the paper's section 3 and App. A.
 
 LARS, batch 4096, temperature 1, a projector of 2 layers and a predictor without
-BatchNorm at its end, crops of 20 % and more, 10 epochs of warm-up. These
-settings depend on the epochs (from the paper's PyTorch release; 800 from the
-paper):
+BatchNorm at its end, crops of 20 % and more, 10 epochs of warm-up. Three
+settings depend on the number of epochs (the values are the release's; those for
+800 epochs are the paper's):
 
   epochs  learning rate per 256  weight decay  momentum from
      100                    0.6          1e-6           0.99
@@ -17,8 +17,8 @@ Command:
   The number after the colon is one of the rows above (default 100). TFDS has
   to prepare imagenet2012 once (docs/data.md). For a folder that holds train/
   and val/, each with one subfolder per class:
-  --config.data.source=folder:/imagenet. (Of folder:/imagenet/train, every tenth
-  image would be held out for kNN.)
+  --config.data.source=folder:/imagenet. (With folder:/imagenet/train, every
+  tenth image would be held out for kNN.)
 Hardware and time: the release used 2 machines of 8 V100 (32 GB); no hours
   given. Not run by this project.
 Expected: linear probe 68.9 % (100 epochs), 72.8 % (300), 74.6 % (1000) in the
@@ -38,7 +38,9 @@ ROWS = {
 
 def get_config(epochs='100'):
   if epochs not in ROWS:
-    raise ValueError(f'epochs {epochs!r} are no row of: {", ".join(ROWS)}')
+    raise ValueError(
+        f'after the colon: {epochs!r}. Allowed: {", ".join(ROWS)}.'
+    )
   c = default_config()
   c.data.source = 'tfds:imagenet2012'
   c.augment.view1.crop_min = c.augment.view2.crop_min = 0.2

@@ -5,10 +5,10 @@ projection, two crops of 224 pixels, no BatchNorm in the heads (appendix A).
 The paper gives neither the learning rate nor the weight decay for SwAV. Here
 the rate is that of its BYOL row, 1e-4 per 256 images, and the decay that of its
 SimCLR row, 0.1. From SwAV's own paper (arXiv 2006.09882) come 3000 prototypes,
-temperature 0.1, and codes of epsilon 0.05 in 3 rounds. The projector is MoCo
-v3's (3 layers, 4096 wide, 256 out). Weight decay applies to the prototypes,
-too. Left out are SwAV's multi-crop, its queue, and freezing the prototypes
-during the first epoch.
+temperature 0.1, and codes with epsilon 0.05 from 3 iterations. The projector is
+MoCo v3's (3 layers, 4096 wide, 256 out). Weight decay applies to the prototypes
+as well. SwAV's multi-crop, its queue, and freezing the prototypes during the
+first epoch are left out.
 
 Command:
   python -m mocov3_jax.train --config=configs/imagenet/swav_vit_b16.py \\

@@ -2,10 +2,10 @@
 
 The recipe of section 5: AdamW, batch 4096, learning rate 1.5e-4 per 256 images,
 weight decay 0.1, 40 epochs of warm-up, half-cycle cosine, frozen random patch
-projection, temperature 0.2. The momentum of the target network, from 0.99 by a
-half cosine to 1, and the weight decay of 0.1 are those of the paper's PyTorch
-release. (The paper's table has 0.99 as the default, and does not say how it
-moves.)
+projection, temperature 0.2. The momentum of the target network (a half cosine
+from 0.99 to 1) and the weight decay of 0.1 are those of the paper's PyTorch
+release. (The paper's table gives 0.99 as the default momentum, but does not say
+how it changes.)
 
 There is no public code or checkpoint for this row. Patch size and model sizes
 are the paper's (tables 2 and 3); everything else is as in ViT-B/16.
@@ -15,8 +15,8 @@ Command:
       --workdir=runs/vit_h14
   A number after a colon sets the epochs: vit_h14.py:100. TFDS has to prepare
   imagenet2012 once (docs/data.md). For a folder that holds train/ and val/,
-  each with one subfolder per class: --config.data.source=folder:/imagenet. (Of
-  folder:/imagenet/train, every tenth image would be held out for kNN.)
+  each with one subfolder per class: --config.data.source=folder:/imagenet.
+  (With folder:/imagenet/train, every tenth image would be held out for kNN.)
 Hardware and time: the paper's table 3 has 9.8 hours per 100 epochs on 512
   TPU v3. Set --config.model.remat=True where memory is short.
   Not run by this project.

@@ -2,10 +2,10 @@
 
 The recipe of section 5: AdamW, batch 4096, learning rate 1.5e-4 per 256 images,
 weight decay 0.1, 40 epochs of warm-up, half-cycle cosine, frozen random patch
-projection, temperature 0.2. The momentum of the target network, from 0.99 by a
-half cosine to 1, and the weight decay of 0.1 are those of the paper's PyTorch
-release. (The paper's table has 0.99 as the default, and does not say how it
-moves.)
+projection, temperature 0.2. The momentum of the target network (a half cosine
+from 0.99 to 1) and the weight decay of 0.1 are those of the paper's PyTorch
+release. (The paper's table gives 0.99 as the default momentum, but does not say
+how it changes.)
 
 mmpretrain clips the gradient's norm to 5 for this model; the paper does not.
 
@@ -14,8 +14,8 @@ Command:
       --workdir=runs/vit_l16
   A number after a colon sets the epochs: vit_l16.py:100. TFDS has to prepare
   imagenet2012 once (docs/data.md). For a folder that holds train/ and val/,
-  each with one subfolder per class: --config.data.source=folder:/imagenet. (Of
-  folder:/imagenet/train, every tenth image would be held out for kNN.)
+  each with one subfolder per class: --config.data.source=folder:/imagenet.
+  (With folder:/imagenet/train, every tenth image would be held out for kNN.)
 Hardware and time: the paper's table 3 has 6.1 hours per 100 epochs on 256
   TPU v3.
   Not run by this project.

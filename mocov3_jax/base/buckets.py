@@ -41,8 +41,9 @@ def path_of(url: str, field: str) -> epath.Path:
   url = url.rstrip('/')
   if not re.fullmatch(NAME, url) or {'.', '..'} & set(url.split('/')):
     raise UserError(
-        f'{field}: {url!r} is no folder in a bucket. Use gs://BUCKET/FOLDER, '
-        'without the signs * ? [ ] #, and without . and .. as names.'
+        f'{field}: {url!r} is not a folder in a bucket. Use '
+        'gs://BUCKET/FOLDER, without the characters * ? [ ] #, and without . '
+        'and .. as names.'
     )
   if importlib.util.find_spec('gcsfs') is None:
     raise UserError(

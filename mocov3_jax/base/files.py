@@ -50,9 +50,9 @@ def absolute(path: str, field: str = 'the path') -> epath.Path:
     raise UserError(f'{field} is empty. Allowed: a path.')
   if '://' in path:
     raise UserError(
-        f'{field}: {path!r} is a URL. Use a path of this machine, or a '
-        'mounted one. (The workdir of a run, and what is read of runs, may be '
-        'gs://BUCKET/FOLDER.)'
+        f'{field}: {path!r} is a URL. Use a path on this machine, or a '
+        'mounted one. (The workdir of a run may be gs://BUCKET/FOLDER, where '
+        'it is written and where it is read.)'
     )
   return epath.Path(os.path.abspath(os.path.expanduser(path)))
 
@@ -193,8 +193,8 @@ def require_plain(folder: epath.Path) -> None:
       elif not entry.is_file(follow_symlinks=False):
         what = 'a link' if entry.is_symlink() else 'a pipe or a device'
         raise UserError(
-            f'{entry.path} is {what}, which has no place in the folder of a '
-            'run. Replace it by what it stands for, or remove it.'
+            f'{entry.path} is {what}, which is not allowed in the folder of a '
+            'run. Replace it with a file or folder, or remove it.'
         )
 
 
@@ -248,8 +248,8 @@ def open_own(path: epath.Path, mode: str, **options: Any) -> Any:
     if e.errno not in (errno.ELOOP, errno.ENXIO, errno.EISDIR):
       raise
   raise UserError(
-      f'{path} is no regular file, but a link, a pipe or the like. Replace it '
-      'by a file, or remove it.'
+      f'{path} is not a regular file but a link, a pipe or the like. Replace '
+      'it with a file, or remove it.'
   )
 
 

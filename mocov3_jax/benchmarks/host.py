@@ -52,8 +52,8 @@ def encoded_source(config: ConfigDict) -> Source:
     )
   if source.channels != 3:
     raise UserError(
-        f'data.mean has {source.channels} values; the original\'s chain, which '
-        'is measured beside ours, is of RGB. Allowed: 3.'
+        f'data.mean has {source.channels} values, but the original pipeline, '
+        'which is measured for comparison, is only for RGB. Allowed: 3.'
     )
   return source
 
@@ -64,7 +64,7 @@ def benchmark_input(
   """Times reading as in training beside the original's Pillow chain.
 
   Args:
-    config: as `default_config()`, after overrides.
+    config: a `default_config()`, with any overrides.
     images: images to read per turn, rounded up to whole batches.
     rounds: number of turns.
 
@@ -116,9 +116,9 @@ def benchmark_input(
   held = lock_seconds(config, source, numbers[:LOCKED_IMAGES])
   most = workers.MOST_PROCESSES
   console.say(
-      f"{1e6 * held:.0f} us an image hold the interpreter's lock: at most "
-      f'{1 / held:.0f} img/s by one process, {most / held:.0f} by {most}, on '
-      'as many cores as that takes'
+      f"the interpreter's lock is held for {1e6 * held:.0f} us per image: at "
+      f'most {1 / held:.0f} img/s with one process, {most / held:.0f} with '
+      f'{most}, given enough cores'
   )
   needs = needed(config)
   console.say(f'{config.model.name} at the peak of a chip needs, in img/s: ' + (
@@ -167,7 +167,7 @@ def lock_seconds(
   median of three passes.
 
   Args:
-    config: as `default_config()`.
+    config: a `default_config()`.
     source: the source of the images.
     numbers: the indices of the images.
   """
@@ -220,7 +220,7 @@ def benchmark_augment(config: ConfigDict, rounds: int) -> dict[str, Any]:
   """Compares the augmentation with the step that contains it.
 
   Args:
-    config: as `default_config()`, after overrides; its source is not read.
+    config: a `default_config()`, with any overrides; its source is not read.
     rounds: turns of each.
 
   Returns:

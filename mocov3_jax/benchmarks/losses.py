@@ -40,10 +40,11 @@ def benchmark_losses(config: ConfigDict, steps: int) -> dict[str, Any]:
       found['device'] = device
   for place in 'here', 'cpu':
     if not np.isfinite(found[place]).all():
+      where = 'this device' if place == 'here' else 'the CPU'
       raise UserError(
-          f'{place}, the losses are not finite: {found[place]}. Use a lower '
-          'optimizer.lr_per_256; if only those of this device are not, it '
-          'computes wrongly.'
+          f'the losses on {where} are not finite: {found[place]}. Use a lower '
+          'optimizer.lr_per_256; if only those of this device are not finite, '
+          'it computes incorrectly.'
       )
   found['difference'] = max(
       abs(a - b) / abs(b)

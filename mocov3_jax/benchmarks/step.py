@@ -38,7 +38,7 @@ def benchmark_step(
   device, or all cores of a CPU. If ours is timed alone, it has all devices.
 
   Args:
-    config: as `default_config()`, after overrides; its source is not read.
+    config: a `default_config()`, with any overrides; its source is not read.
     against: one of `AGAINST`.
     rounds: turns of each.
     steps: steps per turn.

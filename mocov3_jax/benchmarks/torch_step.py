@@ -134,8 +134,8 @@ class TorchStep:
     if not plain:
       raise UserError(
           f'model.name={c.name!r} with these options has no PyTorch step to '
-          'compare with. Allowed: MoCo v3 of the ViTs and ResNets as they are, '
-          'with adamw or lars; or --against=none.'
+          'compare with. Allowed: moco_v3 with an unmodified ViT or ResNet, '
+          'and adamw or lars; or --against=none.'
       )
 
   def _build_optimizer(self, config):

@@ -85,7 +85,7 @@ def require_colour(name: str, view: ConfigDict, channels: int) -> None:
     given = ', '.join(f'{name}.{field}={view[field]}' for field in wrong)
     raise UserError(
         f'{given}: these are operations on RGB, and data.mean has {channels} '
-        'values, one a channel. Allowed: 0 for each of them.'
+        'values, one per channel. Allowed: 0 for each of them.'
     )
 
 

@@ -35,23 +35,23 @@ from mocov3_jax.base.exits import (
 from mocov3_jax.config import evaluation, knobs, recipes, training
 
 LESS_MEMORY = (
-    'Try less at a time. A training needs less with micro_batch, '
-    'model.remat=True or fsdp_devices, and may go on with them in the same '
+    'Try less at a time. A training run needs less memory with micro_batch, '
+    'model.remat=True or fsdp_devices, and can continue with them in the same '
     'workdir; or with a smaller batch_size or objective.queue, in a new one.'
 )
 MORE_SPACE = (
-    'Make room, and run the same line again. What was saved before is '
-    'whole.'
+    'Free some space, and run the same command again. What was saved before '
+    'is intact.'
 )
 OTHER_BACKEND = (
-    'Use a backend that this machine has, by JAX_PLATFORMS=cpu and the '
-    'like; without that variable JAX takes the best one.'
+    'Use a backend that this machine has, such as JAX_PLATFORMS=cpu; without '
+    'that variable, JAX chooses the best one.'
 )
 
 BUCKET = (
-    'Use a bucket that is there and that this account may read and write '
+    'Use a bucket that exists and that this account may read and write '
     '(`gcloud auth application-default login`; on a VM, its service account), '
-    'and run the same line again. What was saved before is whole.'
+    'and run the same command again. What was saved before is intact.'
 )
 
 # Google's PCI vendor ID.
@@ -147,10 +147,11 @@ class Flags:
     """
     holders = (
         self.string(
-            'coordinator', None, 'Of several processes: host:port of the first.'
+            'coordinator', None,
+            'host:port of the first process, if there are several.',
         ),
-        self.integer('num_processes', None, 'How many there are.'),
-        self.integer('process_id', None, 'Which one this is, from 0.'),
+        self.integer('num_processes', None, 'Number of processes.'),
+        self.integer('process_id', None, 'Index of this process, from 0.'),
     )
     return lambda: tuple(holder.value for holder in holders)
 
@@ -231,7 +232,7 @@ def run(
       action = action[_choose(given, action)]
     elif given and not words:
       raise UserError(
-          f'unexpected argument {given[0]!r}. Use flags, as --name=value.'
+          f'unexpected argument {given[0]!r}. Use flags such as --name=value.'
       )
     result = action(given) if words else action()
     if result is not None:  # Only the first process has a result.
@@ -378,7 +379,10 @@ def _advice(field: str) -> str:
   group, _, name = field.rpartition('.')
   beside, known = [], {}
   for kind, schema in (
-      ("a training's config, such as configs/digits.py", training.schema()),
+      (
+          'the config of a training run, such as configs/digits.py',
+          training.schema(),
+      ),
       (
           "an evaluation's config, such as configs/eval_knn.py",
           evaluation.schema(),

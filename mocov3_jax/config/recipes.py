@@ -48,9 +48,9 @@ def resolve(given: str, flag: str = '--config') -> str:
     return f'{folder() / name}{SUFFIX}{colon}{argument}'
   if os.path.isfile(path):
     raise UserError(
-        f'{flag}={path} is no Python file. Use a file that ends with {SUFFIX}, '
-        'which is run as a program; or the name of a recipe. The config.json '
-        'of a run has the values for --config.FIELD=VALUE.'
+        f'{flag}={path} is not a Python file. Use a file that ends with '
+        f'{SUFFIX}, which is run as a program; or the name of a recipe. The '
+        'config.json of a run has the values for --config.FIELD=VALUE.'
     )
   what = 'is a folder' if os.path.isdir(path) else 'does not exist'
   raise UserError(

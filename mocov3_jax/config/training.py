@@ -151,7 +151,7 @@ def _data() -> Schema:
       # number.
       'mean': Knob(
           (0.485, 0.456, 0.406),
-          Range('a number a channel', lambda v: len(v) >= 1),
+          Range('one number per channel', lambda v: len(v) >= 1),
       ),
       'std': Knob(
           (0.229, 0.224, 0.225),
@@ -417,9 +417,9 @@ def plan(
         f'schedule.warmup_epochs={schedule.warmup_epochs} is {warmup} steps, '
         f'but the training is {total} steps long (schedule.epochs='
         f'{schedule.epochs}, schedule.steps={schedule.steps}, '
-        f'{steps_per_epoch} steps an epoch). Use a training of at least '
-        'one step, and a warm-up no longer than it (set both); a single step '
-        'without warm-up.'
+        f'{steps_per_epoch} steps per epoch). Use at least one step, and a '
+        'warm-up that is no longer than the training (set both); or a single '
+        'step without warm-up.'
     )
   if lr_per_256 is None:
     lr_per_256 = config.optimizer.lr_per_256

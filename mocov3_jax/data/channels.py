@@ -121,9 +121,9 @@ def _pages(data: bytes, channels: int) -> list[Any]:
     import tifffile
   except ImportError as e:
     raise UserError(
-        'images of neither one nor three channels (data.mean) are read from '
-        'TIFF files by the package tifffile, which is not installed. Use pip '
-        "install 'mocov3-jax[channels]'."
+        'TIFF images whose number of channels (data.mean) is neither one nor '
+        'three are read by the package tifffile, which is not installed. Use '
+        "pip install 'mocov3-jax[channels]'."
     ) from e
   # Errors are reported once, by the code that reads the image.
   logging.getLogger('tifffile').setLevel(logging.CRITICAL)
@@ -149,8 +149,8 @@ def _pages(data: bytes, channels: int) -> list[Any]:
     ):
       raise Unreadable(
           f'its pixels are {found[2]} of {pages[0].bitspersample} bits, '
-          f'{pages[0].photometric.name}; of several channels, 8-bit and 16-bit '
-          'ones are read, whose zeros are black'
+          f'{pages[0].photometric.name}; with this many channels, only 8-bit '
+          'and 16-bit pixels in which 0 is black can be read'
       )
     whole = sum(map(_bytes, pages))
     if whole > MOST_BYTES:
@@ -201,8 +201,8 @@ def _check_parts(data: bytes, page: Any) -> None:
     return
   if page.compression not in DEFLATE:
     raise Unreadable(
-        f'compressed by {page.compression.name}; of several channels, images '
-        'without compression or with deflate are read'
+        f'compressed by {page.compression.name}; with this many channels, only '
+        'images without compression or with deflate can be read'
     )
   whole = math.prod(page.chunks) * page.dtype.itemsize
   for begin, size in zip(page.dataoffsets, page.databytecounts, strict=True):

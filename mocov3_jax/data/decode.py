@@ -183,8 +183,8 @@ def _open(data: bytes) -> Image.Image:
     if isinstance(e, UnidentifiedImageError):
       raise Unreadable(
           'not an image' if not data.startswith(TIFF) else
-          'a TIFF that is damaged, or neither gray nor RGB; one with other '
-          'channels needs as many values in data.mean'
+          'a TIFF that is damaged, or neither gray nor RGB (which needs as '
+          'many values in data.mean as it has channels)'
       ) from e
     raise Unreadable(str(e)) from e
 

@@ -14,8 +14,8 @@ PNG = b'\x89PNG\r\n\x1a\n'
 # the orientation.
 PNG_KEPT = (b'IHDR', b'PLTE', b'tRNS', b'IDAT', b'IEND', b'eXIf')
 JPEG = b'\xff\xd8'
-# The segments kept out of a JPEG's APP0 to APP15 and comments: JFIF, EXIF, and
-# Adobe's, which gives the colour space.
+# Of a JPEG's APP0 to APP15 segments and comments, only these are kept: JFIF,
+# EXIF, and Adobe's, which gives the colour space.
 JPEG_KEPT = {0xE0: b'JFIF\0', 0xE1: b'Exif\0\0', 0xEE: b'Adobe'}
 # The flags in a WebP's header of the metadata that may be removed.
 WEBP_FLAGS = {b'ICCP': 0b100000, b'EXIF': 0b1000, b'XMP ': 0b100}

@@ -199,7 +199,7 @@ class BatchReader:
 
   def _replace(self, out: np.ndarray, place: int, bad: int) -> int:
     words = random_words(self.seed, place, REPLACEMENTS, TRIES)
-    why = 'it was itself drawn in its place'
+    why = 'each image drawn in its place was that image again'
     for index in (words % np.uint64(len(self.source))).tolist():
       if index == bad:  # Even if it has become readable since.
         continue
@@ -207,9 +207,9 @@ class BatchReader:
         self.read_into(out, index, place)
         return index
       except Unreadable as e:
-        why = f'{console.shown(self.source.name(index))}: {e}'
+        why = f'the last is {console.shown(self.source.name(index))}: {e}'
     raise UserError(
-        f'{TRIES + 1} images in a row could not be read; the last is {why}'
+        f'{TRIES + 1} images in a row could not be read; {why}'
     )
 
 
@@ -250,7 +250,7 @@ def why_unreadable(source: Source, index: int) -> str:
     read_crops(source, index, boxes, out)
   except Unreadable as e:
     return ' '.join(str(e).split())
-  return 'could not be read then, can be now'
+  return 'could not be read at first, but can be read now'
 
 
 def pixels(source: Source, data: bytes | np.ndarray) -> np.ndarray:

@@ -156,7 +156,7 @@ class RandAugment:
     if channels != len(self.fill):
       raise UserError(
           f'RandAugment: fill={self.fill} for images of {channels} channels; '
-          'allowed: a value a channel'
+          'allowed: one value per channel'
       )
     pixels = Image.fromarray(image[..., 0] if channels == 1 else image)
     for name, level in self.draw(words):

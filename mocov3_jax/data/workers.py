@@ -46,7 +46,7 @@ PARTS_A_PROCESS, ROWS_A_PART = 4, 8
 
 
 class LostWorkers(UserError):
-  """A process that reads has died; others of the run do not know of it."""
+  """A reader process died; the run's other processes do not know about it."""
 
 
 class RowReader(Protocol):
@@ -234,9 +234,9 @@ class _Processes:
       for child in multiprocessing.active_children():
         child.kill()  # They block SIGTERM.
       raise LostWorkers(
-          'a process that reads images has ended by itself, as happens where '
+          'a process that reads images has ended by itself, as happens when '
           'memory runs out. Use fewer of them (data.processes), or 1, and run '
-          'the same line again.'
+          'the same command again.'
       ) from e
     return images, found
 

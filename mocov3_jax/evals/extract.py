@@ -62,8 +62,8 @@ def extract(
   if predict and (layer, encoder) != ('backbone', 'query'):
     raise UserError(
         f'--predict with --layer={layer} --encoder={encoder}: the classifier '
-        'is on top of the backbone that was trained with it. Use --predict '
-        'without the two.'
+        'needs the features of the backbone that it was trained on. Use '
+        '--predict without --layer and --encoder.'
     )
   path = files.new_output(out, '.npz') if out else None
   csv_path = files.new_output(predict, '.csv', '--predict') if predict else None
@@ -110,9 +110,9 @@ def _rows(
   longest = max(names, key=len)
   if 4 * len(longest) * len(names) > MOST_NAMES:
     raise UserError(
-        f'the names of {len(names):,} images do not fit into a table: each '
-        f'takes as much as the longest, which has {len(longest):,} letters: '
-        f'{console.shown(longest)[:100]}... Use a folder without it.'
+        f'the names of {len(names):,} images do not fit into a table: each one '
+        f'takes as much space as the longest, of {len(longest):,} characters: '
+        f'{console.shown(longest)[:100]}... Use a folder without that image.'
     )
   return {
       'features': values,

@@ -83,16 +83,16 @@ class ReadingLog:
         console.say(f'unreadable: {len(new) - NAMED} more')
     if len(bad) == len(source):
       raise UserError(
-          f'none of {len(source)} images could be read, from '
-          f'{console.shown(source.name(0))} on'
+          f'none of the {len(source)} images could be read; the first is '
+          f'{console.shown(source.name(0))}'
       )
     if len(bad) > self.most * len(source):
       raise UserError(
           f'{len(bad)} of {len(source)} images to evaluate on could not be '
           f'read, more than data.max_unreadable={self.most} of them; '
-          f'{console.shown(source.name(bad[0]))} is the first. Mend or '
-          'remove the files, or raise data.max_unreadable to leave them out of '
-          'every accuracy.'
+          f'{console.shown(source.name(bad[0]))} is the first. Repair or '
+          'remove the files; or use a higher data.max_unreadable, which leaves '
+          'them out of all accuracies.'
       )
     return np.flatnonzero(unreadable[: len(source)] < 0)
 

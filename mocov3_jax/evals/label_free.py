@@ -84,7 +84,7 @@ def monitor(context: EvalContext) -> Evaluator | None:
     values = {name: float(v) for name, v in jax.device_get(values).items()}
     for name, value in values.items():
       if not math.isfinite(value):
-        raise NonFiniteFeatures(f'{name}={value}: the network gives no numbers')
+        raise NonFiniteFeatures(f'{name}={value}: the features are not finite')
     return values
 
   def words(values):

@@ -131,6 +131,7 @@ def check_flags(encoder: str, batch_size: int, threads: int) -> None:
   devices = jax.device_count()
   if batch_size < 1 or batch_size % devices or threads < 0:
     raise UserError(
-        f'--batch_size={batch_size} --threads={threads}. Allowed: a multiple '
-        f'of the {devices} devices, and 0 or more.'
+        f'--batch_size={batch_size} --threads={threads}. Allowed: for '
+        f'--batch_size, a multiple of the {devices} devices; for --threads, 0 '
+        'or more.'
     )

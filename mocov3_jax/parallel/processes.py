@@ -142,7 +142,7 @@ def require_same(given: dict[str, Any]) -> None:
   if differ:
     raise UserError(
         f'the processes of this run differ in {", ".join(differ)}. Use '
-        'the same line in each, and the same images on each machine.'
+        'the same command in each, and the same images on each machine.'
     )
 
 
@@ -222,8 +222,8 @@ def exit_on_lost_peer() -> Iterator[None]:
     lines = str(e).splitlines()
     console.say(
         f'error: process {jax.process_index()} lost another process of this '
-        f'run ({lines[0][:200]}). Start all of them again with the same line: '
-        'they continue from the last checkpoint.'
+        f'run ({lines[0][:200]}). Start all of them again with the same '
+        'command: they continue from the last checkpoint.'
     )
     exits.leave(LOST_PEER)
 

@@ -28,7 +28,7 @@ def plane(
     method: one of METHODS.
 
   Returns:
-    Points float [N, 2]; the names of the axes; and numbers that tell how well
+    Points float [N, 2]; the names of the axes; and numbers that show how well
     the points fit the features. With PCA, that is 'explained_variance', the
     share of the variance in the plane. With t-SNE, it is 'kl_divergence', the
     KL divergence that remains. With UMAP, there are none.

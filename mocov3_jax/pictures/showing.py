@@ -37,8 +37,8 @@ class Options:
   Attributes:
     checkpoint: a workdir or one checkpoints/<step>.
     out: the path of the PNG, which must not exist; '' = none is drawn.
-    source: as `config.data.source`; '' = what the run was trained on.
-    labels: as `config.data.labels`; '' = those of the run, or 'auto' for
+    source: like `config.data.source`; '' = what the run was trained on.
+    labels: like `config.data.labels`; '' = those of the run, or 'auto' for
       another source.
     encoder: 'query', 'momentum' or 'random'.
     images: the number of images; None = the default of the picture.

@@ -33,7 +33,7 @@ def preview(
   """Writes a sheet of the first `count` examples of a run.
 
   Args:
-    config: as `default_config()`, after overrides.
+    config: a `default_config()`, with any overrides.
     out: path of the PNG.
     count: number of rows; None = ROWS, or fewer if the batch has fewer.
 
@@ -102,7 +102,7 @@ def _draw_header(sheet):
   sheet.text(GAP, 2, 'original and crops', 9)
   for i, name in enumerate(('view 1', 'view 2')):
     left = SIDE + 2 * GAP + i * (SIDE + TEXT + 2 * GAP)
-    sheet.text(left, 2, f'{name}, and what was drawn', 9)
+    sheet.text(left, 2, f'{name} and its random parameters', 9)
 
 
 def _draw_original(sheet, top, image, boxes):

@@ -1,6 +1,6 @@
 """Describes GPUs to XLA's GPU compiler; the GPUs themselves are not needed.
 
-XLA can compile for a GPU from a description of it. The result tells the memory
+XLA can compile for a GPU from a description of it. The result shows the memory
 that is needed and the kernels from each library, but not the time: XLA finds
 the fastest of several kernels by measuring on the GPU, and its cost model is of
 no use for whole steps.

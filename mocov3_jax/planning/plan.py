@@ -29,7 +29,7 @@ def plan(
   """Compiles a run for a slice, changing the config until it fits.
 
   Args:
-    config: as `default_config()`, after overrides.
+    config: a `default_config()`, with any overrides.
     topology: chip and shape, such as 'v5e:16x16'.
     images: size of the training set; 0 = as many as the source has.
     price: price of a chip for an hour, dollars; 0 = unknown.
@@ -52,8 +52,8 @@ def plan(
   """
   if images < 0 or price < 0 or not 0 < mfu <= 1:
     raise UserError(
-        f'--images={images} --price={price} --mfu={mfu}. Allowed: 0 or more, '
-        '0 or more, and above 0, at most 1.'
+        f'--images={images} --price={price} --mfu={mfu}. Allowed: --images and '
+        '--price of 0 or more, and --mfu above 0 and at most 1.'
     )
   for share in shares:
     if not re.fullmatch(r'[1-9]\d{0,6}', share):
@@ -85,8 +85,8 @@ def _planned(
     chips = topology_lib.get_slice(topology)
     if chips.are_gpus and (schedule or shares):
       raise UserError(
-          f'--topology={topology}: of GPUs no time is known. Leave out '
-          '--schedule and --images_per_chip.'
+          f'--topology={topology}: the time of GPUs cannot be predicted. Leave '
+          'out --schedule and --images_per_chip.'
       )
     count = len(chips.devices)
 
@@ -139,13 +139,13 @@ def _best_share(planned: Sequence[tuple[Any, ...]]) -> tuple[Any, ...]:
   if not bounds:
     return planned[0]
   best = min(bounds, key=bounds.__getitem__)
-  lines = ['  bound an image, by the images of a chip: ' + ', '.join(
+  lines = ['  bound per image, by images per chip: ' + ', '.join(
       f'{share}: {bound:.3f} ms' for share, bound in bounds.items()
   )]
   if best < max(bounds) and not reports[0]['has_batch_norm']:
     lines.append(
-        f'  More images than {best} take longer each. For a larger batch, try '
-        f'--config.micro_batch={best}.'
+        f'  With more than {best} images per chip, each image takes longer. '
+        f'For a larger batch, try --config.micro_batch={best}.'
     )
   console.say('\n'.join(lines))
   return next(p for p in planned if p[0]['images_per_chip'] == best)
@@ -164,7 +164,7 @@ def images_of(config: ConfigDict) -> int:
     if config.data.source == 'tfds:imagenet2012':
       return config_lib.IMAGENET_IMAGES
     raise UserError(
-        f'the length of the run needs the number of images: {e} Or else: '
+        f'the length of the run depends on the number of images: {e} Or use '
         '--images=NUMBER.'
     ) from e
 
@@ -310,11 +310,12 @@ def _breakdown_lines(report: dict[str, Any]) -> list[str]:
       *(row(name, t) for name, t in report['parts'].items()),
       '    of which',
       *(row(name, t) for name, t in report['networks'].items()),
-      f'    beside it, {report["copies_ms"]:.2f} ms of copies from and to HBM',
+      f'    in parallel, {report["copies_ms"]:.2f} ms of copies to and from '
+      'HBM',
   ]
   if not scheduled:
     lines.append(
-        '    --schedule reads the final program as well, which tells far more'
+        '    --schedule also reads the final program, which shows far more'
     )
   if report['dynamic_loops']:
     lines.append(
@@ -330,7 +331,7 @@ def _breakdown_lines(report: dict[str, Any]) -> list[str]:
 
 
 def _time(report: dict[str, Any], suffix: str) -> str:
-  dollars = '; --price=DOLLARS of a chip for an hour tells the cost'
+  dollars = '; for the cost, add --price=DOLLARS per chip-hour'
   if f'dollars{suffix}' in report:
     dollars = f', ${report[f"dollars{suffix}"]:,.0f}'
   return (

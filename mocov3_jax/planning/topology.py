@@ -110,7 +110,7 @@ def get_slice(topology: str) -> Slice:
     except Exception as e:  # Several kinds, and none says what to do.
       text = (str(e).splitlines() or [''])[0]
       raise UserError(
-          f'--topology={topology}: the TPU compiler gives no such slice '
+          f'--topology={topology}: the TPU compiler supports no such slice '
           f'({type(e).__name__}: {text}). Use a shape that Cloud TPU '
           'offers.'
       ) from e
@@ -151,8 +151,8 @@ def _get_gpus(topology: str) -> Slice:
   except Exception as e:  # Such as for a plugin of another version.
     text = (str(e).splitlines() or [''])[0][:200]
     raise UserError(
-        f'--topology={topology}: the GPU compiler gives no such machine '
-        f'({type(e).__name__}: {text}). Use the plugin that this JAX wants: '
+        f'--topology={topology}: the GPU compiler supports no such machine '
+        f'({type(e).__name__}: {text}). Use the plugin that this JAX needs: '
         'pip install "mocov3_jax[gpu-plan]".'
     ) from e
   package = plugin.replace('_', '-')

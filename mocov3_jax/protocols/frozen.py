@@ -60,7 +60,7 @@ def _evaluate(
     setup: Setup, path: str, name: str,
     classify: Callable[[PyTree], dict[str, Any]],
 ) -> dict[str, Any]:
-  """Classifies by the network, and by the random one to compare it with.
+  """Classifies with the network and, for comparison, with a random one.
 
   Args:
     setup: setup of the evaluation.

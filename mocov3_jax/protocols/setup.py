@@ -84,8 +84,8 @@ def prepare(config: ConfigDict) -> Setup:
   if not config.checkpoint:
     raise UserError(
         'required: --config.checkpoint=..., the workdir of a training run or '
-        'one of its folders checkpoints/<step> (from_scratch takes its '
-        'network and images).'
+        'one of its folders checkpoints/<step> (from_scratch uses only its '
+        'network architecture and its images).'
     )
   data = config.data
   opened = open_checkpoint(
@@ -137,7 +137,7 @@ def labelled_splits(config: ConfigDict, opened: Opened) -> sources.Splits:
   if splits.test is None:
     raise UserError(
         f'{what} has no labels, which protocol={config.protocol!r} needs. '
-        'Use a labelled source; a folder with a subfolder a class; or '
+        'Use a labelled source; a folder with a subfolder per class; or '
         'data.labels=FILE.csv.'
     )
   train, labels = sources.labelled(splits.bank)
@@ -159,8 +159,8 @@ def labelled_splits(config: ConfigDict, opened: Opened) -> sources.Splits:
   if len(unseen):
     raise UserError(
         f'{what} has test images of {len(unseen)} classes '
-        f'({listed([splits.train.classes[n] for n in unseen])}) of which '
-        'there is no training image. Use splits with the same classes.'
+        f'({listed([splits.train.classes[n] for n in unseen])}) for which '
+        'there are no training images. Use splits with the same classes.'
     )
   count = config.data.labels_per_class
   if count:
@@ -205,10 +205,10 @@ def record(
 ) -> dict[str, Any]:
   """Completes the results, and writes result.json and a line of results.jsonl.
 
-  results.jsonl lies in the workdir of the run, beside checkpoints/. Neither
-  file is written again if an evaluation is repeated and finds the same results:
-  if its training was already done, the repetition knows less (not its speed,
-  for example).
+  results.jsonl is in the workdir of the run, beside checkpoints/. If a repeated
+  evaluation finds the same results, neither file is written again: where the
+  training was already done, the repeated results lack some values, such as the
+  speed.
 
   Args:
     setup: setup of the evaluation.
@@ -276,6 +276,6 @@ def _append(path: epath.Path, results: dict[str, Any]) -> None:
     if not isinstance(e, OSError) and not is_of_bucket(e):
       raise
     console.say(
-        f'warning: {path} cannot be written ({e}); the result is in the '
-        'workdir alone'
+        f'warning: {path} cannot be written ({e}); the result is only in the '
+        'workdir'
     )

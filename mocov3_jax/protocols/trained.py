@@ -1,4 +1,4 @@
-"""Code that the protocols with a training share."""
+"""Code shared by the protocols that train: linear probe and fine-tuning."""
 
 from collections.abc import Callable
 from typing import Any
@@ -56,7 +56,7 @@ def make_trainer(
 
 
 def make_plan(setup: Setup, lr_per_256: float) -> config_lib.Plan:
-  """Returns the schedule of a training on the images of `setup`.
+  """Returns the schedule of a training run on the images of `setup`.
 
   Raises:
     UserError: if the images do not fill a batch, or as `config_lib.plan` does.

@@ -27,22 +27,22 @@ HELP = (
     (
         'Dip',
         f'The kNN accuracy falls by {100 * events.DIP_DEPTH:g} points or '
-        'more, and by far more than its noise. It often comes back, but is '
-        'seldom quite made good at the end.',
+        'more, and by far more than its noise. It often recovers, but rarely '
+        'completely by the end of the run.',
     ),
     (
         'Spike',
-        'The largest gradient of a layer leaves what it was before: '
-        f'{events.SPIKE_RATIO:g} times its running median or more, and outside '
+        'The largest gradient of a layer rises far above its past values: to '
+        f'{events.SPIKE_RATIO:g} times its running median or more, and beyond '
         'its noise. The paper '
         'finds that a spike causes the dip after it.',
     ),
     (
         'Event, leader',
         f'Spikes of several layers within {events.MAX_LAG} steps are one '
-        'event; the leader is the layer that is first in most. The paper finds '
-        'the patch projection there: freezing it (model.patch_embed=frozen) '
-        'helps.',
+        'event; the leader is the layer that spikes first in most events. In '
+        'the paper, that is the patch projection: freezing it '
+        '(model.patch_embed=frozen) helps.',
     ),
     (
         'Collapse',

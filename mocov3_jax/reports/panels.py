@@ -145,8 +145,8 @@ def knn(report: Report, limit: int) -> Panel:
   return Panel(
       heading='kNN accuracy',
       about='Share of held-out images that their nearest neighbours classify '
-      'right. Step 0 is the network before training. A triangle marks the low '
-      'of a dip, or of a fall without return.',
+      'correctly. Step 0 is the network before training. A triangle marks the '
+      'lowest point of a dip, or of a fall without recovery.',
       caption='kNN accuracy (triangles: dips and falls)',
       y_title='kNN accuracy', y_kind='share',
       items=items + _levels(
@@ -159,9 +159,9 @@ def knn(report: Report, limit: int) -> Panel:
 def _describe(dip: events.Dip) -> str:
   depth = verdict.points(dip.depth)
   if dip.width is None:
-    return f'fall of {depth} from step {dip.start:,}, without return'
+    return f'fall of {depth} from step {dip.start:,}, without recovery'
   return (
-      f'dip of {depth} at step {dip.low:,}, made good '
+      f'dip of {depth} at step {dip.low:,}, recovered '
       f'{verdict.count(dip.width, "step")} after its start'
   )
 
@@ -170,8 +170,8 @@ def effective_rank(report: Report, limit: int) -> Panel:
   """Returns the panel of the effective rank of the features."""
   return Panel(
       heading='Effective rank of the features',
-      about='What is watched without labels: over how many directions features '
-      'spread. Near 1, they have collapsed.',
+      about='Monitored when there are no labels: over how many directions the '
+      'features spread. Near 1, they have collapsed.',
       caption='effective rank of the features', y_title='effective rank',
       items=_lines(report, limit, data.RANK),
   )
@@ -182,7 +182,8 @@ def loss(report: Report, limit: int) -> Panel:
   chances = [run.curve('train/loss_chance')[1] for run in report.runs]
   return Panel(
       heading='Loss',
-      about='Of each step. Dotted: a network that tells nothing apart.',
+      about='The loss of each step. Dotted: the loss of a network that cannot '
+      'tell images apart.',
       caption='loss', y_title='loss',
       items=_lines(report, limit, 'train/loss', width=1.2) + _levels(
           report, 'train/loss',
@@ -196,8 +197,8 @@ def spread(report: Report, limit: int) -> Panel:
   """Returns the panel of the standard deviation of the features."""
   return Panel(
       heading='Spread of the features',
-      about='1 where features point everywhere alike, 0 where all are the same '
-      '(collapse).',
+      about='1 if the features point equally in all directions, 0 if all are '
+      'the same (collapse).',
       y_title='spread of features',
       items=_lines(report, limit, 'train/feature_std', width=1.2),
   )
@@ -301,7 +302,8 @@ def _by_layer(
 def learning_rate(report: Report, limit: int) -> Panel:
   """Returns the panel of the learning rate."""
   return Panel(
-      heading='Learning rate', about='Of each step.', y_title='learning rate',
+      heading='Learning rate', about='The learning rate of each step.',
+      y_title='learning rate',
       items=_lines(report, limit, 'train/lr'),
   )
 
@@ -351,8 +353,8 @@ def sweep(report: Report, limit: int) -> Panel:
   return Panel(
       heading=f'Accuracy against {field}',
       about='Points are runs, lines the mean over the seeds of one setting, '
-      'bars one standard deviation. Open points are not done, crosses '
-      'diverged; neither is in the mean.',
+      'bars one standard deviation. Open points are runs that are not done, '
+      'crosses runs that diverged; neither is included in the mean.',
       caption='last kNN accuracy, mean and sd',
       y_title='last kNN accuracy', y_kind='share', x_title=field,
       x_log=0 < 10 * values[0] < values[-1],

@@ -37,13 +37,14 @@ def report(
   """
   if not paths:
     raise UserError(
-        'no run was given. Allowed: workdirs of runs or folders of them, as '
-        'words: python -m mocov3_jax.report RUN [RUN ...] --out=report.html.'
+        'no run was given. Allowed: workdirs of runs, or folders of them, as '
+        'positional arguments: python -m mocov3_jax.report RUN [RUN ...] '
+        '--out=report.html.'
     )
   path = files.absolute(out, '--out')
   kind = _format(path.suffix, out, format_)
   if path.is_dir() or not path.parent.is_dir():
-    why = 'is a folder' if path.is_dir() else f'{path.parent} is no folder'
+    why = 'is a folder' if path.is_dir() else f'{path.parent} is not a folder'
     raise UserError(
         f'--out={out} cannot be written: {why}. Use a file in a folder '
         'that exists.'

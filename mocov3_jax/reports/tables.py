@@ -55,7 +55,7 @@ COLUMNS: tuple[tuple[str, str, Callable[[dict[str, Any]], str], bool], ...] = (
     ),
     ('dips (deepest)', 'dips', _dips, True),
     (
-        'fall without return', 'fall',
+        'fall without recovery', 'fall',
         lambda r: f'{verdict.points(r["fall"])} from step {r["fall_start"]:,}',
         True,
     ),

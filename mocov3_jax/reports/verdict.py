@@ -115,8 +115,8 @@ def _without_labels(report: Report) -> str:
   for name, metric, better in (
       ('alignment', data.ALIGNMENT, 'low is good'),
       ('uniformity', data.UNIFORMITY, 'low is good'),
-      ('effective rank', data.RANK, 'it is high in a random network, and '
-       'compares trained ones'),
+      ('effective rank', data.RANK, 'it is high in a random network, and is '
+       'useful only to compare trained ones'),
   ):
     values = run.curve(metric)[1]
     if len(values):
@@ -150,10 +150,10 @@ def _fallen(runs: Sequence[ReportedRun]) -> str:
   fall = worst.analysis.fall
   how = f'by {points(fall.depth)} from step {fall.start:,}'
   if len(runs) == 1:
-    return f'The kNN accuracy falls {how} and does not come back.'
+    return f'The kNN accuracy falls {how} and does not recover.'
   return (
-      f'In {len(fallen)} of {len(runs)} it falls and does not come back; the '
-      f'farthest {how}, in {worst.name}.'
+      f'In {len(fallen)} of {len(runs)} runs it falls and does not recover; '
+      f'the largest fall is {how}, in {worst.name}.'
   )
 
 
@@ -192,7 +192,7 @@ def _spikes(report: Report) -> str:
   (layer, first), *_ = led.most_common(1) or [(None, 0)]
   where = count(events, 'event')
   if layer is None or 2 * first <= events:
-    return f'{text}; of {where} over several layers, no layer begins most.'
+    return f'{text}; no layer is first in most of {where} over several layers.'
   text += (
       f'; {first} of {where} over several layers begin in the '
       f'{data.layer_name(layer)}'

@@ -24,8 +24,9 @@ ITEM = 'state'
 # and the bytes that are always allowed. Trained weights hardly compress, but
 # constant arrays, such as fresh moments, compress to almost nothing.
 MOST_GROWTH, ALWAYS_ALLOWED = 64, 2**26
-# Of an array that many devices hold, each writes a part, if the parts have at
-# least so many bytes. To cut smaller arrays costs more time than it saves.
+# If many devices hold the same array, each writes a part of it, provided that
+# the parts have at least this many bytes. Splitting smaller arrays costs more
+# time than it saves.
 LEAST_PART = 2**20
 
 
@@ -183,9 +184,9 @@ class Checkpoints:
       raise UserError(
           f'no checkpoint in {self._folder} can be read:\n  '
           + '\n  '.join(f'{step}: {why}' for step, why in failures.items())
-          + '\nUse another workdir, to start anew. (Weights alone, as '
-          'convert writes them without a recipe, can be evaluated and '
-          'extracted, not trained on.)'
+          + '\nUse another workdir, to start anew. (A checkpoint that holds '
+          'only weights, as convert writes without a recipe, can be used by '
+          'evaluate and extract, but train cannot continue from it.)'
       )
     return None
 
@@ -299,8 +300,9 @@ def _found(path: str) -> tuple[epath.Path, epath.Path]:
     folder = files.run_path(path, 'checkpoint')
     if folder.is_file():
       raise UserError(
-          f'checkpoint={path!r} is a file. Use a run; weights become one '
-          f'by: python -m mocov3_jax.convert --from={path} --to=runs/NEW.'
+          f'checkpoint={path!r} is a file. Use the workdir of a run; to make '
+          'one from a file of weights: '
+          f'python -m mocov3_jax.convert --from={path} --to=runs/NEW.'
       )
     steps = [
         int(p.name) for p in files.entries(folder / 'checkpoints')
@@ -319,7 +321,7 @@ def _found(path: str) -> tuple[epath.Path, epath.Path]:
 
 
 def is_step(name: str) -> bool:
-  """Returns whether a folder of checkpoints/ is called after a step."""
+  """Returns whether the name of a folder in checkpoints/ is a step number."""
   # int() rejects other characters that are digits, such as a superscript two.
   return name.isascii() and name.isdigit() and len(name) <= 10
 

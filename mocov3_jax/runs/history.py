@@ -77,7 +77,7 @@ def read(folder: epath.Path, rows: bool = True) -> Run:
     for field in fields:
       if field in found and not knobs.is_finite(found[field]):
         raise UserError(
-            f'{folder / path} is damaged: {field} is no number.'
+            f'{folder / path} is damaged: {field} is not a number.'
         )
   if result and 'step' not in result:
     raise UserError(f'{folder / "result.json"} is damaged: it lacks step.')
@@ -165,8 +165,8 @@ def _folders(path: str, folder: epath.Path) -> Iterator[epath.Path]:
   ]
   if not inside:
     raise UserError(
-        f'{path!r} is no run, and no folder of runs. Use the workdir of '
-        'a run, or a folder that holds some, such as that of a sweep.'
+        f'{path!r} is neither a run nor a folder of runs. Use the workdir of '
+        'a run, or a folder that holds runs, such as that of a sweep.'
     )
   yield from inside
 

@@ -80,10 +80,10 @@ def locate(path: str) -> tuple[ConfigDict, epath.Path]:
     left = run / NETWORK
     if not left.exists():
       raise UserError(
-          f'{run} is the workdir of an evaluation that has not left its '
-          f'network there ({NETWORK}/): it was stopped, or is of an earlier '
-          'version. Try the same evaluate command once more; it finishes what '
-          'is not done.'
+          f'{run} is the workdir of an evaluation that has not saved its '
+          f'network there ({NETWORK}/): it was stopped, or was run by an '
+          'earlier version. Try the same evaluate command once more; it '
+          'completes what is missing.'
       )
     run, folder = checkpoints.find(str(left))
   return workdir_lib.read_training_config(run), folder
@@ -198,7 +198,8 @@ def restore_classifier(
   ):
     raise UserError(
         f'{file} does not name the {count} classes of the classifier. Use the '
-        'file that the evaluation wrote, or none, for numbers.'
+        'file that the evaluation wrote; or remove it, to get numbers instead '
+        'of names.'
     )
   return restored, classes
 

@@ -37,7 +37,7 @@ ENVIRONMENT = (
 READING = 'reading'
 LONGER = (
     ' A run cannot be prolonged: the learning rate falls to 0 at the end of '
-    'the schedule, so that a longer one is another run from its first step on.'
+    'the schedule, so a longer run is different from its first step on.'
 )
 
 
@@ -136,9 +136,9 @@ def _check_unused(path: str, workdir: epath.Path) -> None:
   taken = [p.name for p in files.entries(workdir) if p.name in OUTPUTS]
   if taken:
     raise UserError(
-        f'--workdir={path} has {", ".join(taken)} but no config.json, so it '
-        'is no run to continue. Use a folder without these, or that of '
-        'a run.'
+        f'--workdir={path} has {", ".join(taken)} but no config.json, so there '
+        'is no run to continue. Use a folder without these files, or the '
+        'workdir of a run.'
     )
 
 
@@ -170,9 +170,9 @@ def _check_data(workdir: epath.Path, found: dict[str, Any]) -> None:
     )
   if before and READING in new:
     console.say(
-        f'{workdir} is of an earlier version, which cropped large JPEGs up to '
-        'a pixel beside the place that was drawn. The run goes on with exact '
-        'crops.'
+        f'{workdir} was begun by an earlier version, whose crops of large '
+        'JPEGs were up to a pixel off the box that was drawn. The run goes on '
+        'with exact crops.'
     )
   files.write_json(path, found)
 

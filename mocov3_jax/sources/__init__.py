@@ -205,7 +205,7 @@ def check_channels(splits: Splits, spec: str, wanted: int) -> None:
   if found != wanted:
     raise UserError(
         f'the source {spec!r} has {found} channels, but the network was '
-        f'trained on {wanted}. Use images with as many.'
+        f'trained on {wanted}. Use images with {wanted} channels.'
     )
 
 

@@ -128,12 +128,12 @@ def load(
   if listing.others or listing.broken_links:
     remarks += (
         f'skipped {listing.others} other files and {listing.broken_links} '
-        'links that lead nowhere or back',
+        'broken or circular links',
     )
   if listing.passed_over:
     remarks += (
         f'{listing.passed_over} of these are TIFF, PPM or PGM files, which are '
-        'taken where there are no others: move them to a folder of their own',
+        'used only if there are no other images: move them to their own folder',
     )
   return labelled_splits(where, train, test, remarks)
 
@@ -149,7 +149,7 @@ def _list(where: str, root: bytes, cache: epath.Path | None) -> Listing:
   if not len(found.paths):
     raise UserError(
         f'data.source={where!r} holds no image ({found.others} other files, '
-        f'{found.broken_links} links that lead nowhere or back). Allowed: '
+        f'{found.broken_links} broken or circular links). Allowed: '
         f'files named '
         f'{" ".join(s.decode() for s in (*SUFFIXES, *MORE_SUFFIXES))}, at any '
         'depth.'
@@ -207,13 +207,14 @@ def _read_csv(
     if image in named and named[image] != row['label']:
       raise UserError(
           f'{where}: row {number} gives {row["path"]} the label '
-          f'{row["label"]!r}, an earlier one {named[image]!r}. Allowed: one.'
+          f'{row["label"]!r}, but an earlier row gives it {named[image]!r}. '
+          'Allowed: one label per image.'
       )
     named[image] = row['label']
   absent = named.keys() - set(images.tolist())
   if absent:
     raise UserError(
-        f'{where} names {len(absent)} files that are no images in '
+        f'{where} names {len(absent)} files that are not images in '
         f"'folder:{path}', such as {os.fsdecode(min(absent))}. Use paths "
         'relative to that folder.'
     )

@@ -25,7 +25,7 @@ INSTALL = "Use: pip install 'mocov3-jax[hf]'"
 
 
 class TableSource:
-  """One split of a set, as a `sources.Source`."""
+  """One split of a data set, as a `sources.Source`."""
 
   shape = None
   channels = 3
@@ -54,7 +54,7 @@ class TableSource:
       raise UserError(
           f'data.source={where!r} has {len(columns)} columns of images '
           f'({listed(columns) or "none"}) among '
-          f'{listed(list(dataset.features), NAMED)}. Use a set with one.'
+          f'{listed(list(dataset.features), NAMED)}. Use a data set with one.'
       )
     if not len(dataset):
       raise UserError(f'data.source={where!r}: {split} has no rows.')
@@ -197,8 +197,8 @@ def load(path: str) -> Splits:
   name, _, split = path.partition(':')
   if not name:
     raise UserError(
-        f'data.source={where!r} names no set. Use hf:FOLDER, hf:FILE.parquet, '
-        'or hf:NAME of a set on the Hub.'
+        f'data.source={where!r} names no data set. Use hf:FOLDER, '
+        'hf:FILE.parquet, or hf:NAME of a data set on the Hub.'
     )
   found = _opened(where, name)
   chosen = split or ('train' if 'train' in found else next(iter(found)))
@@ -253,9 +253,9 @@ def _opened(where: str, name: str) -> dict[str, Any]:
         path.glob('*/*.parquet')
     ):
       raise UserError(
-          f'data.source={where!r}: {path} is no folder that save_to_disk of '
-          'datasets wrote, and holds no .parquet files. A folder of image '
-          'files is folder:PATH.'
+          f'data.source={where!r}: {path} was not written by save_to_disk of '
+          'datasets, and holds no .parquet files. The source for a folder of '
+          'image files is folder:PATH.'
       )
     else:
       # A folder with files named by split, or a data set on the Hub.

@@ -1,8 +1,8 @@
 """Data sets in the format of MNIST: four IDX files, read whole into memory.
 
-MNIST, Fashion-MNIST, KMNIST and EMNIST come in it. A file begins with two
-zero bytes, the type of its values (8: uint8), the number of its axes, and
-their lengths, big-endian; the values follow (LeCun et al.,
+MNIST, Fashion-MNIST, KMNIST and EMNIST are distributed in this format. A file
+begins with two zero bytes, the type of its values (8: uint8), the number of its
+axes, and their lengths, big-endian; the values follow (LeCun et al.,
 yann.lecun.com/exdb/mnist).
 """
 

@@ -100,11 +100,11 @@ def _refuse_lookalikes(where: str, folders: set[str]) -> None:
   beside = f' beside {listed(others)}' if others else ''
   raise UserError(
       f'{where}: {listed(found)} look{"s" if len(found) == 1 else ""} like a '
-      f'split{beside}, but this is no known layout of splits. Allowed: no '
-      f'folders but train/ and one or more of {"/, ".join(TESTS)}/ (train may '
-      'be called training; capitals do not matter; links will do); one folder '
-      f'alone, such as {where.rstrip("/")}/{found[0]}; or data.labels=folders, '
-      'if each folder is a class.'
+      f'split{beside}, but this is not a known layout of splits. Allowed: no '
+      f'folders except train/ and one or more of {"/, ".join(TESTS)}/ (train '
+      'may be called training; upper and lower case are the same; links are '
+      f'allowed); a single folder, such as {where.rstrip("/")}/{found[0]}; or '
+      'data.labels=folders, if each folder is a class.'
   )
 
 
@@ -124,10 +124,10 @@ def _refuse_nested(where: str, paths: Iterable[bytes]) -> None:
     if all(pair):
       raise UserError(
           f'{where}: {folder}/ holds {pair[0]}/ and {pair[1]}/, which look '
-          'like splits, but splits are expected at the top alone. Allowed: '
-          f'{where.rstrip("/")}/{folder}, if that is the set; train/CLASS/ and '
-          'val/CLASS/, if each class has its splits; or data.labels=folders, '
-          'if they are none.'
+          'like splits, but splits are expected only at the top level. '
+          f'Allowed: {where.rstrip("/")}/{folder}, if that is the data set; '
+          'train/CLASS/ and val/CLASS/, if each class has its own splits; or '
+          'data.labels=folders, if they are not splits.'
       )
 
 
@@ -182,7 +182,7 @@ def classes_by_folder(
     return {}, ('there are no subfolders to be classes',)
   if len(names) == 1:
     (only,) = names
-    return {}, (f'{only}/ is the only subfolder, and one is no classes',)
+    return {}, (f'{only}/ is the only subfolder, and one class is too few',)
   remarks = []
   if strays:
     remarks.append(

@@ -95,7 +95,7 @@ def walk(root: bytes) -> Listing:
     if ways[identity] > MOST_WAYS:
       raise UserError(
           f'links lead to the folder {os.fsdecode(os.path.join(root, folder))} '
-          f'in more than {MOST_WAYS} ways. Allowed: so many.'
+          f'in more than {MOST_WAYS} ways. Allowed: at most {MOST_WAYS}.'
       )
     stamps.append((status.st_mtime_ns, status.st_ctime_ns))
     devices.add(status.st_dev)

@@ -200,7 +200,7 @@ def _expanded(where: str, path: str) -> list[str]:
     first, last = match.groups()
     if not 0 <= int(last) - int(first) < MOST_SHARDS:
       raise UserError(
-          f'data.source={where!r}: {match[0]} is no range. {ALLOWED}'
+          f'data.source={where!r}: {match[0]} is not a range. {ALLOWED}'
       )
     patterns = [
         f'{pattern[:match.start()]}{n:0{len(first)}d}{pattern[match.end():]}'
@@ -217,10 +217,12 @@ def _expanded(where: str, path: str) -> list[str]:
   found = sorted(shard for shard in found if os.path.isfile(shard))
   packed = [shard for shard in found if not shard.endswith('.tar')]
   if not found or packed:
-    what = f'{packed[0]} is no .tar file' if packed else 'there is no such file'
+    what = (
+        f'{packed[0]} is not a .tar file' if packed else 'there is no such file'
+    )
     raise UserError(
-        f'data.source={where!r}: {what}. {ALLOWED} Packed ones (.tar.gz) have '
-        'no random access: unpack them by gunzip.'
+        f'data.source={where!r}: {what}. {ALLOWED} Compressed files (.tar.gz) '
+        'have no random access: unpack them with gunzip.'
     )
   return found
 
@@ -263,8 +265,8 @@ def _indexed(
   for count, shard in enumerate(shards):
     if count % SAID_EVERY == 0 and len(shards) > SAID_EVERY:
       console.say(
-          f'{where}: looking through shard {count} of {len(shards)}, which is '
-          'done once'
+          f'{where}: indexing shard {count} of {len(shards)}; this is done '
+          'only once'
       )
     found[shard] = index(shard)
   if file is not None:
@@ -306,7 +308,7 @@ def index(shard: str) -> Index:
   except (OSError, tarfile.TarError, ValueError, OverflowError) as e:
     raise UserError(
         f'{shard} cannot be read as a tar file: {e}. Use whole, unpacked tar '
-        'files with one image a sample.'
+        'files with one image per sample.'
     ) from e
   return Index(
       np.array(offsets, np.int64), np.array(sizes, np.int64), keys, labels
@@ -356,7 +358,7 @@ def _label(kind: str, member: tarfile.TarInfo, tar: tarfile.TarFile) -> str:
     found = files.parse(data)
   except ValueError as e:
     raise tarfile.ReadError(
-        f'{console.shown(member.name)!r} is no JSON ({e})'
+        f'{console.shown(member.name)!r} is not JSON ({e})'
     ) from e
   if isinstance(found, dict):
     for field in LABEL_FIELDS:

@@ -30,7 +30,7 @@ FEW = 10
 
 
 class TfdsSource:
-  """One split of a prepared set, as a `sources.Source`."""
+  """One split of a prepared data set, as a `sources.Source`."""
 
   labels_at_hand = False
 
@@ -38,7 +38,7 @@ class TfdsSource:
     """Opens the split.
 
     Args:
-      builder: a tfds.core.DatasetBuilder of a prepared set.
+      builder: a tfds.core.DatasetBuilder of a prepared data set.
       split: in TFDS's notation, such as 'train' or 'train[:10%]'.
 
     Raises:
@@ -86,9 +86,9 @@ class TfdsSource:
       # TFDS 4.9 loses images when it writes parquet, and reads the whole split
       # if a part is asked for.
       raise UserError(
-          f'data.source=tfds:{self._title} has {expected} images, and TFDS '
-          f'reads {count} of its {file_format.value} files. Use the set as '
-          'array_record files, which TFDS reads right.'
+          f'data.source=tfds:{self._title} has {expected} images, but TFDS '
+          f'finds {count} images in its {file_format.value} files. Use the '
+          'data set as array_record files, which TFDS reads correctly.'
       )
     self._labels = np.full(len(self._records), UNREAD, np.int32)
 
@@ -214,7 +214,7 @@ def _open(name: str) -> Any:
     raise UserError(
         f'data.source=tfds:{base} is not known to TFDS. '
         + (f'Nearest: {", ".join(near)}. ' if near else '')
-        + 'Use a name of its catalogue, or of a set prepared before.'
+        + 'Use a name of its catalogue, or of a data set prepared before.'
     ) from e
   except Exception as e:  # TFDS raises many kinds, for versions and configs.
     raise UserError(f'{where} cannot be opened: {first_line(e)}') from e

@@ -89,8 +89,8 @@ def _read(folder: epath.Path) -> dict[str, Any]:
     return found
   except (ValueError, KeyError, TypeError) as e:
     raise UserError(
-        f'{path} is damaged: {e}. Use what a sweep wrote. Without the '
-        'file, the sweep finds its runs all the same.'
+        f'{path} is damaged: {e}. Use the file that the sweep wrote, or remove '
+        'it: the sweep finds its runs without it.'
     ) from e
 
 

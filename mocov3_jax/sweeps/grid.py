@@ -115,8 +115,8 @@ def _parse_axis(
   field, equals, listed = text.partition('=')
   if not (field and equals):
     raise UserError(
-        f'--grid {text!r} is no axis. Allowed: FIELD=VALUE,VALUE,..., such as '
-        'optimizer.lr_per_256=5e-5,1e-4.'
+        f'--grid {text!r} is not an axis. Allowed: FIELD=VALUE,VALUE,..., such '
+        'as optimizer.lr_per_256=5e-5,1e-4.'
     )
   if field not in fields:
     near = [f for f in fields if f.startswith(field)]
@@ -158,7 +158,8 @@ def split(text: str, listed: str) -> list[str]:
       parts[-1] += sign
   if depth:
     raise UserError(
-        f'--grid {text}: a bracket is open. Close it.'
+        f'--grid {text}: the brackets do not match. Use one closing bracket '
+        'for each opening bracket.'
     )
   parts = [part.strip() for part in parts]
   if '' in parts:

@@ -25,7 +25,7 @@ from mocov3_jax.runs import table as sweep_table
 # Seconds between two checks of runs that other processes hold.
 POLL = 5.0
 HELD = 'is in use by another process'
-STOPPED = 'the sweep was stopped; the same line continues it'
+STOPPED = 'the sweep was stopped; the same command continues it'
 # A program that asks Linux (PR_SET_PDEATHSIG, 1) to send it SIGTERM as soon as
 # the sweep is gone, even by SIGKILL, and then becomes the command that follows.
 # So no run goes on unseen. The same call between fork and exec (preexec_fn)
@@ -153,7 +153,8 @@ class Children:
     child = self._child
     if number == signal.SIGINT and not again:
       console.say_in_handler(
-          '\nstopping, once the run has saved (again: at once)'
+          '\nstopping once the run has saved (press Ctrl-C again to stop at '
+          'once)'
       )
     if child is not None:
       child.send_signal(signal.SIGINT if again else signal.SIGTERM)

@@ -197,7 +197,7 @@ def sweep(
     raise UserError(
         f'{len(failed)} of {len(points)} runs failed:\n  '
         + '\n  '.join(f'{title}: {why}' for title, why in failed.items())
-        + '\nThe same line tries them again.'
+        + '\nThe same command tries them again.'
     )
   statuses = [run.status for run in found]
   return {

@@ -192,9 +192,9 @@ class Record:
     # A run of days should not end because of that.
     self._was_lost = True
     self._say(
-        f'note: log.tracker={self._name!r} was lost after step '
-        f'{self._note["told"]} ({str(error)[:200]}). The run goes on; '
-        'metrics.jsonl has all of it.'
+        f'note: the connection to log.tracker={self._name!r} was lost after '
+        f'step {self._note["told"]} ({str(error)[:200]}). The run goes on; '
+        'metrics.jsonl is complete.'
     )
     self._tracker = None
 
@@ -212,7 +212,7 @@ def _read(path: epath.Path, name: str) -> dict[str, Any]:
   )
   if not fits:
     raise UserError(
-        f'{path} is not what a run with log.tracker={name!r} wrote. Use that, '
-        'or no such file, for a new record.'
+        f'{path} is not the file that a run with log.tracker={name!r} wrote. '
+        'Use that file; or remove this one, for a new record.'
     )
   return found

@@ -89,7 +89,8 @@ def _recorded(path: str, device: jax.Device) -> tuple[str, list[str]]:
   if elsewhere or device.platform not in PLATFORMS[kept]:
     return '', [
         f'the run was begun on another kind of device than '
-        f'{device.device_kind}, with model.attention={kept}; it is chosen anew'
+        f'{device.device_kind}, with model.attention={kept}; the attention is '
+        'chosen anew'
     ]
   return kept, []
 

@@ -41,8 +41,8 @@ class NetworkCost:
     return (
         f'{self.backbone / 1e6:.3g} M parameters in the backbone, '
         f'{self.heads / 1e6:.3g} M in the heads; '
-        f'{self.macs / 1e9:.3g} GMACs a crop; '
-        f'{self.activations / 2**20:.3g} MiB of activations an image'
+        f'{self.macs / 1e9:.3g} GMACs per crop; '
+        f'{self.activations / 2**20:.3g} MiB of activations per image'
     )
 
 

@@ -124,7 +124,7 @@ def config_of(given: str) -> ConfigDict:
 
 
 class Beginning(NamedTuple):
-  """How a run begins; by default, as its random state is.
+  """How a run begins; by default, with its random initial state.
 
   Attributes:
     change: changes the fresh state, which it may donate.

@@ -60,8 +60,8 @@ class Trainer:
       lacks them, they start from their initial values.
     begin: changes a fresh state before its first step.
     environment: additional entries of environment.json.
-    stop: tells whether this process has been asked to stop. The evaluators may
-      check it, too.
+    stop: returns whether this process has been asked to stop. The evaluators
+      may check it, too.
     flops_per_image: () -> operations of a step per image; None = MFU is not
       logged.
   """

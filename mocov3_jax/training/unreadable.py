@@ -127,7 +127,7 @@ class UnreadableImages:
           f'than that share of the {self._images_per_epoch} of an epoch. They '
           f'are listed in {self._path}; more may follow. Step {step} is saved. '
           'Repair or replace the files, keeping their names, or raise '
-          'data.max_unreadable, and run the same line again.'
+          'data.max_unreadable, and run the same command again.'
       )
 
 

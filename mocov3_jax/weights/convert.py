@@ -71,8 +71,8 @@ def convert(
   to_file = target.endswith(files.SUFFIXES)
   if ours and not (timm or to_file):
     raise UserError(
-        f'--to={target} is no kind of file that is known, and --from={source} '
-        f'is a folder. Use, as --to, timm:FOLDER or a file that ends with '
+        f'--to={target} is not a known kind of file, and --from={source} is a '
+        'folder. Use timm:FOLDER as --to, or a file that ends with '
         f'{", ".join(files.SUFFIXES)}.'
     )
   weights, left_out = _read(source, ours, config, num_heads, ignore)
@@ -134,8 +134,8 @@ def _class_names(
 def _refuse_unused(source: str, unused: Any) -> None:
   if unused:
     raise UserError(
-        f'--from={source} is a checkpoint of ours, which tells its '
-        'architecture. Leave out --config, --num_heads and --ignore.'
+        f'--from={source} is a checkpoint of this project, whose architecture '
+        'is known. Leave out --config, --num_heads and --ignore.'
     )
 
 

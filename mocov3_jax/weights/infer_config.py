@@ -20,9 +20,9 @@ def config_of(
 ) -> ConfigDict:
   """Returns a config with the model that these tensors belong to.
 
-  What no weights tell comes from the paper and the arguments: images of 224
-  pixels for a ResNet (32 with the stem for small images), ImageNet's
-  normalisation, attention heads by width.
+  What cannot be inferred from weights comes from the paper and the arguments:
+  images of 224 pixels for a ResNet (32 with the stem for small images),
+  ImageNet's normalisation, and attention heads by width.
 
   Args:
     source: file name, for messages.
@@ -126,8 +126,8 @@ def _size(
     widths = ', '.join(f'{w} ({name})' for w, (name, _) in known.items())
     raise UserError(
         f'{source}: its ViT has width {dim}, and the number of attention heads '
-        f'is in no weights. Use --num_heads=N, or one of the widths '
-        f'{widths}.'
+        'cannot be inferred from weights. Use --num_heads=N, or one of the '
+        f'widths {widths}.'
     )
   c.model.num_heads = num_heads
 

@@ -23,13 +23,13 @@ class Weights:
   """What a file or a checkpoint holds.
 
   Attributes:
-    config: of the run; its model, head and data.image_size describe the
+    config: the run's config; its model, head and data.image_size describe the
       network.
-    step: updates done.
+    step: the number of updates done.
     flat: arrays in our layout by path. A path begins with a field of
       TrainState, or with an optax slot: 'mu', 'nu' or 'trace'.
     names: what the source calls each array.
-    assumed: what was assumed since the source does not tell it, in words.
+    assumed: what was assumed because the source does not specify it, in words.
   """
 
   config: ConfigDict
@@ -93,9 +93,9 @@ def full_places(config: ConfigDict) -> dict[str, Place]:
   _require_names(config)
   if config.head.prototypes:
     raise UserError(
-        f'head.prototypes={config.head.prototypes} have no place in a '
-        'checkpoint of the release. Use .pth or .safetensors for a '
-        'backbone alone.'
+        f'head.prototypes={config.head.prototypes} has no counterpart in a '
+        'checkpoint of the release. Use .pth or .safetensors for only a '
+        'backbone.'
     )
   places = {}
   for path, leaf in network.network_shapes(config).items():
@@ -213,7 +213,7 @@ def from_torch(
       if n in tensors and n.endswith('pos_embed')
       and not is_table(tensors[n], table, rounding)
   ])
-  problems += _listed('of no real numbers', [
+  problems += _listed('not of a floating-point type', [
       f'{n} ({tensors[n].dtype})' for n in places
       if n in tensors and tensors[n].dtype.kind != 'f'
   ])
@@ -261,10 +261,10 @@ def to_torch(
   ]
   if missing:
     raise UserError(
-        'the source has not all that the target needs; '
+        'the source lacks something that the target needs; '
         + _listed('missing', missing)[0]
-        + '. Use .pth or .safetensors for a backbone alone; --encoder='
-        'query where there is no momentum encoder.'
+        + '. Use .pth or .safetensors for only a backbone; --encoder=query if '
+        'there is no momentum encoder.'
     )
   tensors = constants(weights.config, places, weights.step)
   for name, place in places.items():

@@ -32,7 +32,7 @@ ARCHITECTURES = {
     'vit_h': 'vit_huge_patch14_224',
     **{name: name for name in models.RESNETS},
 }
-# Attention heads of timm's ViTs, used if config.json does not tell.
+# Attention heads of timm's ViTs, used if config.json does not say.
 HEADS = {'tiny': 3, 'small': 6, 'base': 12, 'large': 16, 'huge': 16}
 # Number of points of the kNN curve that a model card shows.
 POINTS = 12
@@ -110,7 +110,7 @@ def write(
     folder: epath.Path, source: Weights, encoder: str, run: str,
     class_names: Iterable[str] = (),
 ) -> dict[Any, str]:
-  """Writes a folder; config.json comes last, and makes it complete.
+  """Writes a folder; config.json is written last and marks it as complete.
 
   Args:
     folder: the folder; must not exist yet.
@@ -145,8 +145,8 @@ def read(
   Args:
     given: 'timm:FOLDER'.
     flag: the flag or config field that names the folder, for messages.
-    config: config of the run; None = as the folder tells.
-    num_heads: attention heads of a ViT; 0 = as the folder tells.
+    config: config of the run; None = as the folder specifies.
+    num_heads: attention heads of a ViT; 0 = as the folder specifies.
     ignore: names of tensors to leave out; a final * matches the rest.
 
   Returns:
@@ -173,8 +173,8 @@ def read_description(folder: epath.Path) -> dict[str, Any]:
   found = files.read_object(folder / CONFIG)
   if not found or not (folder / WEIGHTS).exists():
     raise UserError(
-        f'{PREFIX}{folder} has no {CONFIG} and {WEIGHTS}, as timm writes them '
-        'and the Hub has them. Use a folder with both.'
+        f'{PREFIX}{folder} lacks {CONFIG} or {WEIGHTS}, which timm and the Hub '
+        'provide. Use a folder with both.'
     )
   return found
 

@@ -39,8 +39,8 @@ def read(
   Args:
     path: path of the file.
     source: what messages call it, such as '--from=FILE'.
-    config: config of the run; None = as a file of this project tells, or else
-      inferred from the tensors.
+    config: config of the run; None = as a file of this project specifies, or
+      else inferred from the tensors.
     num_heads: attention heads of a ViT that is inferred; 0 = the paper's
       number.
     ignore: names to leave out; a final * matches the rest.
@@ -198,7 +198,7 @@ def _inferred(
 def _assumed(
     source: str, config: ConfigDict, full: bool, num_heads: int
 ) -> tuple[str, ...]:
-  """Returns what is assumed since no tensor tells it, in words."""
+  """Returns what is assumed since no tensor specifies it, in words."""
   assumed = [
       f'normalisation: mean {config.data.mean}, std {config.data.std}',
       f'data.source: {config.data.source} (name another one to evaluate and '
@@ -211,8 +211,9 @@ def _assumed(
   _, width, heads = models.VITS[config.model.name]
   if not full and config.model.name == 'vit_s':
     raise UserError(
-        f'{source}: the number of attention heads is in no weights, and ViTs '
-        f'of width {width} come with 12 (MoCo v3) and with 6 (DeiT, timm). '
+        f'{source}: the number of attention heads cannot be inferred from '
+        f'weights, and ViTs of width {width} come with 12 (MoCo v3) and with 6 '
+        '(DeiT, timm). '
         'Use convert with --num_heads=12 or --num_heads=6.'
     )
   return (f'attention heads: {heads}', *assumed)
