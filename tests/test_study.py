@@ -69,6 +69,22 @@ def test_runs_are_grouped_by_all_but_their_seed(tmp_path, capsys):
   ]
 
 
+def test_ends_lows_and_highest_updates_are_of_each_run(tmp_path, capsys):
+  keep, tables = script('keep'), script('tables')
+  for seed, end in ((0, 0.9), (1, 0.5)):
+    one = run(seed, 0.1)
+    one.rows.extend([
+        {'step': 50, 'knn/top1': 0.3 + seed / 10},
+        {'step': 60, 'knn/top1': end, 'update_rms/patch_embed': 2.0 + seed},
+    ])
+    keep.keep(one, tmp_path / f'{seed}.csv.xz')
+  tables.main(str(tmp_path))
+  line = capsys.readouterr().out.splitlines()[-1].split('|')
+  assert [cell.strip() for cell in line[3:7]] == [
+      '70.0 ± 28.3', '90.0, 50.0', '30.0, 40.0', '2.0, 3.0'
+  ]
+
+
 def noisy(level, noise, count, seed):
   rng = np.random.default_rng(seed)
   return level * np.exp(noise * rng.standard_normal(count))
@@ -93,11 +109,15 @@ def test_what_comes_before_a_rise_is_measured_beside_chance(tmp_path, capsys):
           'update_rms/patch_embed', 'update_rms/block_0',
       ))
   }
-  for step in 500, 900, 1300, 1700:
-    loss[step:step + 7] += 0.5
+  for step, up in ((500, 0.5), (900, 2.0), (1300, 0.5), (1700, 2.0)):
+    loss[step:step + 7] += up
     values['grad_max/patch_embed'][step - 5:step + 7] *= 9
     values['grad_max/block_0'][step:step + 7] *= 20  # After it.
     values['update_rms/patch_embed'][step - 2:step] *= 4
+  values['update_rms/block_0'][910] = 9.0  # Too soon after the second rise.
+  values['update_rms/block_0'][1000] = 3.0
+  values['update_rms/block_0'][1500] = 8.0  # After a small rise.
+  values['update_rms/patch_embed'][1950] = 5.0
   rows = [
       {'step': i, 'train/loss': x, 'knn/top1': 0.5}
       | {name: those[i] for name, those in values.items()}
@@ -107,7 +127,10 @@ def test_what_comes_before_a_rise_is_measured_beside_chance(tmp_path, capsys):
       epath.Path('run'), {'seed': 0}, rows, 'done', {}, []
   ), tmp_path / 'a.csv.xz')
   lead.main(str(tmp_path))
-  rises, gradients, chance, highest, rms, by_chance, rms_highest = [
+  (
+      rises, gradients, chance, highest, rms, by_chance, rms_highest, large,
+      after,
+  ) = [
       cell.strip()
       for cell in capsys.readouterr().out.splitlines()[-1].split('|')[3:-1]
   ]
@@ -118,6 +141,7 @@ def test_what_comes_before_a_rise_is_measured_beside_chance(tmp_path, capsys):
   assert float(chance) < 1.5 and float(by_chance) < 1.5
   assert highest == rms_highest == 'patch_embed 4'
   assert float(rms.split(', ')[0].split()[1]) == pytest.approx(4, rel=0.2)
+  assert (large, after) == ('2', '3.0, 5.0')
 
 
 def test_a_layer_that_does_not_learn_leads_nothing():
@@ -212,6 +236,32 @@ def test_the_figure_is_drawn(tmp_path):
       lasting, 'done', {}, [],
   ), tmp_path / '2.csv.xz')
   figure.main(str(tmp_path / 'a.png'), str(tmp_path))
+  assert (tmp_path / 'a.png').read_bytes().startswith(b'\x89PNG')
+
+
+def test_the_edge_is_printed_and_drawn_for_each_method(tmp_path, capsys):
+  keep, edge = script('keep'), script('edge')
+  knn = {  # By rate: learned and frozen, of two seeds.
+      0.01: ((0.95, 0.97), (0.96, 0.96)), 0.1: ((0.5, 0.7), (0.9, 0.94)),
+  }
+  for method in 'byol', 'simclr':
+    for rate, pair in knn.items():
+      for projection, ends in zip(('learned', 'frozen'), pair, strict=True):
+        for seed, end in enumerate(ends):
+          one = run(seed, rate, projection == 'frozen')
+          one.rows.append({'step': 60, 'knn/top1': end})
+          one.config['model.patch_embed'] = projection
+          one.config['objective.name'] = method
+          name = f'{method},{rate},{projection},{seed}.csv.xz'
+          keep.keep(one, tmp_path / name)
+  edge.main(str(tmp_path / 'a.png'), str(tmp_path))
+  lines = capsys.readouterr().out.splitlines()[2:]
+  assert [[x.strip() for x in line.split('|')[1:-1]] for line in lines] == [
+      [method, *cells] for method in ('byol', 'simclr') for cells in (
+          ['0.01', '96.0 ± 1.4', '96.0 ± 0.0', '+0.0'],
+          ['0.1', '60.0 ± 14.1', '92.0 ± 2.8', '+32.0'],
+      )
+  ]
   assert (tmp_path / 'a.png').read_bytes().startswith(b'\x89PNG')
 
 

@@ -1,10 +1,11 @@
-"""Draws the figure of docs/study.md from kept runs.
+"""Draws the figure of docs/study.md from runs saved by keep.py.
 
   python docs/study/figure.py docs/images/study.png docs/study/rates
 
-draws the runs at the highest rate, with a learned patch projection on the left
-and a frozen one on the right: kNN above, and below the gradients around the
-rises of the loss, of each layer over its own past (see lead.py).
+draws the runs at the highest learning rate: with a learned patch projection on
+the left, with a frozen one on the right. The upper row shows kNN accuracy. The
+lower row shows the gradient of each layer around the rises of the loss,
+relative to its own past (see lead.py).
 """
 
 from collections.abc import Sequence
@@ -41,7 +42,7 @@ def draw_knn(ax: Axes, runs: Sequence[history.Run]) -> None:
 
 
 def draw_lead(ax: Axes, runs: Sequence[history.Run]) -> None:
-  """Draws the median over all rises of each layer's gradient around them."""
+  """Draws each layer's gradient around the rises of the loss (their median)."""
   runs = [lead.lived(run) for run in runs]
   rising = [lead.risen(run) for run in runs]
   of_runs = [lead.curves(run) for run in runs]
@@ -67,7 +68,7 @@ def draw_lead(ax: Axes, runs: Sequence[history.Run]) -> None:
 
 
 def main(path: str, *folders: str) -> None:
-  """Draws the figure of all runs in some folders."""
+  """Draws the figure of all runs in the given folders."""
   runs = tables.kept(folders)
   highest = max(run.config[RATE] for run in runs)
   figure = Figure(figsize=(10, 6), layout='constrained')

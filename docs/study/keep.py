@@ -1,9 +1,10 @@
-"""Keeps the curves of runs for the study, in three digits.
+"""Saves the curves of runs for the study, with three significant digits.
 
   python docs/study/keep.py docs/study/rates runs/rates
 
-writes FOLDER/RUN.csv.xz of each run of a sweep that has ended: a line with its
-config and versions, then one row a step. Files that are there stay as they are.
+writes FOLDER/RUN.csv.xz for each run of a sweep that is done or has diverged: a
+line with its config and versions, then one row per step. Existing files are
+left unchanged.
 """
 
 from collections.abc import Sequence
@@ -17,7 +18,7 @@ from mocov3_jax.runs import history
 # The metrics of a step that are kept besides the gradients of all layers.
 CURVES = 'knn/top1', 'train/loss'
 BLOCK, LAST = 'grad_max/block_', 'grad_max/last_block'
-# For room, of the layers alone in which spikes may begin.
+# To save space, only of the layers in which spikes may begin.
 UPDATES = 'update_rms/patch_embed', 'update_rms/block_0', 'update_rms/block_1'
 VERSIONS = 'jax', 'python', 'backend', 'device', 'devices'
 
@@ -41,7 +42,7 @@ def columns(rows: Sequence[dict[str, float]]) -> list[str]:
 
 
 def merged(rows: Sequence[dict[str, float]]) -> list[dict[str, float]]:
-  """Returns one row a step; a run logs an evaluation in a row of its own."""
+  """Merges the rows of each step: a run logs evaluations in separate rows."""
   steps: dict[int, dict[str, float]] = {}
   for row in rows:
     steps.setdefault(row['step'], {}).update(row)
@@ -52,8 +53,8 @@ def keep(run: history.Run, path: pathlib.Path) -> None:
   """Writes the curves of a run.
 
   Args:
-    run: done or diverged.
-    path: of the file, NAME.csv.xz.
+    run: a run that is done or has diverged.
+    path: the file to write, NAME.csv.xz.
   """
   about = {
       'status': run.status, 'config': run.config,
@@ -69,7 +70,7 @@ def keep(run: history.Run, path: pathlib.Path) -> None:
 
 
 def main(folder: str, *sweeps: str) -> None:
-  """Keeps all runs of some sweeps that have ended."""
+  """Saves all runs of the given sweeps that are done or have diverged."""
   into = pathlib.Path(folder)
   into.mkdir(parents=True, exist_ok=True)
   for workdir in history.find(sweeps):

@@ -1,16 +1,18 @@
-"""Measures what comes before the loss rises, in kept runs.
+"""Measures what happens just before the loss rises, in runs saved by keep.py.
 
   python docs/study/lead.py docs/study/rates
 
-prints a line for each setting, that is for all runs that differ in their seed
-alone. A rise is told by the losses before it. Its loss is that of the network
-after the update of the step before. For each layer the line says how high the
-gradient of that step is, over its median from 140 to 40 steps before the rise:
-the median over all rises, and how high it is for 97.5 in 100 sets of steps
-drawn by chance. It says the same of RMS_t, the update before the learning rate
-(Wortsman et al. 2023, arXiv 2304.13013). Nothing here depends on what counts as
-a spike. Of a run that falls below the random network for good, what comes after
-that is left out.
+prints one line per setting, that is, for all runs that differ only in their
+seed. A rise of the loss is detected from the losses before it. The loss of a
+step is that of the network after the update of the previous step. For each
+layer, the line shows the gradient of the previous step divided by its median
+from 140 to 40 steps before the rise: the median of this ratio over all rises,
+and the bound below which that median stays for 97.5 of 100 sets of random
+steps. It shows the same for RMS_t, the update before the learning rate is
+applied (Wortsman et al. 2023, arXiv 2304.13013). Nothing here depends on what
+counts as a spike. If a run falls below the random network for good, its steps
+after that are left out. The last column shows what follows a large rise: the
+highest RMS_t of any layer from 20 to 300 steps after its start.
 """
 
 import collections
@@ -24,24 +26,28 @@ import tables
 from mocov3_jax.runs import history
 from mocov3_jax.training import events, stability
 
-# A loss this many standard deviations above the median of the WINDOW before is
-# a rise; within APART steps of another, it is the same one.
+# A loss this many standard deviations above the median of the WINDOW losses
+# before it is a rise; one within APART steps of another belongs to it.
 SIGMAS, APART = 4.0, 10
 PAST = np.arange(-140, -40)  # Steps from a rise.
-LEVELS = tables.GRADIENTS, 'update_rms/'
+LEVELS = tables.GRADIENTS, tables.UPDATES
+# A loss that rises by more than LARGE within RISING steps is a large rise. What
+# follows is measured from AFTER[0] to AFTER[1] steps after its start.
+LARGE, RISING, AFTER = 1.0, 50, (20, 300)
 HEAD = (
     'setting', 'runs', 'rises', 'gradient before', 'by chance', 'highest in',
-    'RMS_t before', 'by chance', 'highest in',
+    'RMS_t before', 'by chance', 'highest in', 'large rises',
+    'highest RMS_t after each',
 )
 
 Curves = Mapping[str, np.ndarray]
 
 
 def rises(loss: np.ndarray) -> list[int]:
-  """Returns the steps at which the loss begins to leave its own past.
+  """Returns the steps at which the loss begins to rise above its past values.
 
   Args:
-    loss: [n], of each step.
+    loss: [n], the loss of each step.
   """
   found, last = [], -np.inf
   for step in range(events.WINDOW, len(loss)):
@@ -54,23 +60,27 @@ def rises(loss: np.ndarray) -> list[int]:
   return found
 
 
-def lived(run: history.Run) -> history.Run:
-  """Returns a run up to its last kNN not below that of the random network."""
-  steps, knn = stability.series(run.rows, 'knn/top1')
-  last = steps[knn >= knn[0]][-1]
+def between(run: history.Run, first: int, last: int) -> history.Run:
+  """Returns a run with only the rows of the steps from `first` to `last`."""
   return dataclasses.replace(
-      run, rows=[row for row in run.rows if row['step'] <= last]
+      run, rows=[row for row in run.rows if first <= row['step'] <= last]
   )
 
 
+def lived(run: history.Run) -> history.Run:
+  """Returns a run, cut after its last kNN at or above the random network's."""
+  steps, knn = stability.series(run.rows, 'knn/top1')
+  return between(run, 0, steps[knn >= knn[0]][-1])
+
+
 def risen(run: history.Run) -> list[int]:
-  """Returns the steps of a run at which its loss rises, if they have a past."""
+  """Returns the rises of a run's loss that have enough steps before them."""
   _, loss = stability.series(run.rows, 'train/loss')
   return [step for step in rises(loss) if step >= -PAST[0]]
 
 
 def curves(run: history.Run) -> dict[str, np.ndarray]:
-  """Returns the logs of what may lead a rise, of each step, by metric.
+  """Returns the logarithms of the gradients and RMS_t per step, by metric.
 
   Layers that do not learn are left out.
   """
@@ -84,15 +94,15 @@ def curves(run: history.Run) -> dict[str, np.ndarray]:
 def aligned(
     curve: np.ndarray, at: Sequence[int], lags: np.ndarray
 ) -> np.ndarray:
-  """Returns how high a curve is around some steps, over its past.
+  """Returns a curve around some steps, relative to its median before them.
 
   Args:
-    curve: [n], logs.
-    at: [m] steps, at least 140.
-    lags: [k] steps from them; beyond the end of the curve, its last value.
+    curve: [n], logarithms.
+    at: [m], steps; at least 140.
+    lags: [k], offsets from these steps; past the end, the last value is used.
 
   Returns:
-    [m, k], logs of a ratio.
+    [m, k], logarithms of the ratios.
   """
   at = np.asarray(at, int)[:, None]
   last = len(curve) - 1
@@ -101,18 +111,18 @@ def aligned(
 
 
 def heights(curve: np.ndarray, at: Sequence[int]) -> np.ndarray:
-  """Returns how high a curve is one step before some steps: logs, [m]."""
+  """Returns `aligned` for the step before each of some steps, [m]."""
   return aligned(curve, at, np.array([-1]))[:, 0]
 
 
 def by_chance(
     of_runs: Sequence[np.ndarray], counts: Sequence[int]
 ) -> float:
-  """Returns the bound of the median height before steps drawn by chance.
+  """Returns the 97.5 % quantile of the median height before random steps.
 
   Args:
-    of_runs: the curve of each run, logs.
-    counts: how many steps are drawn in each run.
+    of_runs: the curve of each run, logarithms.
+    counts: how many random steps to draw in each run.
   """
   rng = np.random.default_rng(0)
   return np.quantile([
@@ -151,19 +161,39 @@ def level(
   ]
 
 
+def large(run: history.Run, at: Sequence[int]) -> list[int]:
+  """Returns those rises of a run in which the loss rises by more than LARGE.
+
+  Args:
+    run: a run with a loss in every step.
+    at: the steps at which the loss begins to rise.
+  """
+  _, loss = stability.series(run.rows, 'train/loss')
+  return [
+      step for step in at if loss[step:step + RISING].max() > LARGE + np.median(
+          loss[step - events.WINDOW:step]
+      )
+  ]
+
+
 def line(name: str, runs: Sequence[history.Run]) -> list[str]:
   """Returns the cells of HEAD for the runs of a setting."""
-  runs = [lived(run) for run in runs]
+  whole, runs = runs, [lived(run) for run in runs]
   rising = [risen(run) for run in runs]
   of_runs = [curves(run) for run in runs]
+  later = [
+      tables.highest_update(between(run, step + AFTER[0], step + AFTER[1]))
+      for run, at in zip(whole, rising, strict=True) for step in large(run, at)
+  ]
   return [
       name, str(len(runs)), str(sum(map(len, rising))),
       *(cell for x in LEVELS for cell in level(of_runs, rising, x)),
+      str(len(later)), ', '.join(f'{value:.1f}' for value in sorted(later)),
   ]
 
 
 def main(*folders: str) -> None:
-  """Prints the table of all runs in some folders."""
+  """Prints the table of all runs in the given folders."""
   tables.show(folders, HEAD, line)
 
 

@@ -1,16 +1,16 @@
-"""Compares the spikes that are found with those a person marked by eye.
+"""Compares the spikes that are found with those that a person marked by eye.
 
   python docs/study/recall.py docs/study/marks.csv docs/study/rates
 
-prints a line for each run that has marks, and one for all of them. A line of
-the marks is run,layer,first,last: the name of the run's file and the steps
-between which a person sees the gradient of the layer leave its past. A run in
-which nothing was seen has one line without layer and steps; the layer ? is a
-stretch in which a person cannot tell, which is left out. So are the heads, in
-which nobody looked. Marks are read off plots, to some five steps. Only those
-that reach five times the median of the hundred steps before count as missed if
-nothing is found; smaller ones may be found or not. What is found where nothing
-is marked is a false alarm.
+prints one line per run that has marks, and one for all of them. A line of
+marks.csv is run,layer,first,last: the name of the run's file, a layer, and the
+steps between which a person saw the layer's gradient rise above its past. A run
+in which nothing was seen has one line without layer and steps. The layer ?
+stands for a stretch in which the person could not tell; such stretches are left
+out, and so are the heads, which nobody inspected. Marks are read off plots, to
+within about five steps. A mark that reaches five times the median of the
+hundred steps before it counts as missed if nothing is found there; smaller ones
+may be found or not. Anything found where nothing is marked is a false alarm.
 """
 
 from collections.abc import Sequence
@@ -28,18 +28,18 @@ READ_TO = 5  # Steps to which a mark is read off a plot.
 UNCLEAR = '?'
 HEADS = 'projector', 'predictor'
 HEAD = (
-    'run', 'marks', 'of 5 times and more', 'found',
-    'known within 5 steps of the first', 'of reaching 5 times',
-    'found in all', 'false alarms', 'per 4,000 steps',
+    'run', 'marks', 'reaching 5 times', 'found',
+    'known within 5 steps of the start', 'known within 5 steps of 5 times',
+    'found in total', 'false alarms', 'per 4,000 steps',
 )
 
 
 class Mark(NamedTuple):
-  """A stretch in which a person sees a gradient leave its own past.
+  """A stretch in which a person saw a gradient rise above its past.
 
   Attributes:
     layer: the layer's name.
-    first, last: steps.
+    first, last: the first and the last step.
   """
 
   layer: str
@@ -70,9 +70,9 @@ def marks(path: pathlib.Path) -> dict[str, list[Mark]]:
 def reached(
     steps: np.ndarray, values: np.ndarray, mark: Mark
 ) -> int | None:
-  """Returns the step of a mark at which a gradient reaches five times its past.
+  """Returns the first step of a mark at five times the median before it.
 
-  Returns None if it does not.
+  Returns None if the gradient does not reach that.
   """
   before = values[
       (steps < mark.first) & (steps >= mark.first - events.WINDOW)
@@ -85,7 +85,7 @@ def reached(
 
 
 def alarms(steps: np.ndarray, values: np.ndarray) -> list[Alarm]:
-  """Returns the spikes of a curve, as a run that goes on learns of them."""
+  """Returns a curve's spikes, and when each is known while the run goes on."""
   finder = events.SpikeFinder()
   known = {}
   for step, value in zip(steps.tolist(), values.tolist(), strict=True):

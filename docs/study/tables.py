@@ -1,12 +1,13 @@
-"""Counts what happened in kept runs: the tables of docs/study.md.
+"""Counts the events in runs saved by keep.py: the tables of docs/study.md.
 
   python docs/study/tables.py docs/study/rates
 
-prints a line for each setting, that is for all runs that differ in their seed
-alone. Events are those of mocov3_jax/training/events.py. The lowest layer is
-the lowest that learns. What shuffling gives, as a mean and for 95 in 100
-shuffles, is how many events would begin there if the layers' spikes, each as
-many and as far apart, had nothing to do with each other.
+prints one line per setting, that is, for all runs that differ only in their
+seed. Events are those of mocov3_jax/training/events.py. The lowest layer is the
+lowest one that learns. The column "by shuffling" says how many events would
+begin there if the spikes of different layers were unrelated, each layer keeping
+the number and the distances of its spikes: the mean over all shuffles, and the
+bound that holds in 95 of 100 shuffles.
 """
 
 import collections
@@ -14,6 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 import csv
 import json
 import lzma
+import math
 import pathlib
 import statistics
 import sys
@@ -25,17 +27,18 @@ from mocov3_jax.runs import history
 from mocov3_jax.training import events, stability
 
 SHUFFLES = 1000
-GRADIENTS = 'grad_max/'
+GRADIENTS, UPDATES = 'grad_max/', 'update_rms/'
 LAST = 'last_block'
 HEAD = (
-    'setting', 'runs', 'kNN at the end', 'dips', 'falls', 'events',
+    'setting', 'runs', 'kNN at the end', 'of each run',
+    'lowest from a tenth on', 'highest RMS_t', 'dips', 'falls', 'events',
     'of several layers', 'lowest layer first', 'by shuffling', 'first are',
     'steps to the last block',
 )
 
 
 def read(path: pathlib.Path) -> history.Run:
-  """Reads a file of `keep.py`; the rows of the run are one a step."""
+  """Reads a file written by `keep.py`; the run has one row per step."""
   with lzma.open(path, 'rt') as file:
     about = json.loads(file.readline().removeprefix('# '))
     rows = [
@@ -60,7 +63,7 @@ def kept(folders: Sequence[str]) -> list[history.Run]:
 def settings(
     runs: Sequence[history.Run]
 ) -> Iterator[tuple[str, list[history.Run]]]:
-  """Yields the runs of each setting, with what tells it from the others."""
+  """Yields each setting, as the fields that distinguish it, and its runs."""
   fields = history.differing(history.aligned(runs))
   groups: dict[str, list[history.Run]] = {}
   for number, run in enumerate(runs):
@@ -76,9 +79,9 @@ Onsets = dict[str, list[events.Spike]]
 
 
 def shuffled(by_layer: Onsets, steps: int, rng: np.random.Generator) -> Onsets:
-  """Returns the spikes of each layer, shifted round the run by its own lag.
+  """Returns the spikes of each layer, rotated around the run by a random lag.
 
-  How many a layer has, and how they lie to each other, stays as it is.
+  The number of a layer's spikes and the distances between them do not change.
   """
   return {
       layer: [
@@ -108,6 +111,32 @@ def first(event: dict[str, int]) -> list[str]:
   return sorted(x for x, step in event.items() if step == min(event.values()))
 
 
+def end(run: history.Run) -> float:
+  """Returns kNN at the end of a run, in percent."""
+  return 100 * [row['knn/top1'] for row in run.rows if 'knn/top1' in row][-1]
+
+
+def lowest_knn(run: history.Run) -> float:
+  """Returns the lowest kNN from a tenth of a run on, in percent."""
+  steps, knn = stability.series(run.rows, 'knn/top1')
+  return 100 * knn[steps >= steps[-1] / 10].min()
+
+
+def highest_update(run: history.Run) -> float:
+  """Returns the highest RMS_t of any layer that was logged; NaN without."""
+  logged = stability.all_series(run.rows)
+  return max(
+      (values.max() for name, (_, values) in logged.items()
+       if name.startswith(UPDATES)), default=math.nan,
+  )
+
+
+def spread(values: Sequence[float]) -> str:
+  """Returns the mean and, of several values, their standard deviation."""
+  deviation = f' ± {statistics.stdev(values):.1f}' if len(values) > 1 else ''
+  return f'{statistics.mean(values):.1f}{deviation}'
+
+
 def line(name: str, runs: Sequence[history.Run]) -> list[str]:
   """Returns the cells of HEAD for the runs of a setting."""
   found = [stability.analyse(run.rows) for run in runs]
@@ -122,15 +151,14 @@ def line(name: str, runs: Sequence[history.Run]) -> list[str]:
       )
       for _ in range(SHUFFLES if those else 0)
   ]
-  knn = [
-      100 * [row['knn/top1'] for row in run.rows if 'knn/top1' in row][-1]
-      for run in runs
-  ]
-  spread = f' ± {statistics.stdev(knn):.1f}' if len(knn) > 1 else ''
   lags = [e[LAST] - e[bottom] for e in those if {LAST, bottom} <= e.keys()]
   begun = collections.Counter(' + '.join(first(event)) for event in those)
   return [
-      name, str(len(runs)), f'{statistics.mean(knn):.1f}{spread}',
+      name, str(len(runs)), spread([*map(end, runs)]),
+      *(
+          ', '.join(f'{of(run):.1f}' for run in runs)
+          for of in (end, lowest_knn, highest_update)
+      ),
       str(sum(len(one.dips) for one in found)),
       str(sum(one.fall is not None for one in found)),
       str(sum(len(events.together(one.spikes)) for one in found)),
@@ -158,7 +186,7 @@ def show(
     folders: Sequence[str], head: Sequence[str],
     cells: Callable[[str, Sequence[history.Run]], Sequence[str]],
 ) -> None:
-  """Prints a table of all runs in some folders, a line for each setting.
+  """Prints a table of all runs in the given folders, a line for each setting.
 
   Args:
     folders: folders of kept runs.
@@ -171,7 +199,7 @@ def show(
 
 
 def main(*folders: str) -> None:
-  """Prints the table of all runs in some folders."""
+  """Prints the table of all runs in the given folders."""
   show(folders, HEAD, line)
 
 
