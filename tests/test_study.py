@@ -258,11 +258,26 @@ def test_the_edge_is_printed_and_drawn_for_each_method(tmp_path, capsys):
   lines = capsys.readouterr().out.splitlines()[2:]
   assert [[x.strip() for x in line.split('|')[1:-1]] for line in lines] == [
       [method, *cells] for method in ('byol', 'simclr') for cells in (
-          ['0.01', '96.0 ± 1.4', '96.0 ± 0.0', '+0.0'],
-          ['0.1', '60.0 ± 14.1', '92.0 ± 2.8', '+32.0'],
+          ['0.01', '96.0 ± 1.4', '0.0', '96.0 ± 0.0', '0.0', '+0.0'],
+          ['0.1', '60.0 ± 14.1', '36.0', '92.0 ± 2.8', '4.0', '+32.0'],
       )
   ]
   assert (tmp_path / 'a.png').read_bytes().startswith(b'\x89PNG')
+
+
+def test_the_edge_is_the_lowest_rate_at_which_learned_has_fallen():
+  edge = script('edge')
+  def runs(*ends):
+    return edge.methods([
+        history.Run(
+            epath.Path('run'), {
+                'model.patch_embed': 'learned', 'objective.name': 'byol',
+                'optimizer.lr_per_256': rate,
+            }, [{'step': 0, 'knn/top1': end}], 'done', {}, [],
+        ) for rate, end in enumerate(ends)
+    ])['byol']
+  assert edge.edge(runs(0.95, 0.94, 0.92, 0.5), [0, 1, 2, 3]) == 2
+  assert edge.edge(runs(0.95, 0.94, 0.94), [0, 1, 2]) == 2
 
 
 def test_most_of_what_a_person_marked_is_found_and_little_else(capsys):

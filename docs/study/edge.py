@@ -5,8 +5,8 @@
 
 prints a table of the final kNN accuracy, one line per method and rate. The
 upper row of the figure plots it against the rate. The lower row plots the kNN
-curves of all runs at the rate at which the learned patch projection ends
-farthest below the frozen one.
+curves of all runs at the edge: the lowest rate at which a learned patch
+projection ends more than two points below its own best.
 """
 
 import collections
@@ -24,7 +24,12 @@ import tables
 from mocov3_jax.runs import history
 from mocov3_jax.training import stability
 
-HEAD = 'method', 'rate', 'learned', 'frozen', 'frozen - learned'
+# A mean this many points below the best one is no longer stable.
+FALLEN = 2.0
+HEAD = (
+    'method', 'rate', 'learned', 'below its best', 'frozen', 'below its best',
+    'frozen - learned',
+)
 # (projection, rate) -> its runs.
 Runs = Mapping[tuple[str, float], Sequence[history.Run]]
 STYLES = {'learned': ('tab:red', '-.'), 'frozen': ('tab:blue', '-')}
@@ -42,6 +47,26 @@ def methods(runs: Sequence[history.Run]) -> dict[str, Runs]:
 def ends(runs: Runs, projection: str, rate: float) -> list[float]:
   """Returns kNN at the end of each run of a setting, in percent."""
   return [tables.end(run) for run in runs[projection, rate]]
+
+
+def below(runs: Runs, projection: str, rate: float) -> float:
+  """Returns by how many points the mean at a rate is below the best mean."""
+  means = {
+      r: statistics.mean(ends(runs, projection, r))
+      for x, r in runs if x == projection
+  }
+  return max(means.values()) - means[rate]
+
+
+def edge(runs: Runs, rates: Sequence[float]) -> float:
+  """Returns the lowest rate at which a learned projection has fallen.
+
+  Args:
+    runs: the runs of a method.
+    rates: from the lowest up. If it falls at none, the last one is returned.
+  """
+  fallen = (r for r in rates if below(runs, 'learned', r) > FALLEN)
+  return next(fallen, rates[-1])
 
 
 def gain(runs: Runs, rate: float) -> float:
@@ -81,7 +106,7 @@ def draw_curves(ax: Axes, runs: Runs, rate: float) -> None:
     for run in runs[projection, rate]:
       steps, knn = stability.series(run.rows, 'knn/top1')
       ax.plot(steps, 100 * knn, color=color, ls=style, lw=1)
-  ax.set(xlabel='step', title=f'rate {rate:g}')
+  ax.set(xlabel='step', title=f'the edge: rate {rate:g}')
 
 
 def main(path: str, *folders: str) -> None:
@@ -90,19 +115,21 @@ def main(path: str, *folders: str) -> None:
   figure = Figure(figsize=(10, 6), layout='constrained')
   axes = figure.subplots(2, len(of_methods), sharey='row', squeeze=False)
   tables.print_head(HEAD)
-  for (above, below), (method, runs) in zip(
+  for (upper, lower), (method, runs) in zip(
       axes.T, of_methods.items(), strict=True
   ):
     rates = sorted({rate for _, rate in runs})
     for rate in rates:
       tables.print_row([
           method, f'{rate:g}',
-          *(tables.spread(ends(runs, x, rate)) for x in STYLES),
+          *(cell for x in STYLES for cell in (
+              tables.spread(ends(runs, x, rate)), f'{below(runs, x, rate):.1f}',
+          )),
           f'{gain(runs, rate):+.1f}',
       ])
-    draw_ends(above, runs, rates)
-    above.set_title(method)
-    draw_curves(below, runs, max(rates, key=lambda rate: gain(runs, rate)))
+    draw_ends(upper, runs, rates)
+    upper.set_title(method)
+    draw_curves(lower, runs, edge(runs, rates))
   axes[0, 0].set_ylabel('kNN accuracy at the end, %')
   axes[1, 0].set_ylabel('kNN accuracy, %')
   FigureCanvasAgg(figure).print_figure(path, dpi=130)
