@@ -152,7 +152,7 @@ def test_a_folder_of_timm_is_taken_to_the_bit(source, timm_folder, tmp_path):
 @pytest.mark.parametrize('what, overrides, words', [
     ('other heads', {'model.num_heads': 4}, ['model.num_heads: 2 there']),
     ('heads wanted', {'init.heads': True}, ['has no predictor']),
-    ('no config', {}, ['has no config.json and model.safetensors']),
+    ('no config', {}, ['lacks config.json or model.safetensors']),
     pytest.param(
         'other pixels', {'data.mean': (0.5,)},
         ['data.mean=(0.305,), continued with (0.5,)', 'kNN at step 0'],
@@ -250,7 +250,7 @@ def test_the_recipe_continues_what_it_is_given(
 
 @pytest.mark.parametrize('given, words', [
     ('', 'names no checkpoint'), (':/nowhere', 'is not a checkpoint'),
-    (':timm:/nowhere', 'has no config.json'),
+    (':timm:/nowhere', 'lacks config.json'),
 ])
 def test_the_recipe_says_what_it_needs(tmp_path, given, words):
   code, out, err = tiny.call(

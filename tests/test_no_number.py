@@ -242,7 +242,7 @@ def refuse_to_show(checkpoint, folder, extracted, drawn):
 
 def test_where_no_image_is_left_there_is_no_file(run, all_broken, tmp_path):
   refuse_to_show(
-      run, tmp_path, 'none of 32 images could be read', 'could be read'
+      run, tmp_path, 'none of the 32 images could be read', 'could be read'
   )
 
 

@@ -337,7 +337,7 @@ def test_what_is_out_of_range_is_said(digits, tiles, tmp_path):
   (few / '0.png').write_bytes(b'')
   (few / '1.png').write_bytes(b'')
   (few / '2.png').write_bytes(b'')
-  with pytest.raises(UserError, match='none of 3 images could be read'):
+  with pytest.raises(UserError, match='none of the 3 images could be read'):
     draw_lib.attention(Options(tiles, out, f'folder:{few}'))
   assert not (tmp_path / 'x.png').exists()
 
