@@ -74,14 +74,14 @@ def test_ends_lows_and_highest_updates_are_of_each_run(tmp_path, capsys):
   for seed, end in ((0, 0.9), (1, 0.5)):
     one = run(seed, 0.1)
     one.rows.extend([
-        {'step': 50, 'knn/top1': 0.3 + seed / 10},
+        {'step': 50, 'knn/top1': 0.3 + seed / 10, 'update_rms/patch_embed': 1},
         {'step': 60, 'knn/top1': end, 'update_rms/patch_embed': 2.0 + seed},
     ])
     keep.keep(one, tmp_path / f'{seed}.csv.xz')
   tables.main(str(tmp_path))
   line = capsys.readouterr().out.splitlines()[-1].split('|')
-  assert [cell.strip() for cell in line[3:7]] == [
-      '70.0 ± 28.3', '90.0, 50.0', '30.0, 40.0', '2.0, 3.0'
+  assert [cell.strip() for cell in line[3:8]] == [
+      '70.0 ± 28.3', '90.0, 50.0', '30.0, 40.0', '2.0, 3.0', '50.0, 50.0'
   ]
 
 

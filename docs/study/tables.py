@@ -31,9 +31,9 @@ GRADIENTS, UPDATES = 'grad_max/', 'update_rms/'
 LAST = 'last_block'
 HEAD = (
     'setting', 'runs', 'kNN at the end', 'of each run',
-    'lowest from a tenth on', 'highest RMS_t', 'dips', 'falls', 'events',
-    'of several layers', 'lowest layer first', 'by shuffling', 'first are',
-    'steps to the last block',
+    'lowest from a tenth on', 'highest RMS_t', 'lowest layer above 1, %',
+    'dips', 'falls', 'events', 'of several layers', 'lowest layer first',
+    'by shuffling', 'first are', 'steps to the last block',
 )
 
 
@@ -131,6 +131,15 @@ def highest_update(run: history.Run) -> float:
   )
 
 
+def above_one(run: history.Run) -> float:
+  """Returns in how many of 100 steps the lowest layer's RMS_t is above 1.
+
+  Returns NaN if it was not logged.
+  """
+  _, values = stability.series(run.rows, UPDATES + lowest(run))
+  return 100 * float(np.mean(values > 1)) if len(values) else math.nan
+
+
 def spread(values: Sequence[float]) -> str:
   """Returns the mean and, of several values, their standard deviation."""
   deviation = f' ± {statistics.stdev(values):.1f}' if len(values) > 1 else ''
@@ -157,7 +166,7 @@ def line(name: str, runs: Sequence[history.Run]) -> list[str]:
       name, str(len(runs)), spread([*map(end, runs)]),
       *(
           ', '.join(f'{of(run):.1f}' for run in runs)
-          for of in (end, lowest_knn, highest_update)
+          for of in (end, lowest_knn, highest_update, above_one)
       ),
       str(sum(len(one.dips) for one in found)),
       str(sum(one.fall is not None for one in found)),
