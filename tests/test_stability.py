@@ -137,7 +137,7 @@ def planted_run(seed, steps=2000, calm=1.0):
 
 def watched(rows, watch=None):
   watch = watch or stability.Watch()
-  return [line for row in rows for line in watch.see(row['step'], row)]
+  return [line for row in rows for line in watch.update(row['step'], row)]
 
 
 @pytest.mark.slow
@@ -579,7 +579,7 @@ def test_a_watch_keeps_no_more_than_its_windows():
   watch = stability.Watch()
   sizes = []
   for step in range(1000):
-    watch.see(step, {'grad_max/a': rng.uniform(1, 2), 'knn/top1': 0.5})
+    watch.update(step, {'grad_max/a': rng.uniform(1, 2), 'knn/top1': 0.5})
     sizes.append(sum(
         len(part) for part in vars(watch).values() if hasattr(part, '__len__')
     ))

@@ -89,7 +89,7 @@ def alarms(steps: np.ndarray, values: np.ndarray) -> list[Alarm]:
   finder = events.SpikeFinder()
   known = {}
   for step, value in zip(steps.tolist(), values.tolist(), strict=True):
-    spike = finder.see(step, value)
+    spike = finder.update(step, value)
     if spike:
       known[spike.onset] = step
   last = [finder.current] if finder.current else []

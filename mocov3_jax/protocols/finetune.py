@@ -19,16 +19,16 @@ from mocov3_jax.parallel import processes
 from mocov3_jax.protocols import mixup
 from mocov3_jax.protocols.classifier import Classifier
 from mocov3_jax.protocols.setup import Setup
-from mocov3_jax.protocols.supervised_step import (
-  Supervised,
-  SupervisedState,
-  supervised_step,
-)
-from mocov3_jax.protocols.trained import (
+from mocov3_jax.protocols.supervised import (
   after_training,
   leave_network,
   make_plan,
   make_trainer,
+)
+from mocov3_jax.protocols.supervised_step import (
+  Supervised,
+  SupervisedState,
+  supervised_step,
 )
 from mocov3_jax.runs import metrics
 

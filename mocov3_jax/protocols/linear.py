@@ -15,7 +15,7 @@ from mocov3_jax.models.layers import BatchNorm
 from mocov3_jax.parallel import processes, sharding
 from mocov3_jax.protocols import linear_step
 from mocov3_jax.protocols.setup import Setup
-from mocov3_jax.protocols.trained import (
+from mocov3_jax.protocols.supervised import (
   after_training,
   leave_network,
   make_plan,

@@ -11,7 +11,7 @@ import numpy as np
 
 from mocov3_jax.base import files
 from mocov3_jax.base.errors import UserError
-from mocov3_jax.sources import kept
+from mocov3_jax.sources import index_cache
 
 SUFFIXES = (
     b'.jpg', b'.jpeg', b'.jpe', b'.jfif', b'.png', b'.webp', b'.bmp', b'.gif'
@@ -143,7 +143,7 @@ def cached_walk(root: bytes, cache: epath.Path | None) -> Listing:
     listing = _load(file)
     if listing is not None and _is_current(root, listing):
       return listing
-  except (OSError, UserError, *kept.DAMAGED):
+  except (OSError, UserError, *index_cache.DAMAGED):
     pass  # Not cached yet, or no longer usable.
   listing = walk(root)
   settled = time.time() - listing.stamps.max() / 1e9 > SETTLED
@@ -156,9 +156,10 @@ def _load(file: epath.Path) -> Listing | None:
   """Returns the listing that `_store` has cached; None if there is none.
 
   Raises:
-    UserError, OSError, or one of kept.DAMAGED: if the file cannot be used.
+    UserError, OSError, or one of index_cache.DAMAGED: if the file cannot be
+      used.
   """
-  saved = kept.load(file)
+  saved = index_cache.load(file)
   if saved is None:
     return None
   found = {name: saved[name] for name in Listing._fields}
@@ -187,4 +188,4 @@ def _store(file: epath.Path, listing: Listing) -> None:
           ('paths', listing.paths), ('folders', listing.folders)
       )
   }
-  kept.store(file, **(listing._asdict() | joined))
+  index_cache.store(file, **(listing._asdict() | joined))

@@ -22,7 +22,13 @@ import numpy as np
 
 from mocov3_jax.base import console, files
 from mocov3_jax.base.errors import UserError
-from mocov3_jax.sources import Splits, Unreadable, kept, labelled_splits, layout
+from mocov3_jax.sources import (
+  Splits,
+  Unreadable,
+  index_cache,
+  labelled_splits,
+  layout,
+)
 from mocov3_jax.sources.listing import MORE_SUFFIXES, SUFFIXES
 
 IMAGES = tuple(
@@ -259,7 +265,7 @@ def _indexed(
       known = _load(file, shards, stamps)
       if known is not None:
         return known
-    except (OSError, UserError, *kept.DAMAGED):
+    except (OSError, UserError, *index_cache.DAMAGED):
       pass  # Not cached yet, or no longer usable.
   found = {}
   for count, shard in enumerate(shards):
@@ -373,9 +379,10 @@ def _load(
   """Returns what `_store` has cached; None if the shards have changed since.
 
   Raises:
-    UserError, OSError, or one of kept.DAMAGED: if the file cannot be used.
+    UserError, OSError, or one of index_cache.DAMAGED: if the file cannot be
+      used.
   """
-  saved = kept.load(file)
+  saved = index_cache.load(file)
   if saved is None or saved['stamps'].tolist() != [
       stamps[shard] for shard in shards
   ]:
@@ -402,7 +409,7 @@ def _store(
     file: epath.Path, found: dict[str, Index], stamps: dict[str, str]
 ) -> None:
   indices = found.values()
-  kept.store(
+  index_cache.store(
       file, stamps=np.array([stamps[shard] for shard in found]),
       counts=np.array([len(index.keys) for index in indices]),
       offsets=np.concatenate([index.offsets for index in indices]),

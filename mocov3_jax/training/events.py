@@ -145,7 +145,7 @@ class SpikeFinder:
     """The spike that has not ended, as far as it is known; else None."""
     return self._begun.spike() if self._begun and self._begun.sure else None
 
-  def see(self, step: int, value: float) -> Spike | None:
+  def update(self, step: int, value: float) -> Spike | None:
     """Takes in the next value of the curve.
 
     Args:
@@ -201,7 +201,7 @@ class SpikeFinder:
 
   def _go_on(self, step: int, log: float) -> Spike | None:
     spike, before = self._begun, self._begun.sure
-    spike.see(self._place, step, log)
+    spike.update(self._place, step, log)
     over = self._place - spike.last >= SPIKE_GAP
     long = self._place - spike.first >= LONGEST
     if not over and not long:
@@ -232,7 +232,7 @@ class _Begun:
   def sure(self) -> bool:
     return self._height >= math.log(SPIKE_RATIO)
 
-  def see(self, place: int, step: int, log: float) -> None:
+  def update(self, place: int, step: int, log: float) -> None:
     self.logs.append(log)
     height = log - self._middle
     if height >= self._least:
@@ -261,7 +261,7 @@ def spikes(steps: np.ndarray, values: np.ndarray) -> list[Spike]:
   """
   finder = SpikeFinder()
   for step, value in zip(steps.tolist(), values.tolist(), strict=True):
-    finder.see(step, value)
+    finder.update(step, value)
   # A run that diverges may end within a spike.
   return finder.ended + ([finder.current] if finder.current else [])
 

@@ -212,7 +212,7 @@ class Watch:
     self._stuck_said = False
     self._spoken = {}  # Kind -> (step of the last warning, held back since).
 
-  def see(self, step: int, values: Mapping[str, float]) -> list[str]:
+  def update(self, step: int, values: Mapping[str, float]) -> list[str]:
     """Takes in the values logged at one step; call it once per row, in order.
 
     Args:
@@ -241,7 +241,7 @@ class Watch:
     for name in values:
       if name.startswith(GRADIENTS):
         layer = name.removeprefix(GRADIENTS)
-        spike = self._finders[layer].see(step, values[name])
+        spike = self._finders[layer].update(step, values[name])
         if spike:
           beginning[layer] = spike
     if FIRST_LAYER in values:

@@ -57,7 +57,7 @@ class StepLog:
         has_weights='init' in config and bool(config.init.checkpoint)
     )
     for row in self.rows:
-      self._watch.see(row['step'], row)
+      self._watch.update(row['step'], row)
     self._record.catch_up(self.rows)
     self.throughput = progress.Throughput(config.batch_size)
     self.last_step: Values = {}
@@ -117,7 +117,7 @@ class StepLog:
     )
 
   def _warn(self, step: int, values: Values) -> None:
-    for warning in self._watch.see(step, values):
+    for warning in self._watch.update(step, values):
       self.note(warning)
 
   def compare_with_start(self) -> None:
