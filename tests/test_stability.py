@@ -665,10 +665,10 @@ def test_freezing_the_projection_is_advised_where_it_learns(learned):
   assert 'optimizer.lr_per_256' in line and '\n' not in line
 
 
-def recorded(workdir, rows, start):
+def recorded(workdir, rows, start, **changes):
   """The warnings of a StepLog that is fed the rows of a run from `start`."""
   workdir.mkdir(exist_ok=True)
-  c = tiny.config(**{'schedule.epochs': 30.0})
+  c = tiny.config(**{'schedule.epochs': 30.0} | changes)
   knn = Evaluator(None, 0, 'knn/top1', lambda values: '')
   with contextlib.redirect_stderr(io.StringIO()) as shown:
     log = step_log.StepLog(
@@ -683,6 +683,20 @@ def recorded(workdir, rows, start):
     log.close()
   lines = shown.getvalue().splitlines()
   return [line for line in lines if line.startswith('warning')]
+
+
+@pytest.mark.parametrize('change, advised', [
+    ({}, True), ({'optimizer.update_clip': 1.0}, False),
+    ({'optimizer.name': 'lamb'}, False),
+])
+def test_a_bound_is_advised_where_adamw_has_none(tmp_path, change, advised):
+  gradients = {layer: np.ones(100) for layer in LAYERS}
+  gradients['patch_embed'][60] = 9
+  rows = as_rows(gradients, [], **{
+      'train/loss': 2.0, 'train/loss_chance': 4.0,
+  })
+  line, = recorded(tmp_path / 'run', rows, 0, **change)
+  assert ('optimizer.update_clip=1' in line) == advised
 
 
 def test_a_run_prints_its_warnings_and_so_does_its_continuation(tmp_path):

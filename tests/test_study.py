@@ -239,6 +239,35 @@ def test_the_figure_is_drawn(tmp_path):
   assert (tmp_path / 'a.png').read_bytes().startswith(b'\x89PNG')
 
 
+def test_each_variant_has_a_panel_and_the_best_comes_first(tmp_path):
+  keep, variants = script('keep'), script('variants')
+  plain = {
+      'model.patch_embed': 'learned', 'model.frozen_blocks': 0,
+      'optimizer.update_clip': 0.0, 'optimizer.b2': 0.999,
+  }
+  changes = {
+      'learned': {}, 'learned, b2 0.95': {'optimizer.b2': 0.95},
+      'learned, update_clip 1': {'optimizer.update_clip': 1.0},
+      'frozen, block 0 frozen': {
+          'model.patch_embed': 'frozen', 'model.frozen_blocks': 1,
+      },
+  }
+  ends = dict(zip(changes, (0.2, 0.5, 0.9, 0.7), strict=True))
+  for name, change in changes.items():
+    for rate in 0.03, 0.1:
+      one = run(0, rate)
+      one.config.update(plain | change)
+      one.rows.append({'step': 60, 'knn/top1': ends[name]})
+      keep.keep(one, tmp_path / f'{rate},{name}.csv.xz')
+  panels = variants.panels([str(tmp_path)])
+  assert [(title, len(runs)) for title, runs in panels] == [
+      ('learned, update_clip 1', 1), ('frozen, block 0 frozen', 1),
+      ('learned, b2 0.95', 1), ('learned', 1),
+  ]
+  variants.main(str(tmp_path / 'a.png'), str(tmp_path))
+  assert (tmp_path / 'a.png').read_bytes().startswith(b'\x89PNG')
+
+
 def test_the_edge_is_printed_and_drawn_for_each_method(tmp_path, capsys):
   keep, edge = script('keep'), script('edge')
   knn = {  # By rate: learned and frozen, of two seeds.

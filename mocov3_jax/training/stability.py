@@ -49,6 +49,8 @@ LIVE_DIP_SIGMAS = events.DIP_SIGMAS + 1
 CALMER = 'a lower optimizer.lr_per_256 or a longer schedule.warmup_epochs'
 # ResNets and convolutional stems have no projection to freeze (paper s4.2).
 FREEZE = 'model.patch_embed=frozen (where that is a linear projection), '
+# The bound of StableAdamW (arXiv 2304.13013); docs/study.md tries it.
+BOUND = 'optimizer.update_clip=1, '
 # For fresh heads on a trained backbone (configs/continue.py).
 WARM = 'a longer init.freeze_backbone_epochs, '
 APART = (
@@ -193,14 +195,15 @@ class Watch:
   values are not known yet.
   """
 
-  def __init__(self, has_weights: bool = False):
+  def __init__(self, has_weights: bool = False, can_bound: bool = False):
     """Starts without any values.
 
     Args:
       has_weights: whether the run begins with the weights of a checkpoint and
         not with a random network.
+      can_bound: whether the optimizer can bound its updates and does not.
     """
-    self._has_weights = has_weights
+    self._has_weights, self._can_bound = has_weights, can_bound
     self._finders = collections.defaultdict(events.SpikeFinder)  # By layer.
     self._knn = collections.deque(maxlen=events.WINDOW)
     self._dip_said = -math.inf  # Step of the last warning of a dip.
@@ -256,9 +259,10 @@ class Watch:
     ))
 
   def _calmer(self) -> str:
+    bound = BOUND if self._can_bound else ''
     if self._has_weights:
-      return WARM + CALMER
-    return (FREEZE if self._first_learns else '') + CALMER
+      return WARM + bound + CALMER
+    return (FREEZE if self._first_learns else '') + bound + CALMER
 
   def _dips(self, step: int, value: float) -> list[str]:
     self._knn.append((step, value))

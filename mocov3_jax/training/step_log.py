@@ -53,8 +53,11 @@ class StepLog:
     self._writer = metrics.MetricWriter(workdir, start, is_primary())
     # The writer has dropped the rows that will be written again.
     self.rows = metrics.read_metrics(workdir / 'metrics.jsonl')
+    pretraining = 'init' in config
     self._watch = stability.Watch(
-        has_weights='init' in config and bool(config.init.checkpoint)
+        has_weights=pretraining and bool(config.init.checkpoint),
+        can_bound=pretraining and config.optimizer.name == 'adamw'
+        and not config.optimizer.update_clip,
     )
     for row in self.rows:
       self._watch.update(row['step'], row)
