@@ -17,7 +17,7 @@ digits.py:simclr; digits.py:byol (heads without output BatchNorms, as in the
 paper's appendix A for ViT); digits.py:swav (100 prototypes, codes of epsilon
 0.03 instead of 0.05, no output BatchNorm). The appendix uses no BatchNorm at
 all in SwAV's heads with ViT; on digits the loss then stays at chance, see
-docs/study.md.
+docs/short-runs.md.
 
 Command:
   python -m mocov3_jax.train --config=configs/digits.py --workdir=runs/digits

@@ -14,7 +14,7 @@ Command:
 Hardware and time: 2 CPU cores, about two minutes for 40 epochs.
 Expected: with seed 0, kNN accuracy 0.716 at random initialisation and 0.813
   after 80 epochs. After 40 epochs 0.792 to 0.812, over rates and seeds, with b2
-  0.999 (docs/study.md).
+  0.999 (docs/short-runs.md).
 """
 
 from mocov3_jax.config import default_config

@@ -109,12 +109,12 @@ def test_what_comes_before_a_rise_is_measured_beside_chance(tmp_path, capsys):
           'update_rms/patch_embed', 'update_rms/block_0',
       ))
   }
-  for step, up in ((500, 0.5), (900, 2.0), (1300, 0.5), (1700, 2.0)):
+  for step, up in ((500, 0.4), (900, 2.0), (1300, 0.4), (1700, 2.0)):
     loss[step:step + 7] += up
     values['grad_max/patch_embed'][step - 5:step + 7] *= 9
     values['grad_max/block_0'][step:step + 7] *= 20  # After it.
     values['update_rms/patch_embed'][step - 2:step] *= 4
-  values['update_rms/block_0'][910] = 9.0  # Too soon after the second rise.
+  values['update_rms/block_0'][910] = 9.0  # In the second rise, not after it.
   values['update_rms/block_0'][1000] = 3.0
   values['update_rms/block_0'][1500] = 8.0  # After a small rise.
   values['update_rms/patch_embed'][1950] = 5.0
@@ -127,21 +127,26 @@ def test_what_comes_before_a_rise_is_measured_beside_chance(tmp_path, capsys):
       epath.Path('run'), {'seed': 0}, rows, 'done', {}, []
   ), tmp_path / 'a.csv.xz')
   lead.main(str(tmp_path))
+  every, large = (
+      [cell.strip() for cell in line.split('|')[1:-1]]
+      for line in capsys.readouterr().out.splitlines()[2:]
+  )
   (
-      rises, gradients, chance, highest, rms, by_chance, rms_highest, large,
-      after,
-  ) = [
-      cell.strip()
-      for cell in capsys.readouterr().out.splitlines()[-1].split('|')[3:-1]
-  ]
+      rises, *sizes, gradients, chance, highest, earlier, rms, by_chance,
+      rms_highest, itself, _, _,
+  ) = every[3:]
   height = dict(cell.split() for cell in gradients.split(', '))
-  assert rises == '4'
+  assert every[1:3] == ['1', '2000'] and rises == '4'
+  assert sizes == ['2', '2', '2']
   assert float(height['patch_embed']) == pytest.approx(9, rel=0.2)
   assert float(height['block_0']) == pytest.approx(1, abs=0.2)
+  assert float(earlier.split(', ')[0].split()[1]) == pytest.approx(9, rel=0.2)
   assert float(chance) < 1.5 and float(by_chance) < 1.5
   assert highest == rms_highest == 'patch_embed 4'
   assert float(rms.split(', ')[0].split()[1]) == pytest.approx(4, rel=0.2)
-  assert (large, after) == ('2', '3.0, 5.0')
+  assert itself.startswith('patch_embed 0.4')
+  assert large[3] == '2' and large[9] == 'patch_embed 2'
+  assert large[-2:] == ['0.1, 9.0', '3.0, 5.0']
 
 
 def test_a_layer_that_does_not_learn_leads_nothing():
@@ -150,12 +155,13 @@ def test_a_layer_that_does_not_learn_leads_nothing():
 
 
 def test_what_comes_after_a_run_has_fallen_is_left_out():
-  lead = script('lead')
+  tables = script('tables')
   rows = [{'step': i, 'train/loss': 1.0} for i in range(100)]
   for step, knn in ((0, 0.8), (20, 0.9), (40, 0.5), (60, 0.85), (80, 0.3)):
     rows[step]['knn/top1'] = knn
   fallen = history.Run(epath.Path('run'), {}, rows, 'done', {}, [])
-  assert [row['step'] for row in lead.lived(fallen).rows] == list(range(61))
+  # The rise of the loss with which it falls lies between 60 and 80.
+  assert [row['step'] for row in tables.lived(fallen).rows] == [*range(81)]
 
 
 def marked(tmp_path, text):

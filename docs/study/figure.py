@@ -43,7 +43,7 @@ def draw_knn(ax: Axes, runs: Sequence[history.Run]) -> None:
 
 def draw_lead(ax: Axes, runs: Sequence[history.Run]) -> None:
   """Draws each layer's gradient around the rises of the loss (their median)."""
-  runs = [lead.lived(run) for run in runs]
+  runs = [tables.lived(run) for run in runs]
   rising = [lead.risen(run) for run in runs]
   of_runs = [lead.curves(run) for run in runs]
   for layer, (label, color) in LAYERS.items():

@@ -2,22 +2,22 @@
 
   python docs/study/lead.py docs/study/rates
 
-prints one line per setting, that is, for all runs that differ only in their
-seed. A rise of the loss is detected from the losses before it. The loss of a
-step is that of the network after the update of the previous step. For each
-layer, the line shows the gradient of the previous step divided by its median
-from 140 to 40 steps before the rise: the median of this ratio over all rises,
-and the bound below which that median stays for 97.5 of 100 sets of random
-steps. It shows the same for RMS_t, the update before the learning rate is
-applied (Wortsman et al. 2023, arXiv 2304.13013). Nothing here depends on what
-counts as a spike. If a run falls below the random network for good, its steps
-after that are left out. The last column shows what follows a large rise: the
-highest RMS_t of any layer from 20 to 300 steps after its start.
+prints two lines per setting, that is, for all runs that differ only in their
+seed: for all rises of the loss, and for large ones. A rise is detected from the
+losses before it. The loss of a step is that of the network after the update of
+the previous step. For each layer, a line shows the gradient of the previous
+step divided by its median from 140 to 40 steps before the rise: the median of
+this ratio over all rises, and the bound below which that median stays for 97.5
+of 100 sets of random steps. It shows the same for the gradient two steps before
+and for RMS_t, which compares the gradient with AdamW's second moment (Wortsman
+et al. 2023, arXiv 2304.13013). Nothing here depends on what counts as a spike.
+If a run falls below the random network for good, its steps after that are left
+out. The last columns show the highest RMS_t of any layer in the first 20 steps
+of each large rise, and from there up to 300 steps after its start.
 """
 
 import collections
 from collections.abc import Mapping, Sequence
-import dataclasses
 import sys
 
 import numpy as np
@@ -31,13 +31,15 @@ from mocov3_jax.training import events, stability
 SIGMAS, APART = 4.0, 10
 PAST = np.arange(-140, -40)  # Steps from a rise.
 LEVELS = tables.GRADIENTS, tables.UPDATES
-# A loss that rises by more than LARGE within RISING steps is a large rise. What
-# follows is measured from AFTER[0] to AFTER[1] steps after its start.
-LARGE, RISING, AFTER = 1.0, 50, (20, 300)
+# Rises are counted by how far the loss rises within RISING steps; LARGE is a
+# large rise. Steps from its start that are in it, and after it.
+SIZES, RISING, LARGE = (0.5, 1.0, 1.5), 50, 1.0
+DURING, AFTER = (0, 19), (20, 300)
 HEAD = (
-    'setting', 'runs', 'rises', 'gradient before', 'by chance', 'highest in',
-    'RMS_t before', 'by chance', 'highest in', 'large rises',
-    'highest RMS_t after each',
+    'setting', 'runs', 'steps', 'rises',
+    *(f'above {size:g}' for size in SIZES), 'gradient before', 'by chance',
+    'highest in', 'two steps before', 'RMS_t before', 'by chance', 'highest in',
+    'RMS_t itself', 'highest in each large rise', 'after each',
 )
 
 Curves = Mapping[str, np.ndarray]
@@ -58,19 +60,6 @@ def rises(loss: np.ndarray) -> list[int]:
         found.append(step)
       last = step
   return found
-
-
-def between(run: history.Run, first: int, last: int) -> history.Run:
-  """Returns a run with only the rows of the steps from `first` to `last`."""
-  return dataclasses.replace(
-      run, rows=[row for row in run.rows if first <= row['step'] <= last]
-  )
-
-
-def lived(run: history.Run) -> history.Run:
-  """Returns a run, cut after its last kNN at or above the random network's."""
-  steps, knn = stability.series(run.rows, 'knn/top1')
-  return between(run, 0, steps[knn >= knn[0]][-1])
 
 
 def risen(run: history.Run) -> list[int]:
@@ -110,9 +99,11 @@ def aligned(
   return curve[np.minimum(at + lags, last)] - past
 
 
-def heights(curve: np.ndarray, at: Sequence[int]) -> np.ndarray:
-  """Returns `aligned` for the step before each of some steps, [m]."""
-  return aligned(curve, at, np.array([-1]))[:, 0]
+def heights(
+    curve: np.ndarray, at: Sequence[int], lag: int = -1
+) -> np.ndarray:
+  """Returns `aligned` for one step beside each of some steps, [m]."""
+  return aligned(curve, at, np.array([lag]))[:, 0]
 
 
 def by_chance(
@@ -133,68 +124,118 @@ def by_chance(
   ], 0.975)
 
 
-def level(
-    of_runs: Sequence[Curves], rising: Sequence[Sequence[int]], prefix: str
-) -> list[str]:
-  """Returns the cells of HEAD for the gradients or for RMS_t."""
-  metrics = [x for x in of_runs[0] if x.startswith(prefix)]
-  found = {
+Rising = Sequence[Sequence[int]]
+
+
+def of_rises(
+    of_runs: Sequence[Curves], rising: Rising, prefix: str, lag: int = -1
+) -> dict[str, np.ndarray]:
+  """Returns the height of each layer's curve beside every rise, by layer."""
+  return {
       name.removeprefix(prefix): np.concatenate([
-          heights(of_run[name], at)
+          heights(of_run[name], at, lag)
           for of_run, at in zip(of_runs, rising, strict=True)
-      ]) for name in metrics
+      ]) for name in of_runs[0] if name.startswith(prefix)
   }
-  if not found or not any(map(len, rising)):
-    return [''] * 3
+
+
+def medians(found: Mapping[str, np.ndarray]) -> str:
+  """Returns the median of each layer; values are logarithms."""
+  return ', '.join(f'{x} {np.exp(np.median(v)):.1f}' for x, v in found.items())
+
+
+def level(
+    of_runs: Sequence[Curves], rising: Rising, prefix: str
+) -> list[str]:
+  """Returns the first three cells of HEAD for the gradients or for RMS_t."""
+  found = of_rises(of_runs, rising, prefix)
   chance = max(
-      by_chance([of_run[x] for of_run in of_runs], [*map(len, rising)])
-      for x in metrics
+      by_chance([of_run[prefix + x] for of_run in of_runs], [*map(len, rising)])
+      for x in found
   )
   names = [*found]
   highest = collections.Counter(
       names[i] for i in np.argmax([*found.values()], 0)
   )
   return [
-      ', '.join(f'{x} {np.exp(np.median(v)):.1f}' for x, v in found.items()),
-      f'{np.exp(chance):.1f}',
+      medians(found), f'{np.exp(chance):.1f}',
       ', '.join(f'{x} {n}' for x, n in highest.most_common(3)),
   ]
 
 
-def large(run: history.Run, at: Sequence[int]) -> list[int]:
-  """Returns those rises of a run in which the loss rises by more than LARGE.
+def beside(of_runs: Sequence[Curves], rising: Rising) -> list[str]:
+  """Returns the cells of HEAD from 'gradient before' to 'RMS_t itself'."""
+  gradients, updates = LEVELS
+  if not any(map(len, rising)):
+    return [''] * 8
+  cells = [
+      *level(of_runs, rising, gradients),
+      medians(of_rises(of_runs, rising, gradients, -2)),
+  ]
+  logged = [x for x in of_runs[0] if x.startswith(updates)]
+  if not logged:
+    return [*cells, *[''] * 4]
+  itself = {
+      name.removeprefix(updates): np.concatenate([
+          of_run[name][np.asarray(at, int) - 1]
+          for of_run, at in zip(of_runs, rising, strict=True)
+      ]) for name in logged
+  }
+  return [*cells, *level(of_runs, rising, updates), medians(itself)]
 
-  Args:
-    run: a run with a loss in every step.
-    at: the steps at which the loss begins to rise.
-  """
+
+def size(run: history.Run, step: int) -> float:
+  """Returns how far the loss of a run rises from a step on."""
   _, loss = stability.series(run.rows, 'train/loss')
-  return [
-      step for step in at if loss[step:step + RISING].max() > LARGE + np.median(
-          loss[step - events.WINDOW:step]
-      )
-  ]
+  usual = np.median(loss[step - events.WINDOW:step])
+  return float(loss[step:step + RISING].max() - usual)
 
 
-def line(name: str, runs: Sequence[history.Run]) -> list[str]:
-  """Returns the cells of HEAD for the runs of a setting."""
-  whole, runs = runs, [lived(run) for run in runs]
-  rising = [risen(run) for run in runs]
-  of_runs = [curves(run) for run in runs]
-  later = [
-      tables.highest_update(between(run, step + AFTER[0], step + AFTER[1]))
-      for run, at in zip(whole, rising, strict=True) for step in large(run, at)
+def highest_updates(
+    runs: Sequence[history.Run], rising: Rising, steps: tuple[int, int]
+) -> str:
+  """Returns the highest RMS_t of any layer in some steps from each rise."""
+  return ', '.join(f'{value:.1f}' for value in sorted(
+      tables.highest_update(
+          tables.between(run, step + steps[0], step + steps[1])
+      ) for run, at in zip(runs, rising, strict=True) for step in at
+  ))
+
+
+def lines(name: str, runs: Sequence[history.Run]) -> list[list[str]]:
+  """Returns the cells of HEAD for all rises of a setting and for large ones."""
+  alive = [tables.lived(run) for run in runs]
+  of_runs = [curves(run) for run in alive]
+  rising = [risen(run) for run in alive]
+  sizes = [
+      [size(run, step) for step in at]
+      for run, at in zip(runs, rising, strict=True)
   ]
+  large = [
+      [step for step, x in zip(at, those, strict=True) if x > LARGE]
+      for at, those in zip(rising, sizes, strict=True)
+  ]
+  first = [str(len(runs)), str(sum(len(run.rows) for run in alive))]
   return [
-      name, str(len(runs)), str(sum(map(len, rising))),
-      *(cell for x in LEVELS for cell in level(of_runs, rising, x)),
-      str(len(later)), ', '.join(f'{value:.1f}' for value in sorted(later)),
+      [
+          name, *first, str(sum(map(len, rising))),
+          *(str(sum(x > y for those in sizes for x in those)) for y in SIZES),
+          *beside(of_runs, rising), '', '',
+      ],
+      [
+          f'{name}: large rises', *first, str(sum(map(len, large))),
+          *[''] * len(SIZES), *beside(of_runs, large),
+          *(highest_updates(runs, large, x) for x in (DURING, AFTER)),
+      ],
   ]
 
 
 def main(*folders: str) -> None:
   """Prints the table of all runs in the given folders."""
-  tables.show(folders, HEAD, line)
+  tables.print_head(HEAD)
+  for name, runs in tables.settings(tables.kept(folders)):
+    for cells in lines(name, runs):
+      tables.print_row(cells)
 
 
 if __name__ == '__main__':

@@ -7,12 +7,14 @@ seed. Events are those of mocov3_jax/training/events.py. The lowest layer is the
 lowest one that learns. The column "by shuffling" says how many events would
 begin there if the spikes of different layers were unrelated, each layer keeping
 the number and the distances of its spikes: the mean over all shuffles, and the
-bound that holds in 95 of 100 shuffles.
+bound that holds in 95 of 100 shuffles. If a run falls below the random network
+for good, the events after that are left out.
 """
 
 import collections
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 import csv
+import dataclasses
 import json
 import lzma
 import math
@@ -98,6 +100,23 @@ def joint(by_layer: Onsets) -> list[dict[str, int]]:
   return [e for e in events.together(by_layer) if len(e) > 1]
 
 
+def between(run: history.Run, first: int, last: int) -> history.Run:
+  """Returns a run with only the rows of the steps from `first` to `last`."""
+  return dataclasses.replace(
+      run, rows=[row for row in run.rows if first <= row['step'] <= last]
+  )
+
+
+def lived(run: history.Run) -> history.Run:
+  """Returns a run up to where it falls below the random network for good.
+
+  That is the first kNN after the last one at or above the random network's.
+  """
+  steps, knn = stability.series(run.rows, 'knn/top1')
+  last = np.flatnonzero(knn >= knn[0])[-1]
+  return between(run, 0, steps[min(last + 1, len(steps) - 1)])
+
+
 def lowest(run: history.Run) -> str:
   """Returns the lowest layer that learns: the first with a gradient."""
   return next(
@@ -149,14 +168,16 @@ def spread(values: Sequence[float]) -> str:
 def line(name: str, runs: Sequence[history.Run]) -> list[str]:
   """Returns the cells of HEAD for the runs of a setting."""
   found = [stability.analyse(run.rows) for run in runs]
+  alive = [lived(run) for run in runs]
+  spikes = [stability.analyse(run.rows).spikes for run in alive]
   bottom = lowest(runs[0])
-  those = [event for one in found for event in joint(one.spikes)]
+  those = [event for one in spikes for event in joint(one)]
   rng = np.random.default_rng(0)
   by_chance = [
       sum(
           bottom in first(event)
-          for one, run in zip(found, runs, strict=True)
-          for event in joint(shuffled(one.spikes, len(run.rows), rng))
+          for one, run in zip(spikes, alive, strict=True)
+          for event in joint(shuffled(one, len(run.rows), rng))
       )
       for _ in range(SHUFFLES if those else 0)
   ]
@@ -170,7 +191,7 @@ def line(name: str, runs: Sequence[history.Run]) -> list[str]:
       ),
       str(sum(len(one.dips) for one in found)),
       str(sum(one.fall is not None for one in found)),
-      str(sum(len(events.together(one.spikes)) for one in found)),
+      str(sum(len(events.together(one)) for one in spikes)),
       str(len(those)),
       str(sum(bottom in first(event) for event in those)),
       f'{np.mean(by_chance):.1f}, at most {np.quantile(by_chance, 0.95):.0f}'
@@ -191,25 +212,11 @@ def print_head(names: Sequence[str]) -> None:
   print(f'|{"---|" * len(names)}')
 
 
-def show(
-    folders: Sequence[str], head: Sequence[str],
-    cells: Callable[[str, Sequence[history.Run]], Sequence[str]],
-) -> None:
-  """Prints a table of all runs in the given folders, a line for each setting.
-
-  Args:
-    folders: folders of kept runs.
-    head: names of the columns.
-    cells: (setting, its runs) -> the cells of its line.
-  """
-  print_head(head)
-  for name, those in settings(kept(folders)):
-    print_row(cells(name, those))
-
-
 def main(*folders: str) -> None:
   """Prints the table of all runs in the given folders."""
-  show(folders, HEAD, line)
+  print_head(HEAD)
+  for name, runs in settings(kept(folders)):
+    print_row(line(name, runs))
 
 
 if __name__ == '__main__':
