@@ -244,10 +244,11 @@ def updates(report: Report, limit: int) -> Panel:
   return Panel(
       heading='Size of the update by layer',
       about='The root mean square of a layer\'s gradients divided by AdamW\'s '
-      'memory of them: the update before the learning rate (RMS_t of Wortsman '
-      'et al. 2023). At 1 or below, gradients have their usual size; far above '
-      '1, they are much larger than AdamW remembers. Crosses mark spikes of '
-      'the gradient, triangles the lowest points of dips of kNN.',
+      'memory of them (RMS_t of Wortsman et al. 2023). Without momentum, this '
+      'would be the update before the learning rate. At 1 or below, gradients '
+      'have their usual size; far above 1, they are much larger than AdamW '
+      'remembers. Crosses mark spikes of the gradient, triangles the lowest '
+      'points of dips of kNN.',
       y_title='RMS of the update', y_kind='multiple', one_run=True,
       items=items, legend=_layer_legend(),
   )
