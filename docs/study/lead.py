@@ -31,8 +31,8 @@ from mocov3_jax.training import events, stability
 SIGMAS, APART = 4.0, 10
 PAST = np.arange(-140, -40)  # Steps from a rise.
 LEVELS = tables.GRADIENTS, tables.UPDATES
-# Rises are counted by how far the loss rises within RISING steps; LARGE is a
-# large rise. Steps from its start that are in it, and after it.
+# Rises are counted by how far the loss rises within RISING steps; one of more
+# than LARGE is large. DURING and AFTER count steps from its start.
 SIZES, RISING, LARGE = (0.5, 1.0, 1.5), 50, 1.0
 DURING, AFTER = (0, 19), (20, 300)
 HEAD = (
